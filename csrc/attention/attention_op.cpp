@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention_forward, attention_varlen_forward: tensors in, checks, Params out.
+#include "../common/tensor.h"
+#include "attention.h"
+
+namespace fmkernels {
+namespace {
+
+TokenView view_tokens(const Tensor& t) {
+  const bool packed = t.dim() == 3;
+  const int64_t first = packed ? 0 : 1;
+  return {data_of(t), packed ? 0 : stride_of(t, 0), stride_of(t, first), stride_of(t, first + 1)};
+}
+
+// What fixed-length and packed attention check and fill in alike. `first` is the dimension of tokens.
+AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+                                     int64_t batch, bool causal, int64_t window_left, int64_t window_right,
+                                     double softmax_scale, double softcap) {
+  const int64_t rank = q.dim(), first = rank - 3;
+  AttentionForwardParams p{};
+  p.dtype = dtype_of("q", q);
+  check_rank("k", k, rank);
+  check_rank("v", v, rank);
+  for (const auto& [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}}) {
+    check_last_dim_contiguous(name, *t);
+    check_same_device(name, *t, q);
+    FM_CHECK(t->scalar_type() == q.scalar_type(), name, " must have the dtype of q");
+  }
+  p.batch = batch;
+  p.seq_q = q.size(first);
+  p.seq_k = k.size(first);
+  p.heads = q.size(first + 1);
+  p.kv_heads = k.size(first + 1);
+  p.head_dim = q.size(first + 2);
+  p.v_head_dim = v.size(first + 2);
+  FM_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "k has ", p.kv_heads, " heads, which must divide the ", p.heads,
+           " heads of q");
+  for (const auto& [name, dim] : {std::pair{"head_dim", p.head_dim}, {"v_head_dim", p.v_head_dim}}) {
+    FM_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, name, " must be a multiple of 8 from 8 to 256, got ", dim);
+  }
+  check_size("k", k, first + 2, p.head_dim);
+  check_size("v", v, first, p.seq_k);
+  check_size("v", v, first + 1, p.kv_heads);
+  p.q = view_tokens(q);
+  p.k = view_tokens(k);
+  p.v = view_tokens(v);
+
+  FM_CHECK(window_left >= -1 && window_right >= -1, "window must be -1 or more on both sides");
+  p.window_left = window_left;
+  p.window_right = causal ? 0 : window_right;
+  p.softmax_scale = static_cast<float>(softmax_scale);
+  p.softcap = static_cast<float>(softcap);
+  if (alibi_slopes.has_value()) {
+    const Tensor& t = *alibi_slopes;
+    check_same_device("alibi_slopes", t, q);
+    check_scalar_type("alibi_slopes", t, ScalarType::Float, "float32");
+    FM_CHECK(t.dim() == 1 || t.dim() == 2, "alibi_slopes must be [heads] or [batch, heads]");
+    check_last_dim_contiguous("alibi_slopes", t);
+    check_size("alibi_slopes", t, t.dim() - 1, p.heads);
+    if (t.dim() == 2) check_size("alibi_slopes", t, 0, batch);
+    p.alibi_slopes = static_cast<const float*>(data_of(t));
+    p.alibi_batch_stride = t.dim() == 2 ? stride_of(t, 0) : 0;
+  }
+  if (sinks.has_value()) {
+    check_same_device("sinks", *sinks, q);
+    check_scalar_type("sinks", *sinks, ScalarType::Float, "float32");
+    check_rank("sinks", *sinks, 1);
+    check_last_dim_contiguous("sinks", *sinks);
+    check_size("sinks", *sinks, 0, p.heads);
+    p.sinks = static_cast<const float*>(data_of(*sinks));
+  }
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const std::optional<Tensor>& bias,
+                                             const std::optional<Tensor>& alibi_slopes,
+                                             const std::optional<Tensor>& sinks, bool causal, int64_t window_left,
+                                             int64_t window_right, double softmax_scale, double softcap) {
+  check_rank("q", q, 4);
+  const int64_t batch = q.size(0);
+  AttentionForwardParams p =
+      common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
+  check_size("k", k, 0, batch);
+  check_size("v", v, 0, batch);
+  if (bias.has_value()) {
+    check_same_device("bias", *bias, q);
+    check_rank("bias", *bias, 4);
+    p.bias_dtype = dtype_of("bias", *bias);
+    p.bias = data_of(*bias);
+    const int64_t full[4] = {batch, p.heads, p.seq_q, p.seq_k};
+    for (int dim = 0; dim < 4; ++dim) {
+      FM_CHECK(bias->size(dim) == 1 || bias->size(dim) == full[dim], "bias must have size 1 or ", full[dim],
+               " in dimension ", dim, ", got ", bias->size(dim));
+      p.bias_stride[dim] = stride_of(*bias, dim);
+    }
+  }
+  Tensor o = torch::stable::new_empty(q, {batch, p.seq_q, p.heads, p.v_head_dim});
+  Tensor lse = torch::stable::new_empty(q, {batch, p.heads, p.seq_q}, ScalarType::Float);
+  p.o = view_tokens(o);
+  p.lse = static_cast<float*>(data_of(lse));
+  p.lse_batch_stride = lse.stride(0);
+  p.lse_head_stride = lse.stride(1);
+  if (lse.numel() > 0) FM_EXECUTE(attention_forward, p, q);
+  return {o, lse};
+}
+
+// Prefix sums on the CPU, where their values can be checked before they are used as addresses.
+const int32_t* checked_cu_seqlens(const char* name, const Tensor& t, int64_t total, int64_t max_seqlen) {
+  check_scalar_type(name, t, ScalarType::Int, "int32");
+  check_rank(name, t, 1);
+  check_last_dim_contiguous(name, t);
+  FM_CHECK(t.size(0) >= 1, name, " must have batch + 1 elements, got none");
+  const auto* prefix = static_cast<const int32_t*>(data_of(t));
+  FM_CHECK(prefix[0] == 0, name, " must begin with 0, got ", prefix[0]);
+  for (int64_t b = 0; b + 1 < t.size(0); ++b) {
+    const int64_t seqlen = int64_t{prefix[b + 1]} - prefix[b];
+    FM_CHECK(seqlen >= 0, name, " must not decrease, got ", prefix[b], " before ", prefix[b + 1]);
+    FM_CHECK(seqlen <= max_seqlen, name, " has a sequence of ", seqlen, " tokens, longer than its max_seqlen of ",
+             max_seqlen);
+  }
+  FM_CHECK(prefix[t.size(0) - 1] == total, name, " must end with the ", total, " tokens of the packed tensor, got ",
+           prefix[t.size(0) - 1]);
+  return prefix;
+}
+
+std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                    const std::optional<Tensor>& alibi_slopes,
+                                                    const std::optional<Tensor>& sinks, bool causal,
+                                                    int64_t window_left, int64_t window_right, double softmax_scale,
+                                                    double softcap) {
+  check_rank("q", q, 3);
+  check_rank("cu_seqlens_q", cu_seqlens_q, 1);
+  const int64_t batch = cu_seqlens_q.size(0) - 1;
+  AttentionForwardParams p =
+      common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
+  check_same_device("cu_seqlens_q", cu_seqlens_q, q);
+  check_same_device("cu_seqlens_k", cu_seqlens_k, q);
+  const int64_t total_q = p.seq_q;
+  p.cu_seqlens_q = checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q);
+  p.cu_seqlens_k = checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, p.seq_k, max_seqlen_k);
+  check_size("cu_seqlens_k", cu_seqlens_k, 0, batch + 1);
+  p.seq_q = max_seqlen_q;
+  p.seq_k = max_seqlen_k;
+
+  Tensor o = torch::stable::new_empty(q, {total_q, p.heads, p.v_head_dim});
+  Tensor lse = torch::stable::new_empty(q, {p.heads, total_q}, ScalarType::Float);
+  p.o = view_tokens(o);
+  p.lse = static_cast<float*>(data_of(lse));
+  p.lse_head_stride = lse.stride(0);
+  if (lse.numel() > 0) FM_EXECUTE(attention_forward, p, q);
+  return {o, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fmkernels, FM_BACKEND, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_varlen_forward", TORCH_BOX(&attention_varlen_forward));
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runtime value -> template argument. A value outside the list is an error that names the list.
+#pragma once
+
+#include "check.h"
+#include "dtype.h"
+
+namespace fmkernels {
+
+// Calls f.template operator()<T>() with T = float, Half or BFloat16.
+template <class F>
+void dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f.template operator()<float>();
+    case DType::kFloat16: return f.template operator()<Half>();
+    case DType::kBFloat16: return f.template operator()<BFloat16>();
+  }
+}
+
+// Calls f.template operator()<value>(), for a value that is one of kValues.
+template <int... kValues, class F>
+void dispatch_int(const char* name, int value, F&& f) {
+  const bool found = ((value == kValues ? (f.template operator()<kValues>(), true) : false) || ...);
+  if (!found) {
+    std::ostringstream list;
+    ((list << ' ' << kValues), ...);
+    fail(name, " must be one of", list.str(), ", got ", value);
+  }
+}
+
+template <class F>
+void dispatch_bool(bool value, F&& f) {
+  value ? f.template operator()<true>() : f.template operator()<false>();
+}
+
+}  // namespace fmkernels

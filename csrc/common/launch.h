@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// launch(kernel, ...): the one place where a kernel is started and its launch checked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "check.h"
+
+namespace fmkernels {
+
+constexpr int kDefaultSharedBytes = 48 * 1024;  // more must be opted in to, per kernel
+
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int smem_bytes, cudaStream_t stream,
+            const Params& params) {
+  cudaError_t status = cudaSuccess;
+  if (smem_bytes > kDefaultSharedBytes) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    FM_CHECK(status == cudaSuccess, name, ": this GPU cannot give a block ", smem_bytes, " bytes of shared memory (",
+             cudaGetErrorString(status), ")");
+  }
+  kernel<<<grid, block, smem_bytes, stream>>>(params);
+  status = cudaGetLastError();
+  FM_CHECK(status == cudaSuccess, name, ": the launch of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks of ",
+           block.x, " threads failed: ", cudaGetErrorString(status));
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "check.h"
+#include "isa.h"
+
+namespace fmkernels {
+
+Isa cpu_isa() {
+  static const Isa isa = [] {
+    const char* forced = std::getenv("FMKERNELS_CPU_ISA");
+    FM_CHECK(forced == nullptr || std::strcmp(forced, "generic") == 0 || std::strcmp(forced, "avx2") == 0,
+             "FMKERNELS_CPU_ISA must be generic or avx2, got ", forced == nullptr ? "" : forced);
+#ifdef __x86_64__
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (has_avx2 && (forced == nullptr || std::strcmp(forced, "avx2") == 0)) return Isa::kAvx2;
+#endif
+    FM_CHECK(forced == nullptr || std::strcmp(forced, "generic") == 0,
+             "FMKERNELS_CPU_ISA=avx2, but this processor has no AVX2, FMA and F16C");
+    return Isa::kGeneric;
+  }();
+  return isa;
+}
+
+int num_workers() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void parallel_for_erased(int64_t num_tasks, TaskFunction run, void* context) {
+  const int64_t workers = std::min<int64_t>(num_workers(), num_tasks);
+  if (workers <= 1) {
+    for (int64_t task = 0; task < num_tasks; ++task) run(context, task, 0);
+    return;
+  }
+  std::atomic<int64_t> next_task{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+        run(context, task, static_cast<int>(worker));
+      }
+    }
+  });
+}
+
+namespace {
+
+struct KeptBuffer {
+  char* data = nullptr;
+  int64_t num_bytes = 0;
+  ~KeptBuffer() { std::free(data); }
+};
+thread_local KeptBuffer kept;
+
+}  // namespace
+
+Workspace::Workspace(int64_t num_bytes) {
+  if (kept.num_bytes >= num_bytes) {
+    data_ = std::exchange(kept.data, nullptr);
+    num_bytes_ = std::exchange(kept.num_bytes, 0);
+    return;
+  }
+  num_bytes_ = Arena::array_bytes<char>(num_bytes);
+  data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(num_bytes_)));
+  FM_CHECK(data_ != nullptr, "out of memory: a workspace of ", num_bytes_, " bytes could not be allocated");
+}
+
+Workspace::~Workspace() {
+  if (num_bytes_ > kKeptBytes || num_bytes_ <= kept.num_bytes) {
+    std::free(data_);
+    return;
+  }
+  std::free(std::exchange(kept.data, data_));
+  kept.num_bytes = num_bytes_;
+}
+
+}  // namespace fmkernels

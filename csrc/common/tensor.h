@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every *_op.cpp needs of the stable ABI. Included by op files only; kernels see no tensor.
+//
+// The checks here guard memory: they hold for callers of torch.ops too. The sentences that users read are raised by
+// the public Python functions.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "check.h"
+#include "dtype.h"
+#include "isa.h"
+
+#ifdef FM_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+struct CUstream_st;
+typedef struct CUstream_st* cudaStream_t;
+
+// Lives in libtorch_cuda. Weak, so that this library also loads beside a torch without CUDA, where it stays null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+#endif
+
+#ifdef FM_CUDA  // set by the build for _C_cuda
+#define FM_BACKEND CUDA
+#define FM_EXECUTE(name, params, tensor)   \
+  do {                                     \
+    const StreamScope scope(tensor);       \
+    launch_##name(params, scope.stream()); \
+  } while (0)
+#else
+#define FM_BACKEND CPU
+#define FM_EXECUTE(name, params, tensor) dispatch_isa([&]<Isa isa>() { run_##name<isa>(params); })
+#endif
+
+namespace fmkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: fail(name, " must be float32, float16 or bfloat16");
+  }
+}
+
+// Op files read and write through Params of plain pointers; which of them are written is the contract of the op.
+inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+// A dimension of size 1 is never stepped along, so its stride says nothing; 0 keeps later checks simple.
+inline int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
+
+inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
+  FM_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name, " must have a contiguous last dimension");
+}
+
+inline void check_rank(const char* name, const Tensor& t, int64_t rank) {
+  FM_CHECK(t.dim() == rank, name, " must have ", rank, " dimensions, got ", t.dim());
+}
+
+inline void check_size(const char* name, const Tensor& t, int64_t dim, int64_t expected) {
+  FM_CHECK(t.size(dim) == expected, name, " must have size ", expected, " in dimension ", dim, ", got ", t.size(dim));
+}
+
+inline void check_same_device(const char* name, const Tensor& t, const Tensor& other) {
+  FM_CHECK(t.device() == other.device(), name, " is on another device than the first argument");
+}
+
+inline void check_scalar_type(const char* name, const Tensor& t, ScalarType expected, const char* expected_name) {
+  FM_CHECK(t.scalar_type() == expected, name, " must be ", expected_name);
+}
+
+#ifdef FM_CUDA
+// Makes the device of a tensor current for a scope and knows torch's stream on it.
+class StreamScope {
+ public:
+  explicit StreamScope(const Tensor& t) : guard_(t.get_device_index()) {
+    FM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+#endif
+
+}  // namespace fmkernels

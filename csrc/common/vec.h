@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// One vector register of floats on the CPU, and memory in the three storage types as floats.
+//
+// Everything here has internal linkage on purpose: a file that includes it is compiled once per instruction set, and
+// the linker must never hand the AVX2 copy of a function to the portable kernels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kLanes = kIsa == Isa::kAvx2 ? 8 : 4;
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2)));
+
+#define FM_INLINE inline __attribute__((always_inline))
+
+FM_INLINE VecF load(const float* p) {
+  VecF x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+FM_INLINE void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
+
+FM_INLINE VecF load(const BFloat16* p) {
+  VecU16 bits;
+  memcpy(&bits, p, sizeof bits);
+  return (VecF)(__builtin_convertvector(bits, VecU) << 16);
+}
+FM_INLINE void store(BFloat16* p, VecF x) {
+  const VecU bits = (VecU)x;
+  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = x != x ? VecU{} + 0x7fffu : rounded;
+  const VecU16 narrow = __builtin_convertvector(rounded, VecU16);
+  memcpy(p, &narrow, sizeof narrow);
+}
+
+FM_INLINE VecF load(const Half* p) {
+#ifdef __AVX2__
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecF x;
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+FM_INLINE void store(Half* p, VecF x) {
+#ifdef __AVX2__
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<Half>(x[i]);
+#endif
+}
+
+// The first `count` lanes from memory, the others `fill`; and the first `count` lanes to memory.
+template <class T>
+FM_INLINE VecF load_partial(const T* p, int count, float fill) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? to_float(p[i]) : fill;
+  return load(lanes);
+}
+template <class T>
+FM_INLINE void store_partial(T* p, VecF x, int count) {
+  for (int i = 0; i < count; ++i) p[i] = from_float<T>(x[i]);
+}
+
+FM_INLINE VecF broadcast(float x) { return x - VecF{}; }  // x - 0 is x; 0 + x is not (-0), and costs an addition
+
+// The larger of a and b; b where either is NaN.
+FM_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
+
+FM_INLINE float horizontal_sum(VecF x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
+FM_INLINE float horizontal_max(VecF x) {
+  float largest = x[0];
+  for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// 2^x for x <= 0: relative error below 1.2e-7, exactly 0 below 2^-126 (-infinity included), NaN stays NaN.
+// x = n + f with |f| <= 1/2; 2^f is a polynomial fitted for relative error, 2^n is built in the exponent bits.
+FM_INLINE VecF exp2_nonpositive(VecF x) {
+  const float shifter = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the low mantissa bits
+  const VecF shifted = x + shifter;
+  const VecF f = x - (shifted - shifter);
+  VecF p = f * 1.534581216e-4f + 1.339993121e-3f;
+  p = p * f + 9.618488957e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  p = p * f + 1.0f;
+  const VecF power = (VecF)(((VecI)shifted << 23) + 0x3f800000);
+  return x < -126.0f ? VecF{} : p * power;
+}
+
+}  // namespace
+}  // namespace fmkernels

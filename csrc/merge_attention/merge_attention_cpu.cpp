@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// merge_attention_cpu.cpp: the CPU kernels of merge_attention, forward and backward.
+//
+// Work       Tasks of kTokens tokens; a row (token, head) is one pass over its two or four vectors.
+// Numerics   float32; weights from exp of the difference to the merged lse, at most 1. Deterministic.
+// Cost       3 * dim elements of memory a row forward, 6 * dim backward: bound by memory.
+
+#include "merge_attention.h"
+
+#include <cmath>
+
+#include "../common/dispatch.h"
+#include "../common/parallel.h"
+#include "../common/vec.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int64_t kTokens = 16;  // tokens of a task
+
+struct Row {
+  int64_t batch, token, head;
+};
+
+template <class T>
+T* o_row(const MergeSide& side, Row r) {
+  return static_cast<T*>(side.o) + r.batch * side.o_stride[0] + r.token * side.o_stride[1] + r.head * side.o_stride[2];
+}
+float* lse_of(const MergeSide& side, Row r) {
+  return side.lse + r.batch * side.lse_stride[0] + r.token * side.lse_stride[1] + r.head * side.lse_stride[2];
+}
+
+// f(row) for every (batch, token, head).
+template <class F>
+void for_each_row(const MergeAttentionParams& p, F&& f) {
+  const int64_t tasks_per_batch = (p.num_tokens + kTokens - 1) / kTokens;
+  parallel_for(p.batch * tasks_per_batch, [&](int64_t task, int) {
+    const int64_t batch = task / tasks_per_batch, begin = task % tasks_per_batch * kTokens;
+    const int64_t end = begin + kTokens < p.num_tokens ? begin + kTokens : p.num_tokens;
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t head = 0; head < p.heads; ++head) f(Row{batch, token, head});
+    }
+  });
+}
+
+// f(first lane, number of lanes) over [0, dim), a vector at a time.
+template <class F>
+FM_INLINE void for_each_vector(int64_t dim, F&& f) {
+  for (int64_t c = 0; c < dim; c += kLanes) f(c, static_cast<int>(dim - c < kLanes ? dim - c : kLanes));
+}
+template <class T>
+FM_INLINE VecF load_lanes(const T* p, int count) {
+  return count == kLanes ? load(p) : load_partial(p, count, 0.0f);
+}
+template <class T>
+FM_INLINE void store_lanes(T* p, VecF x, int count) {
+  count == kLanes ? store(p, x) : store_partial(p, x, count);
+}
+
+// exp(part - whole), and 0 for a side without keys, also where the whole has none.
+float weight(float part, float whole) { return part == -__builtin_inff() ? 0.0f : std::exp(part - whole); }
+
+template <class T>
+void merge_row(const MergeAttentionParams& p, Row r) {
+  const float lse_a = *lse_of(p.a, r), lse_b = *lse_of(p.b, r);
+  const float larger = lse_a > lse_b ? lse_a : lse_b;
+  // -infinity where both are; NaN where one is.
+  const float lse = larger == -__builtin_inff()
+                        ? lse_a + lse_b
+                        : larger + std::log(std::exp(lse_a - larger) + std::exp(lse_b - larger));
+  const float w_a = weight(lse_a, lse), w_b = weight(lse_b, lse);
+  const T *a = o_row<T>(p.a, r), *b = o_row<T>(p.b, r);
+  T* o = o_row<T>(p.merged, r);
+  for_each_vector(p.dim, [&](int64_t c, int count) {
+    VecF sum{};
+    if (w_a != 0.0f) sum += load_lanes(a + c, count) * w_a;
+    if (w_b != 0.0f) sum += load_lanes(b + c, count) * w_b;
+    store_lanes(o + c, sum, count);
+  });
+  *lse_of(p.merged, r) = lse;
+}
+
+// The gradients of one side.
+template <class T>
+void side_backward(const MergeAttentionBackwardParams& p, const MergeSide& side, const MergeSide& grad_side, Row r) {
+  const int64_t dim = p.forward.dim;
+  const float w = weight(*lse_of(side, r), *lse_of(p.forward.merged, r));
+  T* grad_part = o_row<T>(grad_side, r);
+  if (w == 0.0f) {  // the side was not read, so it is not read here
+    for_each_vector(dim, [&](int64_t c, int count) { store_lanes(grad_part + c, VecF{}, count); });
+    *lse_of(grad_side, r) = 0.0f;
+    return;
+  }
+  const T *part = o_row<T>(side, r), *o = o_row<T>(p.forward.merged, r), *grad = o_row<T>(p.grad, r);
+  VecF dot{};
+  for_each_vector(dim, [&](int64_t c, int count) {
+    const VecF g = load_lanes(grad + c, count);
+    store_lanes(grad_part + c, g * w, count);
+    dot += g * (load_lanes(part + c, count) - load_lanes(o + c, count));
+  });
+  const float grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
+  *lse_of(grad_side, r) = w * (grad_lse + horizontal_sum(dot));
+}
+
+}  // namespace
+
+template <>
+void run_merge_attention<kIsa>(const MergeAttentionParams& p) {
+  dispatch_dtype(p.dtype, [&]<class T>() { for_each_row(p, [&](Row r) { merge_row<T>(p, r); }); });
+}
+
+template <>
+void run_merge_attention_backward<kIsa>(const MergeAttentionBackwardParams& p) {
+  dispatch_dtype(p.forward.dtype, [&]<class T>() {
+    for_each_row(p.forward, [&](Row r) {
+      side_backward<T>(p, p.forward.a, p.grad_a, r);
+      side_backward<T>(p, p.forward.b, p.grad_b, r);
+    });
+  });
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every op of the library: the table of contents. `m.def` lines only. An op belongs to the longest folder name that its
+// name begins with.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fmkernels, m) {
+  // attention: q, k, v [batch, seq, heads, dim] or packed [total, heads, dim]; lse [batch, heads, seq_q] or [heads,
+  // total]
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, bool causal, "
+      "int window_left, int window_right, float softmax_scale, float softcap) -> (Tensor o, Tensor lse)");
+  m.def(
+      "attention_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int max_seqlen_q, int max_seqlen_k, Tensor? alibi_slopes, Tensor? sinks, bool causal, int window_left, "
+      "int window_right, float softmax_scale, float softcap) -> (Tensor o, Tensor lse)");
+
+  // merge_attention: two partial results of attention into one
+  m.def("merge_attention_forward(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)");
+  m.def(
+      "merge_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, "
+      "Tensor o, Tensor lse) -> (Tensor grad_o_a, Tensor grad_lse_a, Tensor grad_o_b, Tensor grad_lse_b)");
+}

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the public functions: one sentence each, naming the argument, the rule and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def is_tensor(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}.")
+    if value.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a strided tensor, got layout {value.layout}.")
+
+
+def rank(op: str, name: str, value: Tensor, layout: str) -> None:
+    expected = len(layout.strip("[]").split(","))
+    if value.dim() != expected:
+        raise ValueError(f"{op}: {name} must be {layout}, got {value.dim()} dimensions {list(value.shape)}.")
+
+
+def dtype(op: str, name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in allowed:
+        raise ValueError(f"{op}: {name} must be {dtype_names(allowed)}, got {dtype_names((value.dtype,))}.")
+
+
+def same_dtype(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise ValueError(
+            f"{op}: {name} must have the dtype of {other_name}, {dtype_names((other.dtype,))}, "
+            f"got {dtype_names((value.dtype,))}."
+        )
+
+
+def same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}.")
+
+
+def last_dim_contiguous(op: str, name: str, value: Tensor) -> None:
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{op}: {name} must have a contiguous last dimension, got stride {value.stride(-1)}.")
+
+
+def size(op: str, name: str, value: Tensor, dim: int, what: str, expected: int) -> None:
+    if value.shape[dim] != expected:
+        raise ValueError(f"{op}: {name} must have {what} {expected}, got {value.shape[dim]}.")
+
+
+def shape(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {other_name}, {list(other.shape)}, got {list(value.shape)}."
+        )
+
+
+def integer(op: str, name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}.")
+    if value < minimum:
+        raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}.")
+
+
+def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
+    if isinstance(value, float | int) and not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}.")
+    if non_negative and value < 0:
+        raise ValueError(f"{op}: {name} must not be negative, got {value}.")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled libraries and registers what torch needs to know about each op.
+
+The only module that touches `torch.ops.fmkernels`. Fake kernels, autocast rules and FLOP formulas stand beside the
+public function of their op and are registered through the helpers here.
+
+Autograd: a public function calls its op directly when no gradient is wanted and an `autograd.Function` otherwise
+(`needs_grad`). `torch.library.register_autograd` costs 6-9 us a call even without gradients, the branch 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula as _register_flop_formula
+
+MIN_TORCH = (2, 11)
+
+# FMKERNELS_LIBRARY_DIR, read once: other builds of the libraries, as the sanitizer run uses.
+library_dir = Path(os.environ.get("FMKERNELS_LIBRARY_DIR", Path(__file__).parent))
+cuda_error: str | None = None
+"""Why the CUDA kernels are not loaded; None when they are."""
+
+
+def _load() -> str | None:
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MIN_TORCH:
+        raise ImportError(f"fmkernels needs torch 2.11 or newer, this is torch {torch.__version__}")
+    core = library_dir / "_C.abi3.so"
+    if not core.exists():
+        raise ImportError(f"fmkernels is not built: {core} is missing; run `pip install -e . --no-build-isolation`")
+    torch.ops.load_library(core)
+    cuda = library_dir / "_C_cuda.abi3.so"
+    if not cuda.exists():
+        return "built without CUDA kernels (no nvcc was found, or FMKERNELS_CUDA=off)"
+    try:
+        torch.ops.load_library(cuda)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+cuda_error = _load()
+
+
+class Ops:
+    """The ops of one namespace as attributes, each the `default` overload (2.7 us a call less than the packet)."""
+
+    attention_forward: Callable[..., tuple[Tensor, Tensor]]
+    attention_varlen_forward: Callable[..., tuple[Tensor, Tensor]]
+    merge_attention_forward: Callable[..., tuple[Tensor, Tensor]]
+    merge_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+    def __init__(self, namespace: str) -> None:
+        self.use(namespace)
+
+    def use(self, namespace: str) -> None:
+        """Binds every op to `namespace`; the tests run the same bodies over other executions of the kernels."""
+        self.namespace = namespace
+        for name in Ops.__annotations__:
+            setattr(self, name, getattr(getattr(torch.ops, namespace), name).default)
+
+
+ops = Ops("fmkernels")
+op_names: tuple[str, ...] = tuple(Ops.__annotations__)
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function gives the shapes and dtypes of the op's outputs, and nothing else."""
+    return torch.library.register_fake(f"fmkernels::{name}")
+
+
+_fragment = torch.library.Library("fmkernels", "FRAGMENT")
+
+
+def register_autocast(name: str, num_cast: int) -> None:
+    """Under autocast the first `num_cast` arguments take the autocast dtype; the others keep theirs."""
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def with_casts(*args: Any, _device: str = device, _keys: Any = keys) -> Any:
+            dtype = torch.get_autocast_dtype(_device)
+            cast = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args[:num_cast])
+            with torch._C._ExcludeDispatchKeyGuard(_keys):
+                return getattr(ops, name)(*cast, *args[num_cast:])
+
+        _fragment.impl(name, with_casts, key)
+
+
+def register_flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorator: the function counts the floating-point operations of the op from its arguments' shapes."""
+    return _register_flop_formula(getattr(torch.ops.fmkernels, name))
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record a call with these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

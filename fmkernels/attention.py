@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused attention: `attention` for a rectangular batch, `attention_varlen` for packed sequences."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _check as check
+from ._library import needs_grad, ops, register_autocast, register_fake, register_flop_formula
+
+MAX_HEAD_DIM = 256
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention without materialising the score matrix.
+
+        score(i, j) = softcap_(softmax_scale * <q[b, i, h], k[b, j, g]>) + bias[b, h, i, j]
+                      - alibi_slopes[h] * |i + seq_k - seq_q - j|,      g = h // (heads // kv_heads)
+        o[b, i, h]  = sum_j softmax_j(score(i, .)) v[b, j, g]      over the visible keys j
+
+    where softcap_(x) is softcap * tanh(x / softcap), or x where softcap is 0.
+
+    Args:
+        q: [batch, seq_q, heads, head_dim], float32, bfloat16 or float16; head_dim a multiple of 8, at most 256.
+        k: [batch, seq_k, kv_heads, head_dim], dtype and device of q; kv_heads divides heads.
+        v: [batch, seq_k, kv_heads, v_head_dim]; v_head_dim a multiple of 8, at most 256.
+        causal: query i sees keys j <= i + seq_k - seq_q (bottom-right aligned: the last query sees every key).
+        window: (left, right), how many keys before and after the aligned position a query sees; -1: all.
+        softmax_scale: factor of the products; head_dim ** -0.5 when None.
+        softcap: bound of the scores through tanh, in units of the score; 0: none.
+        alibi_slopes: [heads] or [batch, heads], float32; not differentiable.
+        sinks: [heads], float32; one more logit per head in the denominator of the softmax.
+        bias: added to the scores, float32 or the dtype of q, [1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]; -inf
+            hides a key, whose value must then still be finite (0 * NaN is NaN).
+        return_lse: also return the logarithm of the denominator.
+
+    All tensors may have any strides with a contiguous last dimension (bias: any strides); nothing is copied.
+
+    Returns:
+        o [batch, seq_q, heads, v_head_dim], dtype of q; a query that sees no key gives zeros. With return_lse, (o, lse)
+        with lse [batch, heads, seq_q], float32, natural logarithm, -inf where no key is seen and there is no sink.
+
+    Raises:
+        ValueError, TypeError: one sentence with the argument, its rule and what came.
+
+    Supported on the CPU; CUDA kernels do not exist yet. Not differentiable yet: backward raises RuntimeError.
+    Deterministic: a row's bits depend on its own sequence, and not on the batch or the number of threads.
+    Algorithm: Dao 2023, FlashAttention-2.
+    """
+    op = "attention"
+    _check_qkv(op, q, k, v, "[batch, seq_q, heads, head_dim]", "[batch, seq_k, kv_heads, {}]")
+    for name, t in (("k", k), ("v", v)):
+        check.size(op, name, t, 0, "batch", q.shape[0])
+    check.size(op, "v", v, 1, "the seq_k of k,", k.shape[1])
+    _check_modifiers(op, q, q.shape[0], causal, window, softmax_scale, softcap, alibi_slopes, sinks, return_lse)
+    if bias is not None:
+        check.is_tensor(op, "bias", bias)
+        check.rank(op, "bias", bias, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
+        check.same_device(op, "bias", bias, "q", q)
+        check.dtype(op, "bias", bias, (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype))
+        for dim, (what, full) in enumerate(
+            (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
+        ):
+            if bias.shape[dim] not in (1, full):
+                raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
+
+    left, right = window
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    args = (q, k, v, bias, alibi_slopes, sinks, causal, left, right, scale, float(softcap))
+    if needs_grad(q, k, v, bias, sinks):
+        o, lse = _Attention.apply(ops.attention_forward, *args)
+    else:
+        o, lse = ops.attention_forward(*args)
+    return (o, lse) if return_lse else o
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over sequences of different lengths, packed one after another without padding.
+
+    Sequence b has the queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1] and the keys from cu_seqlens_k[b] to
+    cu_seqlens_k[b + 1]; either may be empty. Its result has the bits that `attention` gives for it alone.
+
+    Args:
+        q: [total_q, heads, head_dim]; dtypes and head sizes as in `attention`.
+        k: [total_k, kv_heads, head_dim].
+        v: [total_k, kv_heads, v_head_dim].
+        cu_seqlens_q: [batch + 1], int32, prefix sums of the query lengths: from 0 to total_q, never decreasing.
+        cu_seqlens_k: [batch + 1], int32, likewise to total_k.
+        max_seqlen_q: at least the longest query length.
+        max_seqlen_k: at least the longest key length.
+        causal, window, softmax_scale, softcap, alibi_slopes, sinks, return_lse: as in `attention`; seq_q and seq_k are
+            those of the sequence. There is no bias: packed sequences have no common rectangle for one.
+
+    Returns:
+        o [total_q, heads, v_head_dim]; with return_lse, (o, lse) with lse [heads, total_q], float32.
+
+    Raises, support and determinism: as `attention`. Under torch.compile the values of the prefix sums are checked by the
+    kernel, which raises RuntimeError.
+    """
+    op = "attention_varlen"
+    _check_qkv(op, q, k, v, "[total_q, heads, head_dim]", "[total_k, kv_heads, {}]")
+    check.size(op, "v", v, 0, "the total_k of k,", k.shape[0])
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check.is_tensor(op, name, t)
+        check.rank(op, name, t, "[batch + 1]")
+        check.dtype(op, name, t, (torch.int32,))
+        check.same_device(op, name, t, "q", q)
+        check.last_dim_contiguous(op, name, t)
+        if t.shape[0] < 1:
+            raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
+    check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
+    check.integer(op, "max_seqlen_q", max_seqlen_q, 0)
+    check.integer(op, "max_seqlen_k", max_seqlen_k, 0)
+    _check_modifiers(
+        op, q, cu_seqlens_q.shape[0] - 1, causal, window, softmax_scale, softcap, alibi_slopes, sinks, return_lse
+    )
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        _check_cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+
+    left, right = window
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    args += (alibi_slopes, sinks, causal, left, right, scale, float(softcap))
+    if needs_grad(q, k, v, sinks):
+        o, lse = _Attention.apply(ops.attention_varlen_forward, *args)
+    else:
+        o, lse = ops.attention_varlen_forward(*args)
+    return (o, lse) if return_lse else o
+
+
+class _Attention(torch.autograd.Function):
+    """Records that a gradient was wanted, so that asking for it is an error and not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        return op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("attention: the backward pass does not exist yet; call it under torch.no_grad().")
+
+
+def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, q_layout: str, kv_layout: str) -> None:
+    check.is_tensor(op, "q", q)
+    check.rank(op, "q", q, q_layout)
+    check.dtype(op, "q", q, check.FLOAT_DTYPES)
+    check.last_dim_contiguous(op, "q", q)
+    for name, t, dim in (("k", k, "head_dim"), ("v", v, "v_head_dim")):
+        check.is_tensor(op, name, t)
+        check.rank(op, name, t, kv_layout.format(dim))
+        if not torch.is_autocast_enabled(q.device.type):
+            check.same_dtype(op, name, t, "q", q)
+        else:
+            check.dtype(op, name, t, check.FLOAT_DTYPES)
+        check.same_device(op, name, t, "q", q)
+        check.last_dim_contiguous(op, name, t)
+    for name, head_dim in (("head_dim of q", q.shape[-1]), ("v_head_dim of v", v.shape[-1])):
+        if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{op}: {name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}.")
+    check.size(op, "k", k, -1, "the head_dim of q,", q.shape[-1])
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads < 1 or heads % kv_heads != 0:
+        raise ValueError(f"{op}: k has {kv_heads} kv_heads, which must divide the {heads} heads of q.")
+    check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
+
+
+def _check_modifiers(
+    op: str,
+    q: Tensor,
+    batch: int,
+    causal: bool,
+    window: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> None:
+    heads = q.shape[-2]
+    check.flag(op, "causal", causal)
+    check.flag(op, "return_lse", return_lse)
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"{op}: window must be a pair (left, right), got {window!r}.")
+    check.integer(op, "window[0]", window[0], -1)
+    check.integer(op, "window[1]", window[1], -1)
+    if softmax_scale is not None:
+        check.number(op, "softmax_scale", softmax_scale)
+    check.number(op, "softcap", softcap, non_negative=True)
+    if alibi_slopes is not None:
+        check.is_tensor(op, "alibi_slopes", alibi_slopes)
+        if alibi_slopes.dim() != 2:
+            check.rank(op, "alibi_slopes", alibi_slopes, "[heads]")
+        else:
+            check.size(op, "alibi_slopes", alibi_slopes, 0, "batch", batch)
+        check.dtype(op, "alibi_slopes", alibi_slopes, (torch.float32,))
+        check.same_device(op, "alibi_slopes", alibi_slopes, "q", q)
+        check.last_dim_contiguous(op, "alibi_slopes", alibi_slopes)
+        check.size(op, "alibi_slopes", alibi_slopes, -1, "heads", heads)
+        if alibi_slopes.requires_grad:
+            raise ValueError(f"{op}: alibi_slopes must not require a gradient: none is computed for it.")
+    if sinks is not None:
+        check.is_tensor(op, "sinks", sinks)
+        check.rank(op, "sinks", sinks, "[heads]")
+        check.dtype(op, "sinks", sinks, (torch.float32,))
+        check.same_device(op, "sinks", sinks, "q", q)
+        check.last_dim_contiguous(op, "sinks", sinks)
+        check.size(op, "sinks", sinks, 0, "heads", heads)
+
+
+def _check_cu_seqlens(op: str, side: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    name = f"cu_seqlens_{side}"
+    prefix = cu_seqlens.tolist()
+    if prefix[0] != 0:
+        raise ValueError(f"{op}: {name} must begin with 0, got {prefix[0]}.")
+    for before, after in itertools.pairwise(prefix):
+        if after < before:
+            raise ValueError(f"{op}: {name} must not decrease, got {before} before {after}.")
+        if after - before > max_seqlen:
+            raise ValueError(
+                f"{op}: max_seqlen_{side} must be at least the longest sequence, {after - before}, got {max_seqlen}."
+            )
+    if prefix[-1] != total:
+        raise ValueError(f"{op}: {name} must end with total_{side}, {total}, got {prefix[-1]}.")
+
+
+@register_fake("attention_forward")
+def _(q, k, v, bias, alibi_slopes, sinks, causal, window_left, window_right, softmax_scale, softcap):
+    batch, seq_q, heads, _ = q.shape
+    return q.new_empty(batch, seq_q, heads, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=torch.float32)
+
+
+@register_fake("attention_varlen_forward")
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, *modifiers):
+    total_q, heads, _ = q.shape
+    return q.new_empty(total_q, heads, v.shape[-1]), q.new_empty(heads, total_q, dtype=torch.float32)
+
+
+register_autocast("attention_forward", num_cast=3)
+register_autocast("attention_varlen_forward", num_cast=3)
+
+
+@register_flop_formula("attention_forward")
+def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    """Both products over the whole rectangle, as torch counts its own attention: masks are not subtracted."""
+    batch, seq_q, heads, head_dim = q_shape
+    return 2 * batch * heads * seq_q * k_shape[1] * (head_dim + v_shape[-1])
+
+
+@register_flop_formula("attention_varlen_forward")
+def _(q_shape, k_shape, v_shape, cu_q_shape, cu_k_shape, max_seqlen_q, max_seqlen_k, *args, out_shape=None, **kwargs):
+    """The bound that shapes give: every query against the longest key sequence."""
+    total_q, heads, head_dim = q_shape
+    return 2 * heads * total_q * max_seqlen_k * (head_dim + v_shape[-1])
