@@ -32,10 +32,11 @@ constexpr int kStrip = 6;           // rows of a register tile: 12 accumulators,
 constexpr int kPanel = 2 * kLanes;  // columns of a register tile
 constexpr int kGroupStrips = 4;     // strips whose scores stay in the first-level cache together
 constexpr int kGroupRows = kGroupStrips * kStrip;
-constexpr int kBlockK = 128;      // keys packed at a time
-constexpr int kDirectRows = 8;    // up to here keys and values are read in place
-constexpr int kDirectBlock = 64;  // keys per softmax step of the direct path
-constexpr int kChunk = 512;       // keys of a chunk of the direct path
+constexpr int kBlockK = 128;                // keys packed at a time
+constexpr int kDirectRows = 8;              // up to here keys and values are read in place
+constexpr int kDirectBlock = 64;            // keys per softmax step of the direct path
+constexpr int kChunk = 512;                 // keys of a chunk of the direct path
+constexpr int64_t kPackedBytes = 48 << 20;  // packed blocks that all workers together keep
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = __builtin_inff();
@@ -45,9 +46,10 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Rows of a tile: as many as keep q, o and one packed block in a second-level cache of 512 KiB.
+// Rows of a tile: as many as keep q and o in 192 KiB, so that they stay in a second-level cache of 512 KiB beside a
+// packed block and the next one on its way.
 constexpr int64_t max_tile_rows(int64_t head_dim, int64_t v_head_dim) {
-  return head_dim + v_head_dim <= 256 ? 192 : 96;
+  return max(kGroupRows, 192 * 1024 / 4 / (head_dim + v_head_dim) / kGroupRows * kGroupRows);
 }
 
 // ---- geometry ------------------------------------------------------------------------------------------------------
@@ -124,14 +126,24 @@ FM_INLINE VecF load_bias(const B* bias, int64_t stride, int count) {
   return load(lanes);
 }
 
-// scores[j] = f(scores[j], j) for j in [0, count), a vector at a time; the lanes past `count` are -infinity.
+constexpr int kUnroll = 4;  // vectors in flight, to hide the latency of sums and maxima
+
+// scores[j] = f(scores[j], j, u) for j in [0, count), a vector at a time; the lanes past `count` are -infinity. u <
+// kUnroll tells apart the vectors that are in flight together.
 template <class F>
 FM_INLINE void transform(float* scores, int count, F&& f) {
-  const int whole = count / kLanes * kLanes;
-  for (int j = 0; j < whole; j += kLanes) store(scores + j, f(load(scores + j), j));
-  if (whole < count) {
-    const VecF tail = f(load_partial(scores + whole, count - whole, -kInfinity), whole);
-    store_partial(scores + whole, tail, count - whole);
+  int j = 0;
+  for (; j + kUnroll * kLanes <= count; j += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = j + u * kLanes;
+      store(scores + at, f(load(scores + at), at, u));
+    }
+  }
+  for (; j + kLanes <= count; j += kLanes) store(scores + j, f(load(scores + j), j, 0));
+  if (j < count) {
+    const VecF tail = f(load_partial(scores + j, count - j, -kInfinity), j, 0);
+    store_partial(scores + j, tail, count - j);
   }
 }
 
@@ -140,7 +152,7 @@ void apply_modifiers(const AttentionForwardParams& p, const Sequence& s, int64_t
                      float* scores) {
   const int64_t head = s.head(row), query = s.query(row);
   if (p.softcap != 0.0f) {
-    transform(scores, count, [&](VecF x, int) { return tanh(x) * (p.softcap * kLog2E); });
+    transform(scores, count, [&](VecF x, int, int) { return tanh(x) * (p.softcap * kLog2E); });
   }
   if (p.bias != nullptr) {
     const int64_t stride = p.bias_stride[3];
@@ -148,7 +160,7 @@ void apply_modifiers(const AttentionForwardParams& p, const Sequence& s, int64_t
       const B* bias = static_cast<const B*>(p.bias) + s.batch * p.bias_stride[0] + head * p.bias_stride[1] +
                       query * p.bias_stride[2] + key * stride;
       transform(scores, count,
-                [&](VecF x, int j) { return x + load_bias(bias + j * stride, stride, count - j) * kLog2E; });
+                [&](VecF x, int j, int) { return x + load_bias(bias + j * stride, stride, count - j) * kLog2E; });
     });
   }
   if (p.alibi_slopes != nullptr) {
@@ -156,37 +168,57 @@ void apply_modifiers(const AttentionForwardParams& p, const Sequence& s, int64_t
     const int64_t diagonal = query + s.seq_k - s.seq_q - key;
     VecF lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
-    transform(scores, count, [&](VecF x, int j) {
+    transform(scores, count, [&](VecF x, int j, int) {
       const VecF distance = static_cast<float>(diagonal - j) - lane;
       return x - (VecF)((VecI)distance & 0x7fffffff) * slope_log2;
     });
   }
 }
 
-// ---- online softmax of one row ------------------------------------------------------------------------------------
+// ---- online softmax ------------------------------------------------------------------------------------------------
 
+// Maximum in log2 units and sum of the weights below it; -infinity and 0 before the first key.
 struct RowState {
-  float max_log2, sum;  // -infinity and 0 before the first key
+  float max_log2, sum;
 };
 
-// scores[0, count) become exp2(score - new maximum); returns the factor for what was accumulated before.
-FM_INLINE float softmax_step(float* scores, int count, RowState& state) {
-  const int whole = count / kLanes * kLanes;
-  VecF largest = broadcast(state.max_log2);
-  for (int j = 0; j < whole; j += kLanes) largest = max(largest, load(scores + j));
-  if (whole < count) largest = max(largest, load_partial(scores + whole, count - whole, -kInfinity));
-  const float new_max = horizontal_max(largest);
-  const float safe_max = new_max == -kInfinity ? 0.0f : new_max;  // all scores -infinity: every weight is 0, not NaN
+FM_INLINE float row_max(const float* scores, int count, float start) {
+  VecF largest[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) largest[u] = broadcast(start);
+  int j = 0;
+  for (; j + kUnroll * kLanes <= count; j += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) largest[u] = max(largest[u], load(scores + j + u * kLanes));
+  }
+  for (; j + kLanes <= count; j += kLanes) largest[0] = max(largest[0], load(scores + j));
+  if (j < count) largest[0] = max(largest[0], load_partial(scores + j, count - j, -kInfinity));
+  return horizontal_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+}
 
-  VecF sum{};
-  transform(scores, count, [&](VecF x, int) {
-    const VecF weight = exp2_nonpositive(x - safe_max);
-    sum += weight;
-    return weight;
-  });
-  const float alpha = exp2_nonpositive(broadcast(state.max_log2 - safe_max))[0];
-  state = {new_max, state.sum * alpha + horizontal_sum(sum)};
-  return alpha;
+// One step for kRows rows (a multiple of kLanes): the scores of row r in visible[r] become exp2(score - new maximum),
+// and alpha[r] the factor for what was accumulated before. Three passes, so that rows overlap in the processor.
+template <int kRows, int kStride>
+void softmax_step(float* scores, const Range* visible, RowState* state, float* alpha) {
+  float shift[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int count = static_cast<int>(visible[r].end - visible[r].begin);
+    const float old_max = state[r].max_log2;
+    const float new_max = count == 0 ? old_max : row_max(scores + r * kStride + visible[r].begin, count, old_max);
+    shift[r] = new_max == -kInfinity ? 0.0f : new_max;  // all scores -infinity: every weight is 0, not NaN
+    alpha[r] = old_max - shift[r];
+    state[r].max_log2 = new_max;
+  }
+  for (int r = 0; r < kRows; r += kLanes) store(alpha + r, exp2_nonpositive(load(alpha + r)));
+  for (int r = 0; r < kRows; ++r) {
+    const int count = static_cast<int>(visible[r].end - visible[r].begin);
+    VecF sum[kUnroll] = {};
+    transform(scores + r * kStride + visible[r].begin, count, [&](VecF x, int, int u) {
+      const VecF weight = exp2_nonpositive(x - shift[r]);
+      sum[u] += weight;
+      return weight;
+    });
+    state[r].sum = state[r].sum * alpha[r] + horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
 }
 
 // Divides the accumulated row by its sum, sink included, and writes o and lse.
@@ -253,16 +285,30 @@ void pack_keys(const T* keys, int64_t stride, int count, int64_t head_dim, float
   }
 }
 
-// values[0, count) to packed[panel][key][kPanel] with kBlockK keys a panel; columns past v_head_dim as zeros.
+// values[0, count) to packed[panel][key][kPanel] with kBlockK keys a panel; columns past v_head_dim as zeros. Returns
+// whether all of them are finite.
 template <class T>
-void pack_values(const T* values, int64_t stride, int count, int64_t v_head_dim, float* packed) {
+bool pack_values(const T* values, int64_t stride, int count, int64_t v_head_dim, float* packed) {
+  VecF zero{};  // becomes NaN with the first value that is not finite
   for (int64_t c = 0; c < v_head_dim; c += kPanel) {
     const bool whole = c + kPanel <= v_head_dim;
     float* out = packed + c * kBlockK;
     for (int key = 0; key < count; ++key) {
-      store(out + key * kPanel, load(values + key * stride + c));
-      store(out + key * kPanel + kLanes, whole ? load(values + key * stride + c + kLanes) : VecF{});
+      const VecF left = load(values + key * stride + c);
+      const VecF right = whole ? load(values + key * stride + c + kLanes) : VecF{};
+      zero += (left * 0.0f) + (right * 0.0f);
+      store(out + key * kPanel, left);
+      store(out + key * kPanel + kLanes, right);
     }
+  }
+  return horizontal_sum(zero) == 0.0f;
+}
+
+template <class T>
+FM_INLINE void prefetch_rows(const T* rows, int64_t stride, int begin, int end, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int row = begin; row < end; ++row) {
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(rows + row * stride + c, 0, 2);
   }
 }
 
@@ -271,6 +317,7 @@ void pack_values(const T* values, int64_t stride, int count, int64_t v_head_dim,
 // scores[r][0, kPanel) = sum over c of q[c][r] * keys[c][.], for kStrip rows; score rows are kBlockK apart.
 FM_INLINE void score_tile(const float* q, const float* keys, int64_t head_dim, float* scores) {
   VecF acc[kStrip][2] = {};
+#pragma GCC unroll 4
   for (int64_t c = 0; c < head_dim; ++c) {
     const VecF k0 = load(keys + c * kPanel), k1 = load(keys + c * kPanel + kLanes);
 #pragma GCC unroll 6
@@ -297,6 +344,7 @@ FM_INLINE void value_tile(const float* weights, const float* values, int begin, 
     acc[r][0] = load(o + r * o_stride) * alpha[r];
     acc[r][1] = load(o + r * o_stride + kLanes) * alpha[r];
   }
+#pragma GCC unroll 4
   for (int j = begin; j < end; ++j) {
     const VecF v0 = load(values + j * kPanel), v1 = load(values + j * kPanel + kLanes);
 #pragma GCC unroll 6
@@ -315,68 +363,87 @@ FM_INLINE void value_tile(const float* weights, const float* values, int begin, 
 
 // ---- the tiled path ------------------------------------------------------------------------------------------------
 
-// Scratch of one worker. Rows are padded to whole groups of strips.
+// Sizes of a worker's scratch.
+struct TileShape {
+  int64_t tile_rows, head_dim, columns, num_slots;  // columns: v_head_dim rounded up to kPanel
+};
+
+// A packed block of keys and values, and which block it is.
+struct Slot {
+  int64_t owner;  // a number that names (sequence, kv head, block); -1: empty
+  bool values_finite;
+};
+
+// Scratch of one worker. The tiles of one kv head follow each other, so a worker finds most of the blocks that it needs
+// packed by its previous tile.
 struct TileScratch {
   float* q;         // [row / kStrip][head_dim][kStrip], scaled
-  float* acc;       // [row][v_head_dim rounded up to kPanel]
+  float* acc;       // [row][columns]
   RowState* state;  // [row]
-  float* keys;      // [kBlockK / kPanel][head_dim][kPanel]
-  float* values;    // [columns / kPanel][kBlockK][kPanel]
   float* scores;    // [kGroupRows][kBlockK]
+  Slot* slots;      // [num_slots]
+  float* keys;      // [num_slots][kBlockK / kPanel][head_dim][kPanel]
+  float* values;    // [num_slots][columns / kPanel][kBlockK][kPanel]
 
-  TileScratch(Arena arena, int64_t tile_rows, int64_t head_dim, int64_t columns)
-      : q(arena.take<float>(tile_rows * head_dim)),
-        acc(arena.take<float>(tile_rows * columns)),
-        state(arena.take<RowState>(tile_rows)),
-        keys(arena.take<float>(kBlockK * head_dim)),
-        values(arena.take<float>(kBlockK * columns)),
-        scores(arena.take<float>(kGroupRows * kBlockK)) {}
+  TileScratch(Arena arena, const TileShape& shape)
+      : q(arena.take<float>(shape.tile_rows * shape.head_dim)),
+        acc(arena.take<float>(shape.tile_rows * shape.columns)),
+        state(arena.take<RowState>(shape.tile_rows)),
+        scores(arena.take<float>(kGroupRows * kBlockK)),
+        slots(arena.take<Slot>(shape.num_slots)),
+        keys(arena.take<float>(shape.num_slots * kBlockK * shape.head_dim)),
+        values(arena.take<float>(shape.num_slots * kBlockK * shape.columns)) {}
 
-  static int64_t num_bytes(int64_t tile_rows, int64_t head_dim, int64_t columns) {
-    return Arena::array_bytes<float>(tile_rows * head_dim) + Arena::array_bytes<float>(tile_rows * columns) +
-           Arena::array_bytes<RowState>(tile_rows) + Arena::array_bytes<float>(kBlockK * head_dim) +
-           Arena::array_bytes<float>(kBlockK * columns) + Arena::array_bytes<float>(kGroupRows * kBlockK);
+  static int64_t num_bytes(const TileShape& shape) {
+    return Arena::array_bytes<float>(shape.tile_rows * shape.head_dim) +
+           Arena::array_bytes<float>(shape.tile_rows * shape.columns) + Arena::array_bytes<RowState>(shape.tile_rows) +
+           Arena::array_bytes<float>(kGroupRows * kBlockK) + Arena::array_bytes<Slot>(shape.num_slots) +
+           Arena::array_bytes<float>(shape.num_slots * kBlockK * shape.head_dim) +
+           Arena::array_bytes<float>(shape.num_slots * kBlockK * shape.columns);
   }
 };
 
-// o += weights * values for the rows of one strip, whose weights lie in their visible ranges of this block.
-void accumulate_strip(const float* weights, const Range* visible, int num_rows, float* alpha, const float* values,
+// o = alpha * o + weights * values for the rows of one strip. The weights of a row lie in its visible range.
+void accumulate_strip(float* weights, const Range* visible, const float* alpha, const float* values, bool values_finite,
                       float* acc, int64_t columns) {
-  Range common{0, kBlockK};
-  for (int r = 0; r < num_rows; ++r) {
-    common.begin = max(common.begin, visible[r].begin);
-    common.end = min(common.end, visible[r].end);
+  Range all{kBlockK, 0}, common{0, kBlockK};
+  for (int r = 0; r < kStrip; ++r) {
+    if (visible[r].begin < visible[r].end) {
+      all = {min(all.begin, visible[r].begin), max(all.end, visible[r].end)};
+    }
+    common = {max(common.begin, visible[r].begin), min(common.end, visible[r].end)};
   }
   common.end = max(common.begin, common.end);
+  if (values_finite) {  // a weight of 0 hides a key: one pass over what any row of the strip sees
+    for (int r = 0; r < kStrip; ++r) {
+      for (int64_t j = all.begin; j < min(visible[r].begin, all.end); ++j) weights[r * kBlockK + j] = 0.0f;
+      for (int64_t j = max(visible[r].end, all.begin); j < all.end; ++j) weights[r * kBlockK + j] = 0.0f;
+    }
+    common = all;
+  }
   const float one = 1.0f;
-  auto accumulate_row = [&](int r, int64_t begin, int64_t end, const float* factor) {
-    for (int64_t c = 0; c < columns; c += kPanel) {
-      value_tile<1>(weights + r * kBlockK, values + c * kBlockK, static_cast<int>(begin), static_cast<int>(end), factor,
+  auto accumulate_row = [&](int r, int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < columns && begin < end; c += kPanel) {
+      value_tile<1>(weights + r * kBlockK, values + c * kBlockK, static_cast<int>(begin), static_cast<int>(end), &one,
                     acc + r * columns + c, columns);
     }
   };
-  for (int r = 0; r < num_rows; ++r) {
-    const int64_t end = min(visible[r].end, common.begin);
-    if (visible[r].begin < end) {
-      accumulate_row(r, visible[r].begin, end, alpha + r);
-      alpha[r] = 1.0f;
-    }
-  }
   for (int64_t c = 0; c < columns; c += kPanel) {
     value_tile<kStrip>(weights, values + c * kBlockK, static_cast<int>(common.begin), static_cast<int>(common.end),
                        alpha, acc + c, columns);
   }
-  for (int r = 0; r < num_rows; ++r) {
-    const int64_t begin = max(visible[r].begin, common.end);
-    if (begin < visible[r].end) accumulate_row(r, begin, visible[r].end, &one);
+  if (values_finite) return;
+  for (int r = 0; r < kStrip; ++r) {
+    accumulate_row(r, visible[r].begin, min(visible[r].end, common.begin));
+    accumulate_row(r, max(visible[r].begin, common.end), visible[r].end);
   }
 }
 
 template <class T>
 void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_begin, int64_t row_end,
-              const TileScratch& scratch) {
+              const TileScratch& scratch, const TileShape& shape) {
   const int num_rows = static_cast<int>(row_end - row_begin);
-  const int64_t padded_rows = round_up(num_rows, kGroupRows), columns = round_up(p.v_head_dim, kPanel);
+  const int64_t padded_rows = round_up(num_rows, kGroupRows), columns = shape.columns;
   const bool modified = has_modifiers(p);
 
   // Query rows, scaled and interleaved by strip; the rows that pad the last group are zeros.
@@ -392,56 +459,72 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
   // The union of the visible ranges; both ends grow with the row.
   const Range all{visible_keys(p, s, row_begin).begin, visible_keys(p, s, row_end - 1).end};
   for (int64_t block = all.begin / kBlockK * kBlockK; block < all.end; block += kBlockK) {
-    const int first_key = static_cast<int>(max(all.begin - block, 0) / kPanel * kPanel);
-    const int num_keys = static_cast<int>(min(all.end - block, kBlockK));
-    pack_keys(token<T>(p.k, s, s.k_start, block + first_key, s.kv_head), p.k.token_stride, num_keys - first_key,
-              p.head_dim, scratch.keys + first_key * p.head_dim);
-    pack_values(token<T>(p.v, s, s.k_start, block + first_key, s.kv_head), p.v.token_stride, num_keys - first_key,
-                p.v_head_dim, scratch.values + first_key * kPanel);
+    const int num_keys = static_cast<int>(min(s.seq_k - block, kBlockK));
+    const int64_t block_index = block / kBlockK, slot_index = block_index % shape.num_slots;
+    Slot& slot = scratch.slots[slot_index];
+    float* keys = scratch.keys + slot_index * kBlockK * p.head_dim;
+    float* values = scratch.values + slot_index * kBlockK * columns;
+    const int64_t owner = (s.batch * p.kv_heads + s.kv_head) * (p.seq_k / kBlockK + 1) + block_index;
+    const bool is_packed = slot.owner == owner;
+    if (!is_packed) {
+      pack_keys(token<T>(p.k, s, s.k_start, block, s.kv_head), p.k.token_stride, num_keys, p.head_dim, keys);
+      const bool finite =
+          pack_values(token<T>(p.v, s, s.k_start, block, s.kv_head), p.v.token_stride, num_keys, p.v_head_dim, values);
+      slot = {owner, finite};
+    }
+    // The next block comes from memory while this one is multiplied, an equal share with every group of rows.
+    const int next_keys = is_packed ? 0 : static_cast<int>(max(0, min(all.end - block - kBlockK, kBlockK)));
+    const T* next_k = token<T>(p.k, s, s.k_start, block + kBlockK, s.kv_head);
+    const T* next_v = token<T>(p.v, s, s.k_start, block + kBlockK, s.kv_head);
+    const int num_groups = static_cast<int>(ceil_div(num_rows, kGroupRows));
 
     for (int group = 0; group < num_rows; group += kGroupRows) {
-      const int group_rows = static_cast<int>(min(num_rows - group, kGroupRows));
+      const int share = next_keys * (group / kGroupRows) / num_groups;
+      const int share_end = next_keys * (group / kGroupRows + 1) / num_groups;
+      prefetch_rows(next_k, p.k.token_stride, share, share_end, p.head_dim);
+      prefetch_rows(next_v, p.v.token_stride, share, share_end, p.v_head_dim);
+
       Range visible[kGroupRows], strip_range[kGroupStrips];
       Range group_range{kBlockK, 0};
-      for (int strip = 0; strip * kStrip < group_rows; ++strip) {
+      for (int strip = 0; strip < kGroupStrips; ++strip) {
         Range& range = strip_range[strip] = {kBlockK, 0};
-        for (int r = strip * kStrip; r < min(group_rows, (strip + 1) * kStrip); ++r) {
-          const Range keys = visible_keys(p, s, row_begin + group + r);
+        for (int r = strip * kStrip; r < (strip + 1) * kStrip; ++r) {
+          const Range keys = group + r < num_rows ? visible_keys(p, s, row_begin + group + r) : Range{0, 0};
           visible[r] = {max(keys.begin - block, 0), min(keys.end - block, num_keys)};
           if (visible[r].begin >= visible[r].end) visible[r] = {0, 0};
           else range = {min(range.begin, visible[r].begin), max(range.end, visible[r].end)};
         }
         group_range = {min(group_range.begin, range.begin), max(group_range.end, range.end)};
       }
+      if (group_range.begin >= group_range.end) continue;
 
       // Scores, panel by panel so that a panel of keys serves every strip from the first-level cache.
       for (int64_t key = group_range.begin / kPanel * kPanel; key < group_range.end; key += kPanel) {
-        for (int strip = 0; strip * kStrip < group_rows; ++strip) {
+        for (int strip = 0; strip < kGroupStrips; ++strip) {
           if (strip_range[strip].begin >= key + kPanel || strip_range[strip].end <= key) continue;
-          score_tile(scratch.q + (group + strip * kStrip) * p.head_dim, scratch.keys + key * p.head_dim, p.head_dim,
+          score_tile(scratch.q + (group + strip * kStrip) * p.head_dim, keys + key * p.head_dim, p.head_dim,
                      scratch.scores + strip * kStrip * kBlockK + key);
         }
       }
 
       // Weights.
-      float alpha[kGroupRows];
-      for (int r = 0; r < kGroupRows; ++r) alpha[r] = 1.0f;
-      for (int r = 0; r < group_rows; ++r) {
-        const int count = static_cast<int>(visible[r].end - visible[r].begin);
-        if (count == 0) continue;
-        float* scores = scratch.scores + r * kBlockK + visible[r].begin;
-        if (modified) {
-          apply_modifiers(p, s, row_begin + group + r, block + visible[r].begin, count, scores);
+      if (modified) {
+        for (int r = 0; r < kGroupRows; ++r) {
+          const int count = static_cast<int>(visible[r].end - visible[r].begin);
+          if (count == 0) continue;
+          apply_modifiers(p, s, row_begin + group + r, block + visible[r].begin, count,
+                          scratch.scores + r * kBlockK + visible[r].begin);
         }
-        alpha[r] = softmax_step(scores, count, scratch.state[group + r]);
       }
+      float alpha[kGroupRows];
+      softmax_step<kGroupRows, kBlockK>(scratch.scores, visible, scratch.state + group, alpha);
 
       // Values.
-      for (int strip = 0; strip * kStrip < group_rows; ++strip) {
+      for (int strip = 0; strip < kGroupStrips; ++strip) {
         if (strip_range[strip].begin >= strip_range[strip].end) continue;
         const int r = strip * kStrip;
-        accumulate_strip(scratch.scores + r * kBlockK, visible + r, static_cast<int>(min(group_rows - r, kStrip)),
-                         alpha + r, scratch.values, scratch.acc + (group + r) * columns, columns);
+        accumulate_strip(scratch.scores + r * kBlockK, visible + r, alpha + r, values, slot.values_finite,
+                         scratch.acc + (group + r) * columns, columns);
       }
     }
   }
@@ -543,8 +626,10 @@ void run_direct_rows(const AttentionForwardParams& p, const Sequence& s, int64_t
     const Range keys = visible_keys(p, s, first_row + r);
     visible[r] = {max(keys.begin, begin), min(keys.end, end)};
     if (visible[r].begin < visible[r].end) all = {min(all.begin, visible[r].begin), max(all.end, visible[r].end)};
-    partial.state[first_row + r] = {-kInfinity, 0.0f};
   }
+  RowState state[kLanes];
+  for (RowState& row : state) row = {-kInfinity, 0.0f};
+  const bool modified = has_modifiers(p);
   float* acc = partial.acc + first_row * p.v_head_dim;
   memset(acc, 0, static_cast<size_t>(kRows * p.v_head_dim) * sizeof(float));
 
@@ -554,39 +639,43 @@ void run_direct_rows(const AttentionForwardParams& p, const Sequence& s, int64_t
     direct_scores<kRows>(q, token<T>(p.k, s, s.k_start, block + first_key, s.kv_head), p.k.token_stride,
                          num_keys - first_key, p.head_dim, scores + first_key);
     const T* values = token<T>(p.v, s, s.k_start, block, s.kv_head);
-    float alpha[kRows];
-    int lo[kRows], hi[kRows];
-    int common_begin = first_key, common_end = num_keys;
+    if (block + kDirectBlock < all.end) {  // the next block comes from memory meanwhile
+      const int next_keys = static_cast<int>(min(all.end - block - kDirectBlock, kDirectBlock));
+      prefetch_rows(token<T>(p.k, s, s.k_start, block + kDirectBlock, s.kv_head), p.k.token_stride, 0, next_keys,
+                    p.head_dim);
+      prefetch_rows(values + kDirectBlock * p.v.token_stride, p.v.token_stride, 0, next_keys, p.v_head_dim);
+    }
+
+    Range range[kLanes] = {};  // visible keys of this block; the rows past kRows see none
+    Range common{first_key, num_keys};
     for (int r = 0; r < kRows; ++r) {
-      lo[r] = static_cast<int>(max(visible[r].begin - block, 0));
-      hi[r] = static_cast<int>(min(visible[r].end - block, num_keys));
-      alpha[r] = 1.0f;
-      if (lo[r] < hi[r]) {
-        float* row_scores = scores + r * kDirectBlock + lo[r];
-        if (has_modifiers(p)) apply_modifiers(p, s, first_row + r, block + lo[r], hi[r] - lo[r], row_scores);
-        alpha[r] = softmax_step(row_scores, hi[r] - lo[r], partial.state[first_row + r]);
+      range[r] = {max(visible[r].begin - block, 0), min(visible[r].end - block, num_keys)};
+      if (range[r].begin >= range[r].end) range[r] = {0, 0};
+      common = {max(common.begin, range[r].begin), min(common.end, range[r].end)};
+      const int count = static_cast<int>(range[r].end - range[r].begin);
+      if (modified && count > 0) {
+        apply_modifiers(p, s, first_row + r, block + range[r].begin, count, scores + r * kDirectBlock + range[r].begin);
       }
-      common_begin = lo[r] > common_begin ? lo[r] : common_begin;
-      common_end = hi[r] < common_end ? hi[r] : common_end;
     }
-    if (common_end < common_begin) common_end = common_begin;
-    // Ragged ends row by row, what all rows see together.
+    common.end = max(common.begin, common.end);
+    float alpha[kLanes];
+    softmax_step<kLanes, kDirectBlock>(scores, range, state, alpha);
+
+    // What all rows see together, then the ragged ends row by row.
+    direct_values<kRows>(scores, values, p.v.token_stride, static_cast<int>(common.begin), static_cast<int>(common.end),
+                         alpha, p.v_head_dim, acc);
     const float one = 1.0f;
+    auto accumulate_row = [&](int r, int64_t begin, int64_t end) {
+      if (begin >= end) return;
+      direct_values<1>(scores + r * kDirectBlock, values, p.v.token_stride, static_cast<int>(begin),
+                       static_cast<int>(end), &one, p.v_head_dim, acc + r * p.v_head_dim);
+    };
     for (int r = 0; r < kRows; ++r) {
-      const int row_end = hi[r] < common_begin ? hi[r] : common_begin;
-      if (lo[r] >= row_end) continue;
-      direct_values<1>(scores + r * kDirectBlock, values, p.v.token_stride, lo[r], row_end, alpha + r, p.v_head_dim,
-                       acc + r * p.v_head_dim);
-      alpha[r] = 1.0f;
-    }
-    direct_values<kRows>(scores, values, p.v.token_stride, common_begin, common_end, alpha, p.v_head_dim, acc);
-    for (int r = 0; r < kRows; ++r) {
-      const int row_begin = lo[r] > common_end ? lo[r] : common_end;
-      if (row_begin >= hi[r]) continue;
-      direct_values<1>(scores + r * kDirectBlock, values, p.v.token_stride, row_begin, hi[r], &one, p.v_head_dim,
-                       acc + r * p.v_head_dim);
+      accumulate_row(r, range[r].begin, min(range[r].end, common.begin));
+      accumulate_row(r, max(range[r].begin, common.end), range[r].end);
     }
   }
+  for (int r = 0; r < kRows; ++r) partial.state[first_row + r] = state[r];
 }
 
 template <class T>
@@ -617,18 +706,21 @@ void run_forward(const AttentionForwardParams& p) {
 
   auto uses_direct = [](const Sequence& s) { return s.num_rows <= kDirectRows; };
   auto num_chunks = [](const Sequence& s) { return max(1, ceil_div(s.seq_k, kChunk)); };
-  int64_t total_rows = 0, num_partials = 0;
+  int64_t total_rows = 0, num_partials = 0, max_blocks = 1;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b, 0);
     total_rows += s.num_rows;
+    max_blocks = max(max_blocks, ceil_div(s.seq_k, kBlockK));
     if (uses_direct(s)) num_partials += num_chunks(s) * p.kv_heads;
   }
   // Tile rows: enough tiles for every worker, never more rows than the cache holds. The choice changes no bits.
   const int64_t wanted = round_up(ceil_div(total_rows * p.kv_heads, 4 * workers), kGroupRows);
   const int64_t tile_rows = max(kGroupRows, min(max_tile_rows(p.head_dim, p.v_head_dim), wanted));
+  const int64_t affordable_slots = kPackedBytes / workers / (kBlockK * (p.head_dim + columns) * 4);
+  const TileShape shape{tile_rows, p.head_dim, columns, max(1, min(max_blocks, affordable_slots))};
 
   const int64_t acc_floats = num_partials * kDirectRows * p.v_head_dim;
-  const int64_t scratch_bytes = TileScratch::num_bytes(tile_rows, p.head_dim, columns);
+  const int64_t scratch_bytes = TileScratch::num_bytes(shape);
   const Workspace workspace(Arena::array_bytes<SequencePlan>(p.batch) + Arena::array_bytes<float>(acc_floats) +
                             Arena::array_bytes<RowState>(num_partials * kDirectRows) + workers * scratch_bytes);
   Arena arena(workspace.data());
@@ -637,6 +729,10 @@ void run_forward(const AttentionForwardParams& p) {
   RowState* partial_state = arena.take<RowState>(num_partials * kDirectRows);
   char* scratch = arena.take<char>(workers * scratch_bytes);
 
+  for (int worker = 0; worker < workers; ++worker) {
+    const TileScratch buffers(Arena(scratch + worker * scratch_bytes), shape);
+    for (int64_t slot = 0; slot < shape.num_slots; ++slot) buffers.slots[slot] = {-1, false};
+  }
   int64_t num_tasks = 0;
   num_partials = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -687,8 +783,8 @@ void run_forward(const AttentionForwardParams& p) {
       if (unit.units == 1) finish_direct(s, unit);
     } else {
       const int64_t tile = unit.units - 1 - local % unit.units;  // causal: the longest first
-      const TileScratch buffers(Arena(scratch + worker * scratch_bytes), tile_rows, p.head_dim, columns);
-      run_tile<T>(p, s, tile * tile_rows, min((tile + 1) * tile_rows, s.num_rows), buffers);
+      run_tile<T>(p, s, tile * tile_rows, min((tile + 1) * tile_rows, s.num_rows),
+                  TileScratch(Arena(scratch + worker * scratch_bytes), shape), shape);
     }
   });
   if (num_partials == 0) return;

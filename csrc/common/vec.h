@@ -35,9 +35,14 @@ FM_INLINE VecF load(const float* p) {
 FM_INLINE void store(float* p, VecF x) { memcpy(p, &x, sizeof x); }
 
 FM_INLINE VecF load(const BFloat16* p) {
+#ifdef __AVX2__  // the generic form below becomes two halves and an insertion
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
   VecU16 bits;
   memcpy(&bits, p, sizeof bits);
   return (VecF)(__builtin_convertvector(bits, VecU) << 16);
+#endif
 }
 FM_INLINE void store(BFloat16* p, VecF x) {
   const VecU bits = (VecU)x;
@@ -81,18 +86,27 @@ FM_INLINE VecF broadcast(float x) { return x - VecF{}; }  // x - 0 is x; 0 + x i
 // The larger of a and b; b where either is NaN.
 FM_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 
-FM_INLINE float horizontal_sum(VecF x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+// Lanes i and i ^ kStep exchanged.
+template <int kStep>
+FM_INLINE VecF swap_lanes(VecF x) {
+  if constexpr (kLanes == 8) {
+    return __builtin_shuffle(
+        x, VecI{0 ^ kStep, 1 ^ kStep, 2 ^ kStep, 3 ^ kStep, 4 ^ kStep, 5 ^ kStep, 6 ^ kStep, 7 ^ kStep});
+  } else {
+    return __builtin_shuffle(x, VecI{0 ^ kStep, 1 ^ kStep, 2 ^ kStep, 3 ^ kStep});
   }
-  return lanes[0];
+}
+FM_INLINE float horizontal_sum(VecF x) {
+  if constexpr (kLanes == 8) x += swap_lanes<kLanes / 2>(x);
+  x += swap_lanes<2>(x);
+  x += swap_lanes<1>(x);
+  return x[0];
 }
 FM_INLINE float horizontal_max(VecF x) {
-  float largest = x[0];
-  for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+  if constexpr (kLanes == 8) x = max(x, swap_lanes<kLanes / 2>(x));
+  x = max(x, swap_lanes<2>(x));
+  x = max(x, swap_lanes<1>(x));
+  return x[0];
 }
 
 // 2^x for x <= 0: relative error below 1.2e-7, exactly 0 below 2^-126 (-infinity included), NaN stays NaN.
