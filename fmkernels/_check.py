@@ -23,8 +23,7 @@ def is_tensor(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be a strided tensor, got layout {value.layout}.")
 
 
-def rank(op: str, name: str, value: Tensor, layout: str) -> None:
-    expected = len(layout.strip("[]").split(","))
+def rank(op: str, name: str, value: Tensor, expected: int, layout: str) -> None:
     if value.dim() != expected:
         raise ValueError(f"{op}: {name} must be {layout}, got {value.dim()} dimensions {list(value.shape)}.")
 
@@ -74,7 +73,7 @@ def integer(op: str, name: str, value: Any, minimum: int) -> None:
 def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
-    if isinstance(value, float | int) and not math.isfinite(value):
+    if isinstance(value, float | int) and not -math.inf < value < math.inf:  # math.isfinite breaks the graph of dynamo
         raise ValueError(f"{op}: {name} must be finite, got {value}.")
     if non_negative and value < 0:
         raise ValueError(f"{op}: {name} must not be negative, got {value}.")

@@ -13,6 +13,12 @@ from . import _check as check
 from ._library import needs_grad, ops, register_autocast, register_fake, register_flop_formula
 
 MAX_HEAD_DIM = 256
+_LAYOUTS = (
+    "[batch, seq_q, heads, head_dim]",
+    "[batch, seq_k, kv_heads, head_dim]",
+    "[batch, seq_k, kv_heads, v_head_dim]",
+)
+_PACKED_LAYOUTS = ("[total_q, heads, head_dim]", "[total_k, kv_heads, head_dim]", "[total_k, kv_heads, v_head_dim]")
 
 
 def attention(
@@ -65,14 +71,14 @@ def attention(
     Algorithm: Dao 2023, FlashAttention-2.
     """
     op = "attention"
-    _check_qkv(op, q, k, v, "[batch, seq_q, heads, head_dim]", "[batch, seq_k, kv_heads, {}]")
+    _check_qkv(op, q, k, v, _LAYOUTS)
     for name, t in (("k", k), ("v", v)):
         check.size(op, name, t, 0, "batch", q.shape[0])
     check.size(op, "v", v, 1, "the seq_k of k,", k.shape[1])
     _check_modifiers(op, q, q.shape[0], causal, window, softmax_scale, softcap, alibi_slopes, sinks, return_lse)
     if bias is not None:
         check.is_tensor(op, "bias", bias)
-        check.rank(op, "bias", bias, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
+        check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
         check.same_device(op, "bias", bias, "q", q)
         check.dtype(op, "bias", bias, (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype))
         for dim, (what, full) in enumerate(
@@ -127,15 +133,15 @@ def attention_varlen(
     Returns:
         o [total_q, heads, v_head_dim]; with return_lse, (o, lse) with lse [heads, total_q], float32.
 
-    Raises, support and determinism: as `attention`. Under torch.compile the values of the prefix sums are checked by the
-    kernel, which raises RuntimeError.
+    Raises, support and determinism: as `attention`. Under torch.compile the kernel checks the values of the prefix sums
+    and raises RuntimeError.
     """
     op = "attention_varlen"
-    _check_qkv(op, q, k, v, "[total_q, heads, head_dim]", "[total_k, kv_heads, {}]")
+    _check_qkv(op, q, k, v, _PACKED_LAYOUTS)
     check.size(op, "v", v, 0, "the total_k of k,", k.shape[0])
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check.is_tensor(op, name, t)
-        check.rank(op, name, t, "[batch + 1]")
+        check.rank(op, name, t, 1, "[batch + 1]")
         check.dtype(op, name, t, (torch.int32,))
         check.same_device(op, name, t, "q", q)
         check.last_dim_contiguous(op, name, t)
@@ -174,25 +180,23 @@ class _Attention(torch.autograd.Function):
         raise RuntimeError("attention: the backward pass does not exist yet; call it under torch.no_grad().")
 
 
-def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, q_layout: str, kv_layout: str) -> None:
-    check.is_tensor(op, "q", q)
-    check.rank(op, "q", q, q_layout)
-    check.dtype(op, "q", q, check.FLOAT_DTYPES)
-    check.last_dim_contiguous(op, "q", q)
-    for name, t, dim in (("k", k, "head_dim"), ("v", v, "v_head_dim")):
+def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str, str]) -> None:
+    any_dtype = torch.is_autocast_enabled(q.device.type) if isinstance(q, Tensor) else False
+    for name, t, layout in zip("qkv", (q, k, v), layouts, strict=True):
         check.is_tensor(op, name, t)
-        check.rank(op, name, t, kv_layout.format(dim))
-        if not torch.is_autocast_enabled(q.device.type):
-            check.same_dtype(op, name, t, "q", q)
-        else:
+        check.rank(op, name, t, 4 if op == "attention" else 3, layout)
+        if t is q or any_dtype:
             check.dtype(op, name, t, check.FLOAT_DTYPES)
+        else:
+            check.same_dtype(op, name, t, "q", q)
         check.same_device(op, name, t, "q", q)
         check.last_dim_contiguous(op, name, t)
-    for name, head_dim in (("head_dim of q", q.shape[-1]), ("v_head_dim of v", v.shape[-1])):
-        if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
-            raise ValueError(f"{op}: {name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}.")
-    check.size(op, "k", k, -1, "the head_dim of q,", q.shape[-1])
-    heads, kv_heads = q.shape[-2], k.shape[-2]
+    (heads, head_dim), (kv_heads, k_head_dim) = q.shape[-2:], k.shape[-2:]
+    for name, dim in (("head_dim of q", head_dim), ("v_head_dim of v", v.shape[-1])):
+        if dim % 8 != 0 or not 8 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{op}: {name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {dim}.")
+    if k_head_dim != head_dim:
+        raise ValueError(f"{op}: k must have the head_dim of q, {head_dim}, got {k_head_dim}.")
     if kv_heads < 1 or heads % kv_heads != 0:
         raise ValueError(f"{op}: k has {kv_heads} kv_heads, which must divide the {heads} heads of q.")
     check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
@@ -223,7 +227,7 @@ def _check_modifiers(
     if alibi_slopes is not None:
         check.is_tensor(op, "alibi_slopes", alibi_slopes)
         if alibi_slopes.dim() != 2:
-            check.rank(op, "alibi_slopes", alibi_slopes, "[heads]")
+            check.rank(op, "alibi_slopes", alibi_slopes, 1, "[heads]")
         else:
             check.size(op, "alibi_slopes", alibi_slopes, 0, "batch", batch)
         check.dtype(op, "alibi_slopes", alibi_slopes, (torch.float32,))
@@ -234,7 +238,7 @@ def _check_modifiers(
             raise ValueError(f"{op}: alibi_slopes must not require a gradient: none is computed for it.")
     if sinks is not None:
         check.is_tensor(op, "sinks", sinks)
-        check.rank(op, "sinks", sinks, "[heads]")
+        check.rank(op, "sinks", sinks, 1, "[heads]")
         check.dtype(op, "sinks", sinks, (torch.float32,))
         check.same_device(op, "sinks", sinks, "q", q)
         check.last_dim_contiguous(op, "sinks", sinks)

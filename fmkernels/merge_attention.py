@@ -22,8 +22,8 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     Args:
         o_a: [batch, seq_q, heads, v_head_dim] or packed [total_q, heads, v_head_dim]; float32, bfloat16 or float16, any
             strides with a contiguous last dimension.
-        lse_a: [batch, heads, seq_q] or [heads, total_q], float32, natural logarithm, any strides; -inf: no key was seen,
-            and o_a is not read there.
+        lse_a: [batch, heads, seq_q] or [heads, total_q], float32, natural logarithm, any strides; -inf: no key was
+            seen, and o_a is not read there.
         o_b, lse_b: shapes, dtypes and device of o_a and lse_a.
 
     Returns:

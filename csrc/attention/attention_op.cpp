@@ -47,8 +47,9 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   p.v = view_tokens(v);
 
   FM_CHECK(window_left >= -1 && window_right >= -1, "window must be -1 or more on both sides");
-  p.window_left = window_left;
-  p.window_right = causal ? 0 : window_right;
+  constexpr int64_t kWidest = int64_t{1} << 40;  // wider than any sequence, and safe to add to a position
+  p.window_left = window_left < kWidest ? window_left : kWidest;
+  p.window_right = causal ? 0 : window_right < kWidest ? window_right : kWidest;
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.softcap = static_cast<float>(softcap);
   if (alibi_slopes.has_value()) {

@@ -121,7 +121,7 @@ FM_INLINE VecF exp2_nonpositive(VecF x) {
   p = p * f + 2.402264689e-1f;
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.0f;
-  const VecF power = (VecF)(((VecI)shifted << 23) + 0x3f800000);
+  const VecF power = (VecF)(((VecU)shifted << 23) + 0x3f800000u);
   return x < -126.0f ? VecF{} : p * power;
 }
 

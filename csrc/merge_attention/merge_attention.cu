@@ -42,10 +42,18 @@ __device__ __forceinline__ float* lse_of(const MergeSide& side, Row r) {
   return side.lse + r.batch * side.lse_stride[0] + r.token * side.lse_stride[1] + r.head * side.lse_stride[2];
 }
 
-__device__ __forceinline__ float merged_lse(float a, float b) {
-  const float larger = a > b ? a : b;
-  // -infinity where both are; NaN where one is.
-  return larger == -INFINITY ? a + b : larger + logf(expf(a - larger) + expf(b - larger));
+struct Weights {
+  float a, b, lse;
+};
+
+// The weights of both sides, 0 for a side without keys, and the merged lse. NaN on either side makes all of them NaN.
+__device__ __forceinline__ Weights merge_weights(float lse_a, float lse_b) {
+  if (lse_a == -INFINITY && lse_b == -INFINITY) return {0.0f, 0.0f, -INFINITY};
+  const bool a_is_larger = lse_a > lse_b;
+  const float larger = a_is_larger ? lse_a : lse_b, smaller = a_is_larger ? lse_b : lse_a;
+  const float ratio = expf(smaller - larger), inverse = 1.0f / (1.0f + ratio);
+  const float lse = larger + logf(1.0f + ratio);
+  return a_is_larger ? Weights{inverse, ratio * inverse, lse} : Weights{ratio * inverse, inverse, lse};
 }
 // exp(part - whole), and 0 for a side without keys, also where the whole has none.
 __device__ __forceinline__ float weight(float part, float whole) {
@@ -60,9 +68,7 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(MergeAttentio
   const Row r = row_of(p, index / vectors_per_row);
   const int64_t column = index % vectors_per_row * kVec;
 
-  const float lse_a = *lse_of(p.a, r), lse_b = *lse_of(p.b, r);
-  const float lse = merged_lse(lse_a, lse_b);
-  const float w_a = weight(lse_a, lse), w_b = weight(lse_b, lse);
+  const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
 
   float sum[kVec] = {};
   auto add = [&](const MergeSide& side, float w) {
@@ -70,12 +76,12 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(MergeAttentio
     const auto part = *reinterpret_cast<const Vector<T, kVec>*>(o_row<T>(side, r) + column);
     for (int i = 0; i < kVec; ++i) sum[i] += to_float(part.lane[i]) * w;
   };
-  add(p.a, w_a);
-  add(p.b, w_b);
+  add(p.a, weights.a);
+  add(p.b, weights.b);
   Vector<T, kVec> o;
   for (int i = 0; i < kVec; ++i) o.lane[i] = from_float<T>(sum[i]);
   *reinterpret_cast<Vector<T, kVec>*>(o_row<T>(p.merged, r) + column) = o;
-  if (column == 0) *lse_of(p.merged, r) = lse;
+  if (column == 0) *lse_of(p.merged, r) = weights.lse;
 }
 
 // Sum over the lanes of a warp, in the same order on every run; every lane holds the result.

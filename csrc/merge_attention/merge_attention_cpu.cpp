@@ -57,27 +57,35 @@ FM_INLINE void store_lanes(T* p, VecF x, int count) {
   count == kLanes ? store(p, x) : store_partial(p, x, count);
 }
 
+struct Weights {
+  float a, b, lse;
+};
+
+// The weights of both sides, 0 for a side without keys, and the merged lse. NaN on either side makes all of them NaN.
+Weights merge_weights(float lse_a, float lse_b) {
+  if (lse_a == -__builtin_inff() && lse_b == -__builtin_inff()) return {0.0f, 0.0f, -__builtin_inff()};
+  const bool a_is_larger = lse_a > lse_b;
+  const float larger = a_is_larger ? lse_a : lse_b, smaller = a_is_larger ? lse_b : lse_a;
+  const float ratio = std::exp(smaller - larger), inverse = 1.0f / (1.0f + ratio);
+  const float lse = larger + std::log(1.0f + ratio);
+  return a_is_larger ? Weights{inverse, ratio * inverse, lse} : Weights{ratio * inverse, inverse, lse};
+}
+
 // exp(part - whole), and 0 for a side without keys, also where the whole has none.
 float weight(float part, float whole) { return part == -__builtin_inff() ? 0.0f : std::exp(part - whole); }
 
 template <class T>
 void merge_row(const MergeAttentionParams& p, Row r) {
-  const float lse_a = *lse_of(p.a, r), lse_b = *lse_of(p.b, r);
-  const float larger = lse_a > lse_b ? lse_a : lse_b;
-  // -infinity where both are; NaN where one is.
-  const float lse = larger == -__builtin_inff()
-                        ? lse_a + lse_b
-                        : larger + std::log(std::exp(lse_a - larger) + std::exp(lse_b - larger));
-  const float w_a = weight(lse_a, lse), w_b = weight(lse_b, lse);
+  const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
   const T *a = o_row<T>(p.a, r), *b = o_row<T>(p.b, r);
   T* o = o_row<T>(p.merged, r);
   for_each_vector(p.dim, [&](int64_t c, int count) {
     VecF sum{};
-    if (w_a != 0.0f) sum += load_lanes(a + c, count) * w_a;
-    if (w_b != 0.0f) sum += load_lanes(b + c, count) * w_b;
+    if (weights.a != 0.0f) sum += load_lanes(a + c, count) * weights.a;
+    if (weights.b != 0.0f) sum += load_lanes(b + c, count) * weights.b;
     store_lanes(o + c, sum, count);
   });
-  *lse_of(p.merged, r) = lse;
+  *lse_of(p.merged, r) = weights.lse;
 }
 
 // The gradients of one side.

@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiled path of attention_forward_cpu.cpp: keys and values packed, products by a register tile.
+// Internal linkage, as in common/vec.h.
+#pragma once
+
+#include "../common/parallel.h"
+#include "attention_rows_cpu.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kStrip = 6;           // rows of a register tile: 12 accumulators, 2 column vectors, 1 broadcast of 16
+constexpr int kPanel = 2 * kLanes;  // columns of a register tile
+constexpr int kGroupStrips = 4;     // strips whose scores stay in the first-level cache together
+constexpr int kGroupRows = kGroupStrips * kStrip;
+constexpr int kBlockK = 128;  // keys packed at a time
+
+// Rows of a tile: as many as keep q and o in 192 KiB, so that they stay in a second-level cache of 512 KiB beside a
+// packed block and the next one on its way.
+constexpr int64_t max_tile_rows(int64_t head_dim, int64_t v_head_dim) {
+  return max(kGroupRows, 192 * 1024 / 4 / (head_dim + v_head_dim) / kGroupRows * kGroupRows);
+}
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+// rows[i][0, kLanes) for i in [0, kLanes) become out[c][0, kLanes) = rows[.][c], with a row stride of kPanel.
+FM_INLINE void transpose_to(const VecF* rows, float* out) {
+#ifdef __AVX2__
+  __m256 pairs[8], quads[8];
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int h = 0; h < 2; ++h) {
+      quads[4 * i + 2 * h] = _mm256_shuffle_ps(pairs[4 * i + h], pairs[4 * i + 2 + h], 0x44);
+      quads[4 * i + 2 * h + 1] = _mm256_shuffle_ps(pairs[4 * i + h], pairs[4 * i + 2 + h], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * kPanel, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * kPanel, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+  }
+#else
+  for (int c = 0; c < kLanes; ++c) {
+    for (int i = 0; i < kLanes; ++i) out[c * kPanel + i] = rows[i][c];
+  }
+#endif
+}
+
+// keys[0, count) to packed[panel][column][kPanel], the keys of the last panel past `count` as zeros.
+template <class T>
+void pack_keys(const T* keys, int64_t stride, int count, int64_t head_dim, float* packed) {
+  for (int panel = 0; panel < count; panel += kPanel) {
+    float* out = packed + panel * head_dim;
+    for (int half = 0; half < kPanel; half += kLanes) {
+      for (int64_t c = 0; c < head_dim; c += kLanes) {
+        VecF rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int key = panel + half + i;
+          rows[i] = key < count ? load(keys + key * stride + c) : VecF{};
+        }
+        transpose_to(rows, out + c * kPanel + half);
+      }
+    }
+  }
+}
+
+// values[0, count) to packed[panel][key][kPanel] with kBlockK keys a panel; columns past v_head_dim as zeros. Returns
+// whether all of them are finite.
+template <class T>
+bool pack_values(const T* values, int64_t stride, int count, int64_t v_head_dim, float* packed) {
+  VecF zero{};  // becomes NaN with the first value that is not finite
+  for (int64_t c = 0; c < v_head_dim; c += kPanel) {
+    const bool whole = c + kPanel <= v_head_dim;
+    float* out = packed + c * kBlockK;
+    for (int key = 0; key < count; ++key) {
+      const VecF left = load(values + key * stride + c);
+      const VecF right = whole ? load(values + key * stride + c + kLanes) : VecF{};
+      zero += (left * 0.0f) + (right * 0.0f);
+      store(out + key * kPanel, left);
+      store(out + key * kPanel + kLanes, right);
+    }
+  }
+  return horizontal_sum(zero) == 0.0f;
+}
+
+template <class T>
+FM_INLINE void prefetch_rows(const T* rows, int64_t stride, int begin, int end, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int row = begin; row < end; ++row) {
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(rows + row * stride + c, 0, 2);
+  }
+}
+
+// ---- register tiles ------------------------------------------------------------------------------------------------
+
+// scores[r][0, kPanel) = sum over c of q[c][r] * keys[c][.], for kStrip rows; score rows are kBlockK apart.
+FM_INLINE void score_tile(const float* q, const float* keys, int64_t head_dim, float* scores) {
+  VecF acc[kStrip][2] = {};
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < head_dim; ++c) {
+    const VecF k0 = load(keys + c * kPanel), k1 = load(keys + c * kPanel + kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r) {
+      const VecF x = broadcast(q[c * kStrip + r]);
+      acc[r][0] += x * k0;
+      acc[r][1] += x * k1;
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kStrip; ++r) {
+    store(scores + r * kBlockK, acc[r][0]);
+    store(scores + r * kBlockK + kLanes, acc[r][1]);
+  }
+}
+
+// o[r][0, kPanel) = alpha[r] * o[r][.] + sum over j in [begin, end) of weights[r][j] * values[j][.], for kRows rows.
+template <int kRows>
+FM_INLINE void value_tile(const float* weights, const float* values, int begin, int end, const float* alpha, float* o,
+                          int64_t o_stride) {
+  VecF acc[kRows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    acc[r][0] = load(o + r * o_stride) * alpha[r];
+    acc[r][1] = load(o + r * o_stride + kLanes) * alpha[r];
+  }
+#pragma GCC unroll 4
+  for (int j = begin; j < end; ++j) {
+    const VecF v0 = load(values + j * kPanel), v1 = load(values + j * kPanel + kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const VecF x = broadcast(weights[r * kBlockK + j]);
+      acc[r][0] += x * v0;
+      acc[r][1] += x * v1;
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    store(o + r * o_stride, acc[r][0]);
+    store(o + r * o_stride + kLanes, acc[r][1]);
+  }
+}
+
+// ---- the tiled path ------------------------------------------------------------------------------------------------
+
+// Sizes of a worker's scratch.
+struct TileShape {
+  int64_t tile_rows, head_dim, columns, num_slots;  // columns: v_head_dim rounded up to kPanel
+};
+
+// A packed block of keys and values, and which block it is.
+struct Slot {
+  int64_t owner;  // a number that names (sequence, kv head, block); -1: empty
+  bool values_finite;
+};
+
+// Scratch of one worker. The tiles of one kv head follow each other, so a worker finds most of the blocks that it needs
+// packed by its previous tile.
+struct TileScratch {
+  float* q;         // [row / kStrip][head_dim][kStrip], scaled
+  float* acc;       // [row][columns]
+  RowState* state;  // [row]
+  float* scores;    // [kGroupRows][kBlockK]
+  Slot* slots;      // [num_slots]
+  float* keys;      // [num_slots][kBlockK / kPanel][head_dim][kPanel]
+  float* values;    // [num_slots][columns / kPanel][kBlockK][kPanel]
+
+  TileScratch(Arena arena, const TileShape& shape)
+      : q(arena.take<float>(shape.tile_rows * shape.head_dim)),
+        acc(arena.take<float>(shape.tile_rows * shape.columns)),
+        state(arena.take<RowState>(shape.tile_rows)),
+        scores(arena.take<float>(kGroupRows * kBlockK)),
+        slots(arena.take<Slot>(shape.num_slots)),
+        keys(arena.take<float>(shape.num_slots * kBlockK * shape.head_dim)),
+        values(arena.take<float>(shape.num_slots * kBlockK * shape.columns)) {}
+
+  static int64_t num_bytes(const TileShape& shape) {
+    return Arena::array_bytes<float>(shape.tile_rows * shape.head_dim) +
+           Arena::array_bytes<float>(shape.tile_rows * shape.columns) + Arena::array_bytes<RowState>(shape.tile_rows) +
+           Arena::array_bytes<float>(kGroupRows * kBlockK) + Arena::array_bytes<Slot>(shape.num_slots) +
+           Arena::array_bytes<float>(shape.num_slots * kBlockK * shape.head_dim) +
+           Arena::array_bytes<float>(shape.num_slots * kBlockK * shape.columns);
+  }
+};
+
+// o = alpha * o + weights * values for the rows of one strip. The weights of a row lie in its visible range.
+void accumulate_strip(float* weights, const Range* visible, const float* alpha, const float* values, bool values_finite,
+                      float* acc, int64_t columns) {
+  Range all{kBlockK, 0}, common{0, kBlockK};
+  for (int r = 0; r < kStrip; ++r) {
+    if (visible[r].begin < visible[r].end) {
+      all = {min(all.begin, visible[r].begin), max(all.end, visible[r].end)};
+    }
+    common = {max(common.begin, visible[r].begin), min(common.end, visible[r].end)};
+  }
+  common.end = max(common.begin, common.end);
+  if (values_finite) {  // a weight of 0 hides a key: one pass over what any row of the strip sees
+    for (int r = 0; r < kStrip; ++r) {
+      for (int64_t j = all.begin; j < min(visible[r].begin, all.end); ++j) weights[r * kBlockK + j] = 0.0f;
+      for (int64_t j = max(visible[r].end, all.begin); j < all.end; ++j) weights[r * kBlockK + j] = 0.0f;
+    }
+    common = all;
+  }
+  const float one = 1.0f;
+  auto accumulate_row = [&](int r, int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < columns && begin < end; c += kPanel) {
+      value_tile<1>(weights + r * kBlockK, values + c * kBlockK, static_cast<int>(begin), static_cast<int>(end), &one,
+                    acc + r * columns + c, columns);
+    }
+  };
+  for (int64_t c = 0; c < columns; c += kPanel) {
+    value_tile<kStrip>(weights, values + c * kBlockK, static_cast<int>(common.begin), static_cast<int>(common.end),
+                       alpha, acc + c, columns);
+  }
+  if (values_finite) return;
+  for (int r = 0; r < kStrip; ++r) {
+    accumulate_row(r, visible[r].begin, min(visible[r].end, common.begin));
+    accumulate_row(r, max(visible[r].begin, common.end), visible[r].end);
+  }
+}
+
+template <class T>
+void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_begin, int64_t row_end,
+              const TileScratch& scratch, const TileShape& shape) {
+  const int num_rows = static_cast<int>(row_end - row_begin);
+  const int64_t padded_rows = round_up(num_rows, kGroupRows), columns = shape.columns;
+  const bool modified = has_modifiers(p);
+
+  // Query rows, scaled and interleaved by strip; the rows that pad the last group are zeros.
+  const float scale = query_scale(p);
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    float* out = scratch.q + r / kStrip * kStrip * p.head_dim + r % kStrip;
+    const T* q = r < num_rows ? token<T>(p.q, s, s.q_start, s.query(row_begin + r), s.head(row_begin + r)) : nullptr;
+    for (int64_t c = 0; c < p.head_dim; ++c) out[c * kStrip] = q == nullptr ? 0.0f : to_float(q[c]) * scale;
+    scratch.state[r] = {-kInfinity, 0.0f};
+  }
+  memset(scratch.acc, 0, static_cast<size_t>(padded_rows * columns) * sizeof(float));
+
+  // The union of the visible ranges; both ends grow with the row.
+  const Range all{visible_keys(p, s, row_begin).begin, visible_keys(p, s, row_end - 1).end};
+  for (int64_t block = all.begin / kBlockK * kBlockK; block < all.end; block += kBlockK) {
+    const int num_keys = static_cast<int>(min(s.seq_k - block, kBlockK));
+    const int64_t block_index = block / kBlockK, slot_index = block_index % shape.num_slots;
+    Slot& slot = scratch.slots[slot_index];
+    float* keys = scratch.keys + slot_index * kBlockK * p.head_dim;
+    float* values = scratch.values + slot_index * kBlockK * columns;
+    const int64_t owner = (s.batch * p.kv_heads + s.kv_head) * (p.seq_k / kBlockK + 1) + block_index;
+    const bool is_packed = slot.owner == owner;
+    if (!is_packed) {
+      pack_keys(token<T>(p.k, s, s.k_start, block, s.kv_head), p.k.token_stride, num_keys, p.head_dim, keys);
+      const bool finite =
+          pack_values(token<T>(p.v, s, s.k_start, block, s.kv_head), p.v.token_stride, num_keys, p.v_head_dim, values);
+      slot = {owner, finite};
+    }
+    // The next block comes from memory while this one is multiplied, an equal share with every group of rows.
+    const int next_keys = is_packed ? 0 : static_cast<int>(max(0, min(all.end - block - kBlockK, kBlockK)));
+    const T* next_k = token<T>(p.k, s, s.k_start, block + kBlockK, s.kv_head);
+    const T* next_v = token<T>(p.v, s, s.k_start, block + kBlockK, s.kv_head);
+    const int num_groups = static_cast<int>(ceil_div(num_rows, kGroupRows));
+
+    for (int group = 0; group < num_rows; group += kGroupRows) {
+      const int share = next_keys * (group / kGroupRows) / num_groups;
+      const int share_end = next_keys * (group / kGroupRows + 1) / num_groups;
+      prefetch_rows(next_k, p.k.token_stride, share, share_end, p.head_dim);
+      prefetch_rows(next_v, p.v.token_stride, share, share_end, p.v_head_dim);
+
+      Range visible[kGroupRows], strip_range[kGroupStrips];
+      Range group_range{kBlockK, 0};
+      for (int strip = 0; strip < kGroupStrips; ++strip) {
+        Range& range = strip_range[strip] = {kBlockK, 0};
+        for (int r = strip * kStrip; r < (strip + 1) * kStrip; ++r) {
+          const Range keys = group + r < num_rows ? visible_keys(p, s, row_begin + group + r) : Range{0, 0};
+          visible[r] = {max(keys.begin - block, 0), min(keys.end - block, num_keys)};
+          if (visible[r].begin >= visible[r].end) visible[r] = {0, 0};
+          else range = {min(range.begin, visible[r].begin), max(range.end, visible[r].end)};
+        }
+        group_range = {min(group_range.begin, range.begin), max(group_range.end, range.end)};
+      }
+      if (group_range.begin >= group_range.end) continue;
+
+      // Scores, panel by panel so that a panel of keys serves every strip from the first-level cache.
+      for (int64_t key = group_range.begin / kPanel * kPanel; key < group_range.end; key += kPanel) {
+        for (int strip = 0; strip < kGroupStrips; ++strip) {
+          if (strip_range[strip].begin >= key + kPanel || strip_range[strip].end <= key) continue;
+          score_tile(scratch.q + (group + strip * kStrip) * p.head_dim, keys + key * p.head_dim, p.head_dim,
+                     scratch.scores + strip * kStrip * kBlockK + key);
+        }
+      }
+
+      // Weights.
+      if (modified) {
+        for (int r = 0; r < kGroupRows; ++r) {
+          const int count = static_cast<int>(visible[r].end - visible[r].begin);
+          if (count == 0) continue;
+          apply_modifiers(p, s, row_begin + group + r, block + visible[r].begin, count,
+                          scratch.scores + r * kBlockK + visible[r].begin);
+        }
+      }
+      float alpha[kGroupRows];
+      softmax_step<kGroupRows, kBlockK>(scratch.scores, visible, scratch.state + group, alpha);
+
+      // Values.
+      for (int strip = 0; strip < kGroupStrips; ++strip) {
+        if (strip_range[strip].begin >= strip_range[strip].end) continue;
+        const int r = strip * kStrip;
+        accumulate_strip(scratch.scores + r * kBlockK, visible + r, alpha + r, values, slot.values_finite,
+                         scratch.acc + (group + r) * columns, columns);
+      }
+    }
+  }
+  for (int r = 0; r < num_rows; ++r) {
+    finish_row<T>(p, s, row_begin + r, scratch.state[r], scratch.acc + r * columns);
+  }
+}
+
+}  // namespace
+}  // namespace fmkernels

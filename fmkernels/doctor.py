@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this installation is, and whether its kernels are right on this machine: the text of a bug report."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import _library, reference
+from ._version import __version__
+from .attention import attention, attention_varlen
+from .merge_attention import merge_attention
+from .testing import BACKENDS, Backend, Case, assert_as_good_as_torch
+
+
+def report() -> dict[str, Any]:
+    """Versions, machine, the op x backend table and the outcome of one small case per op, as plain JSON values.
+
+    An op is, on each backend, "passed", "missing" (the library has no kernel), "no device", or the text of its failure;
+    "passed" at the top is False as soon as one case failed, or an op has no kernel on the CPU.
+    """
+    ops = {name: {backend.name: _outcome(name, backend) for backend in BACKENDS} for name in _library.op_names}
+    failed = [
+        name
+        for name, outcomes in ops.items()
+        if outcomes["cpu"] != "passed" or not set(outcomes.values()) <= {"passed", "missing", "no device"}
+    ]
+    return {"passed": not failed, "versions": _versions(), "machine": _machine(), "ops": ops}
+
+
+def run(as_json: bool = False) -> int:
+    """Prints the report; returns the exit code: 0 when every self-test passed."""
+    found = report()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        console = Console()
+        for title in ("versions", "machine"):
+            table = Table("", "", title=title, title_justify="left", show_header=False)
+            for key, value in found[title].items():
+                table.add_row(key, escape(str(value)))
+            console.print(table)
+        console.print(op_table(found))
+        console.print("All self-tests passed." if found["passed"] else "[bold red]A self-test failed.[/]")
+    return 0 if found["passed"] else 1
+
+
+def op_table(found: dict[str, Any]) -> Table:
+    """Which ops run on which backend of this machine, from a `report()`."""
+    table = Table("op", *(backend.name for backend in BACKENDS), title="ops", title_justify="left")
+    for name, outcomes in found["ops"].items():
+        table.add_row(name, *(escape(outcomes[backend.name]) for backend in BACKENDS))
+    return table
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "fmkernels": __version__,
+        "torch": torch.__version__,
+        "torch CUDA": torch.version.cuda,
+        "Python": platform.python_version(),
+        "compiler of _C": _text("_C", "fmkernels_compiler"),
+        "nvcc of _C_cuda": _text("_C_cuda", "fmkernels_cuda_version"),
+        "architectures of _C_cuda": _text("_C_cuda", "fmkernels_cuda_archs"),
+        "CUDA driver": _driver(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            gpus.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "CPU kernels": _text("_C", "fmkernels_cpu_isa") or "none: FMKERNELS_CPU_ISA does not fit this processor",
+        "CUDA kernels": _library.cuda_error or "loaded",
+        "GPUs": ", ".join(gpus) or "none",
+    }
+
+
+def _text(library: str, function: str) -> str | None:
+    """The result of a C function of a loaded library; None where the library is not there, or it returns null."""
+    if library == "_C_cuda" and _library.cuda_error is not None:
+        return None
+    getter = getattr(ctypes.CDLL(str(_library.library_dir / f"{library}.abi3.so")), function)
+    getter.restype = ctypes.c_char_p
+    value = getter()
+    return None if value is None else value.decode()
+
+
+def _driver() -> str | None:
+    """The newest CUDA that the driver supports."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    status = driver.cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}" if status == 0 else f"error {status}"
+
+
+def _processor() -> str:
+    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
+    try:
+        with open("/proc/cpuinfo") as lines:  # noqa: PTH123 - platform.processor() is empty on Linux
+            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} (torch: {capability})"
+
+
+def _outcome(name: str, backend: Backend) -> str:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{backend.namespace}::{name}", backend.device.upper()):
+        return "missing"
+    if not backend.has(name):
+        return "no device"
+    if not __debug__:
+        return "not tested: python -O removes the checks"
+    try:
+        backend.run(SELF_TESTS[name], backend.device)
+    except Exception as error:  # whatever it is, it is what the report is for
+        return f"{type(error).__name__}: {error}"
+    return "passed"
+
+
+def _test_attention(device: str) -> None:
+    case = Case("doctor", causal=True, window=(40, -1), softcap=20.0, alibi="heads", sinks=True, bias="hqk")
+    args, kwargs = case.inputs(device)
+    assert_as_good_as_torch(attention(*args, **kwargs, return_lse=True), reference.attention, *args, **kwargs)
+
+
+def _test_attention_varlen(device: str) -> None:
+    args, kwargs = Case("doctor", seqlens=((1, 70), (0, 3), (33, 33)), causal=True).inputs(device)
+    actual = attention_varlen(*args, **kwargs, return_lse=True)
+    assert_as_good_as_torch(actual, reference.attention_varlen, *args[:5], **kwargs)
+
+
+def _partial_results(device: str) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 5, 3, 16), (2, 3, 5)) * 2
+    return tuple(torch.randn(shape, generator=generator).to(device) for shape in shapes)
+
+
+def _test_merge_attention(device: str) -> None:
+    inputs = _partial_results(device)
+    assert_as_good_as_torch(merge_attention(*inputs), reference.merge_attention, *inputs)
+
+
+def _test_merge_attention_backward(device: str) -> None:
+    inputs = _partial_results(device)
+
+    def gradients(merge: Callable[..., Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        o, lse = merge(*leaves)
+        return torch.autograd.grad((o.square().sum(), lse.square().sum()), leaves)
+
+    expected = lambda *tensors: gradients(reference.merge_attention, *tensors)  # noqa: E731
+    assert_as_good_as_torch(gradients(merge_attention, *inputs), expected, *inputs)
+
+
+SELF_TESTS: dict[str, Callable[[str], None]] = {
+    "attention_forward": _test_attention,
+    "attention_varlen_forward": _test_attention_varlen,
+    "merge_attention_forward": _test_merge_attention,
+    "merge_attention_backward": _test_merge_attention_backward,
+}
+"""One small case for each op, on the given device, against the reference in float64."""
