@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   // merge_attention: two partial results of attention into one
   m.def("merge_attention_forward(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) -> (Tensor o, Tensor lse)");
   m.def(
-      "merge_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, "
-      "Tensor o, Tensor lse) -> (Tensor grad_o_a, Tensor grad_lse_a, Tensor grad_o_b, Tensor grad_lse_b)");
+      "merge_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) "
+      "-> "
+      "(Tensor grad_o_a, Tensor grad_lse_a, Tensor grad_o_b, Tensor grad_lse_b)");
 }

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks of the public functions: one sentence each, naming the argument, the rule and what came."""
+"""Argument checks of the public functions: one sentence each, naming the argument, the rule and what came.
+
+Scalars are checked before a call. Tensors are checked after a call has failed, and in fake kernels: the compiled op
+refuses every wrong tensor by itself, and these checks then say which and why. A right call does not pay for them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ def same_device(op: str, name: str, value: Tensor, other_name: str, other: Tenso
 
 
 def last_dim_contiguous(op: str, name: str, value: Tensor) -> None:
-    if value.shape[-1] > 1 and value.stride(-1) != 1:
+    if value.shape[-1] != 1 and value.stride(-1) != 1 and value.numel() != 0:
         raise ValueError(f"{op}: {name} must have a contiguous last dimension, got stride {value.stride(-1)}.")
 
 
@@ -82,3 +86,8 @@ def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> Non
 def flag(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")
+
+
+def kernel_exists(op: str, value: Tensor) -> None:
+    if value.device.type not in ("cpu", "meta"):
+        raise ValueError(f"{op}: there is no kernel for {value.device.type} tensors yet, only for cpu.")

@@ -97,6 +97,19 @@ def register_flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[
     return _register_flop_formula(getattr(torch.ops.fmkernels, name))
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
+def call(op: Callable[..., Any], args: tuple[Any, ...], check_tensors: Callable[..., None]) -> Any:
+    """op(*args); where that fails, `check_tensors(*args)` raises the sentence for what is wrong with the arguments."""
+    if torch.compiler.is_compiling():
+        check_tensors(*args)
+        return op(*args)
+    try:
+        return op(*args)
+    except (RuntimeError, TypeError) as error:
+        failure = error
+    check_tensors(*args)
+    raise failure
+
+
+def needs_grad(*tensors: Any) -> bool:
     """Whether autograd has to record a call with these inputs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
-from ._library import needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
 
 MAX_HEAD_DIM = 256
 _LAYOUTS = (
@@ -70,30 +71,10 @@ def attention(
     Deterministic: a row's bits depend on its own sequence, and not on the batch or the number of threads.
     Algorithm: Dao 2023, FlashAttention-2.
     """
-    op = "attention"
-    _check_qkv(op, q, k, v, _LAYOUTS)
-    for name, t in (("k", k), ("v", v)):
-        check.size(op, name, t, 0, "batch", q.shape[0])
-    check.size(op, "v", v, 1, "the seq_k of k,", k.shape[1])
-    _check_modifiers(op, q, q.shape[0], causal, window, softmax_scale, softcap, alibi_slopes, sinks, return_lse)
-    if bias is not None:
-        check.is_tensor(op, "bias", bias)
-        check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
-        check.same_device(op, "bias", bias, "q", q)
-        check.dtype(op, "bias", bias, (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype))
-        for dim, (what, full) in enumerate(
-            (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
-        ):
-            if bias.shape[dim] not in (1, full):
-                raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
-
-    left, right = window
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    args = (q, k, v, bias, alibi_slopes, sinks, causal, left, right, scale, float(softcap))
-    if needs_grad(q, k, v, bias, sinks):
-        o, lse = _Attention.apply(ops.attention_forward, *args)
-    else:
-        o, lse = ops.attention_forward(*args)
+    _check_scalars("attention", causal, window, softmax_scale, softcap, return_lse)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None and isinstance(q, Tensor) else softmax_scale
+    args = (q, k, v, bias, alibi_slopes, sinks, causal, *window, scale, softcap)
+    o, lse = _call(ops.attention_forward, args, (q, k, v, bias, sinks), _check_attention)
     return (o, lse) if return_lse else o
 
 
@@ -136,36 +117,21 @@ def attention_varlen(
     Raises, support and determinism: as `attention`. Under torch.compile the kernel checks the values of the prefix sums
     and raises RuntimeError.
     """
-    op = "attention_varlen"
-    _check_qkv(op, q, k, v, _PACKED_LAYOUTS)
-    check.size(op, "v", v, 0, "the total_k of k,", k.shape[0])
-    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check.is_tensor(op, name, t)
-        check.rank(op, name, t, 1, "[batch + 1]")
-        check.dtype(op, name, t, (torch.int32,))
-        check.same_device(op, name, t, "q", q)
-        check.last_dim_contiguous(op, name, t)
-        if t.shape[0] < 1:
-            raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
-    check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
-    check.integer(op, "max_seqlen_q", max_seqlen_q, 0)
-    check.integer(op, "max_seqlen_k", max_seqlen_k, 0)
-    _check_modifiers(
-        op, q, cu_seqlens_q.shape[0] - 1, causal, window, softmax_scale, softcap, alibi_slopes, sinks, return_lse
-    )
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        _check_cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-
-    left, right = window
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    _check_scalars("attention_varlen", causal, window, softmax_scale, softcap, return_lse)
+    check.integer("attention_varlen", "max_seqlen_q", max_seqlen_q, 0)
+    check.integer("attention_varlen", "max_seqlen_k", max_seqlen_k, 0)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None and isinstance(q, Tensor) else softmax_scale
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    args += (alibi_slopes, sinks, causal, left, right, scale, float(softcap))
-    if needs_grad(q, k, v, sinks):
-        o, lse = _Attention.apply(ops.attention_varlen_forward, *args)
-    else:
-        o, lse = ops.attention_varlen_forward(*args)
+    args += (alibi_slopes, sinks, causal, *window, scale, softcap)
+    o, lse = _call(ops.attention_varlen_forward, args, (q, k, v, sinks), _check_attention_varlen)
     return (o, lse) if return_lse else o
+
+
+def _call(op: Any, args: tuple[Any, ...], differentiable: tuple[Any, ...], check_tensors: Any) -> tuple[Tensor, Tensor]:
+    """The op, through autograd where a gradient is wanted."""
+    if needs_grad(*differentiable):
+        return call(lambda *a: _Attention.apply(op, *a), args, check_tensors)
+    return call(op, args, check_tensors)
 
 
 class _Attention(torch.autograd.Function):
@@ -202,19 +168,9 @@ def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str
     check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
 
 
-def _check_modifiers(
-    op: str,
-    q: Tensor,
-    batch: int,
-    causal: bool,
-    window: tuple[int, int],
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    return_lse: bool,
+def _check_scalars(
+    op: str, causal: bool, window: tuple[int, int], softmax_scale: float | None, softcap: float, return_lse: bool
 ) -> None:
-    heads = q.shape[-2]
     check.flag(op, "causal", causal)
     check.flag(op, "return_lse", return_lse)
     if not isinstance(window, tuple | list) or len(window) != 2:
@@ -224,6 +180,10 @@ def _check_modifiers(
     if softmax_scale is not None:
         check.number(op, "softmax_scale", softmax_scale)
     check.number(op, "softcap", softcap, non_negative=True)
+
+
+def _check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    heads = q.shape[-2]
     if alibi_slopes is not None:
         check.is_tensor(op, "alibi_slopes", alibi_slopes)
         if alibi_slopes.dim() != 2:
@@ -234,8 +194,6 @@ def _check_modifiers(
         check.same_device(op, "alibi_slopes", alibi_slopes, "q", q)
         check.last_dim_contiguous(op, "alibi_slopes", alibi_slopes)
         check.size(op, "alibi_slopes", alibi_slopes, -1, "heads", heads)
-        if alibi_slopes.requires_grad:
-            raise ValueError(f"{op}: alibi_slopes must not require a gradient: none is computed for it.")
     if sinks is not None:
         check.is_tensor(op, "sinks", sinks)
         check.rank(op, "sinks", sinks, 1, "[heads]")
@@ -243,6 +201,48 @@ def _check_modifiers(
         check.same_device(op, "sinks", sinks, "q", q)
         check.last_dim_contiguous(op, "sinks", sinks)
         check.size(op, "sinks", sinks, 0, "heads", heads)
+
+
+def _check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
+    op = "attention"
+    _check_qkv(op, q, k, v, _LAYOUTS)
+    for name, t in (("k", k), ("v", v)):
+        check.size(op, name, t, 0, "batch", q.shape[0])
+    check.size(op, "v", v, 1, "the seq_k of k,", k.shape[1])
+    _check_modifiers(op, q, q.shape[0], alibi_slopes, sinks)
+    if bias is not None:
+        check.is_tensor(op, "bias", bias)
+        check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
+        check.same_device(op, "bias", bias, "q", q)
+        check.dtype(op, "bias", bias, (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype))
+        for dim, (what, full) in enumerate(
+            (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
+        ):
+            if bias.shape[dim] not in (1, full):
+                raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
+    check.kernel_exists(op, q)
+
+
+def _check_attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, *_scalars
+) -> None:
+    op = "attention_varlen"
+    _check_qkv(op, q, k, v, _PACKED_LAYOUTS)
+    check.size(op, "v", v, 0, "the total_k of k,", k.shape[0])
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check.is_tensor(op, name, t)
+        check.rank(op, name, t, 1, "[batch + 1]")
+        check.dtype(op, name, t, (torch.int32,))
+        check.same_device(op, name, t, "q", q)
+        check.last_dim_contiguous(op, name, t)
+        if t.shape[0] < 1:
+            raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
+    check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
+    _check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
+    if q.device.type == "cpu" and not (torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)):
+        _check_cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        _check_cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    check.kernel_exists(op, q)
 
 
 def _check_cu_seqlens(op: str, side: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
@@ -262,13 +262,17 @@ def _check_cu_seqlens(op: str, side: str, cu_seqlens: Tensor, total: int, max_se
 
 
 @register_fake("attention_forward")
-def _(q, k, v, bias, alibi_slopes, sinks, causal, window_left, window_right, softmax_scale, softcap):
+def _(*args):
+    _check_attention(*args)
+    q, _k, v, *_ = args
     batch, seq_q, heads, _ = q.shape
     return q.new_empty(batch, seq_q, heads, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=torch.float32)
 
 
 @register_fake("attention_varlen_forward")
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal, *modifiers):
+def _(*args):
+    _check_attention_varlen(*args)
+    q, _k, v, *_ = args
     total_q, heads, _ = q.shape
     return q.new_empty(total_q, heads, v.shape[-1]), q.new_empty(heads, total_q, dtype=torch.float32)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._library import needs_grad, ops, register_fake
+from ._library import call, needs_grad, ops, register_fake
 
 
 def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +35,11 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     CPU and CUDA (sm_80 and later). Differentiable in all four arguments. Deterministic. The merge is that of the online
     softmax: Milakov and Gimelshein 2018.
     """
+    args = (o_a, lse_a, o_b, lse_b)
+    return call(_MergeAttention.apply if needs_grad(*args) else ops.merge_attention_forward, args, _check_tensors)
+
+
+def _check_tensors(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> None:
     op = "merge_attention"
     for name, t in (("o_a", o_a), ("lse_a", lse_a), ("o_b", o_b), ("lse_b", lse_b)):
         check.is_tensor(op, name, t)
@@ -57,33 +62,30 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
             raise ValueError(
                 f"{op}: {lse_name} must have the shape {lse_shape} for this {name}, got {list(lse.shape)}."
             )
-    if needs_grad(o_a, lse_a, o_b, lse_b):
-        return _MergeAttention.apply(o_a, lse_a, o_b, lse_b)
-    return ops.merge_attention_forward(o_a, lse_a, o_b, lse_b)
 
 
 class _MergeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        o, lse = ops.merge_attention_forward(o_a, lse_a, o_b, lse_b)
-        ctx.save_for_backward(o_a, lse_a, o_b, lse_b, o, lse)
+        ctx.save_for_backward(o_a, lse_a, o_b, lse_b)
         ctx.set_materialize_grads(False)
-        return o, lse
+        return ops.merge_attention_forward(o_a, lse_a, o_b, lse_b)
 
     @staticmethod
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
-        saved = ctx.saved_tensors
-        grad_o = torch.zeros_like(saved[4]) if grad_o is None else grad_o
+        sides = ctx.saved_tensors
+        grad_o = torch.zeros_like(sides[0]) if grad_o is None else grad_o
         if grad_o.stride(-1) != 1:  # an expanded gradient, as sum() gives
             grad_o = grad_o.contiguous()
-        return ops.merge_attention_backward(grad_o, grad_lse, *saved)
+        return ops.merge_attention_backward(grad_o, grad_lse, *sides)
 
 
 @register_fake("merge_attention_forward")
 def _(o_a, lse_a, o_b, lse_b):
+    _check_tensors(o_a, lse_a, o_b, lse_b)
     return o_a.new_empty(o_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 @register_fake("merge_attention_backward")
-def _(grad_o, grad_lse, o_a, lse_a, o_b, lse_b, o, lse):
+def _(grad_o, grad_lse, o_a, lse_a, o_b, lse_b):
     return tuple(t.new_empty(t.shape) for t in (o_a, lse_a, o_b, lse_b))

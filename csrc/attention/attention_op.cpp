@@ -89,6 +89,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
     check_same_device("bias", *bias, q);
     check_rank("bias", *bias, 4);
     p.bias_dtype = dtype_of("bias", *bias);
+    FM_CHECK(p.bias_dtype == DType::kFloat32 || p.bias_dtype == p.dtype, "bias must be float32 or have the dtype of q");
     p.bias = data_of(*bias);
     const int64_t full[4] = {batch, p.heads, p.seq_q, p.seq_k};
     for (int dim = 0; dim < 4; ++dim) {

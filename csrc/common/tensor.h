@@ -62,7 +62,8 @@ inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_pt
 inline int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
 inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
-  FM_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name, " must have a contiguous last dimension");
+  FM_CHECK(t.numel() == 0 || t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, name,
+           " must have a contiguous last dimension");
 }
 
 inline void check_rank(const char* name, const Tensor& t, int64_t rank) {

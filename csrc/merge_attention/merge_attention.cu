@@ -7,7 +7,7 @@
 //            Backward: a warp owns one row and walks its vectors, because the gradient of lse is a sum over the row.
 // Shared     none.
 // Numerics   float32; weights at most 1; the sum of a row in a fixed order of lanes. Deterministic.
-// Cost       3 * dim elements of memory a row forward, 6 * dim backward: bound by memory on every GPU.
+// Cost       3 * dim elements of memory a row forward, 5 * dim backward: bound by memory on every GPU.
 
 #include "merge_attention.h"
 
@@ -30,9 +30,9 @@ struct Row {
   int64_t batch, token, head;
 };
 
-__device__ __forceinline__ Row row_of(const MergeAttentionParams& p, int64_t index) {
-  const int64_t token = index / p.heads;
-  return {token / p.num_tokens, token % p.num_tokens, index % p.heads};
+__device__ __forceinline__ Row row_of(int64_t index, int64_t num_tokens, int64_t heads) {
+  const int64_t token = index / heads;
+  return {token / num_tokens, token % num_tokens, index % heads};
 }
 template <class T>
 __device__ __forceinline__ T* o_row(const MergeSide& side, Row r) {
@@ -55,17 +55,12 @@ __device__ __forceinline__ Weights merge_weights(float lse_a, float lse_b) {
   const float lse = larger + logf(1.0f + ratio);
   return a_is_larger ? Weights{inverse, ratio * inverse, lse} : Weights{ratio * inverse, inverse, lse};
 }
-// exp(part - whole), and 0 for a side without keys, also where the whole has none.
-__device__ __forceinline__ float weight(float part, float whole) {
-  return part == -INFINITY ? 0.0f : expf(part - whole);
-}
-
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) merge_attention_kernel(MergeAttentionParams p) {
   const int64_t vectors_per_row = p.dim / kVec;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= p.batch * p.num_tokens * p.heads * vectors_per_row) return;
-  const Row r = row_of(p, index / vectors_per_row);
+  const Row r = row_of(index / vectors_per_row, p.num_tokens, p.heads);
   const int64_t column = index % vectors_per_row * kVec;
 
   const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
@@ -90,44 +85,39 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The gradients of one side of row r, by one warp.
-template <class T, int kVec>
-__device__ __forceinline__ void side_backward(const MergeAttentionBackwardParams& p, const MergeSide& side,
-                                              const MergeSide& grad_side, Row r, int lane) {
-  using Vec = Vector<T, kVec>;
-  const float w = weight(*lse_of(side, r), *lse_of(p.forward.merged, r));
-  float dot = 0.0f;
-  for (int64_t column = lane * kVec; column < p.forward.dim; column += kWarp * kVec) {
-    Vec grad_part;
-    if (w == 0.0f) {  // the side was not read, so it is not read here
-      for (int i = 0; i < kVec; ++i) grad_part.lane[i] = from_float<T>(0.0f);
-    } else {
-      const Vec grad = *reinterpret_cast<const Vec*>(o_row<T>(p.grad, r) + column);
-      const Vec part = *reinterpret_cast<const Vec*>(o_row<T>(side, r) + column);
-      const Vec o = *reinterpret_cast<const Vec*>(o_row<T>(p.forward.merged, r) + column);
-      for (int i = 0; i < kVec; ++i) {
-        const float g = to_float(grad.lane[i]);
-        grad_part.lane[i] = from_float<T>(g * w);
-        dot += g * (to_float(part.lane[i]) - to_float(o.lane[i]));
-      }
-    }
-    *reinterpret_cast<Vec*>(o_row<T>(grad_side, r) + column) = grad_part;
-  }
-  dot = warp_sum(dot);
-  if (lane == 0) {
-    const float grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
-    *lse_of(grad_side, r) = w == 0.0f ? 0.0f : w * (grad_lse + dot);
-  }
-}
-
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(MergeAttentionBackwardParams p) {
+  using Vec = Vector<T, kVec>;
   const int lane = threadIdx.x % kWarp;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-  if (index >= p.forward.batch * p.forward.num_tokens * p.forward.heads) return;
-  const Row r = row_of(p.forward, index);
-  side_backward<T, kVec>(p, p.forward.a, p.grad_a, r, lane);
-  side_backward<T, kVec>(p, p.forward.b, p.grad_b, r, lane);
+  if (index >= p.batch * p.num_tokens * p.heads) return;  // whole warps: the shuffles below need all lanes of one
+  const Row r = row_of(index, p.num_tokens, p.heads);
+  const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
+  const bool both = weights.a != 0.0f && weights.b != 0.0f;  // a side without keys was not read, and is not read here
+
+  float sum = 0.0f;
+  for (int64_t column = lane * kVec; column < p.dim; column += kWarp * kVec) {
+    const Vec grad = *reinterpret_cast<const Vec*>(o_row<T>(p.grad, r) + column);
+    Vec grad_a, grad_b;
+    for (int i = 0; i < kVec; ++i) {
+      const float g = to_float(grad.lane[i]);
+      grad_a.lane[i] = from_float<T>(weights.a == 0.0f ? 0.0f : g * weights.a);
+      grad_b.lane[i] = from_float<T>(weights.b == 0.0f ? 0.0f : g * weights.b);
+    }
+    *reinterpret_cast<Vec*>(o_row<T>(p.grad_a, r) + column) = grad_a;
+    *reinterpret_cast<Vec*>(o_row<T>(p.grad_b, r) + column) = grad_b;
+    if (both) {
+      const Vec a = *reinterpret_cast<const Vec*>(o_row<T>(p.a, r) + column);
+      const Vec b = *reinterpret_cast<const Vec*>(o_row<T>(p.b, r) + column);
+      for (int i = 0; i < kVec; ++i) sum += to_float(grad.lane[i]) * (to_float(a.lane[i]) - to_float(b.lane[i]));
+    }
+  }
+  const float dot = warp_sum(sum);
+  if (lane == 0) {
+    const float grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
+    *lse_of(p.grad_a, r) = weights.a == 0.0f ? 0.0f : weights.a * (grad_lse + weights.b * dot);
+    *lse_of(p.grad_b, r) = weights.b == 0.0f ? 0.0f : weights.b * (grad_lse - weights.a * dot);
+  }
 }
 
 // Whether every row of the side begins on a 16-byte boundary.
@@ -166,13 +156,12 @@ void launch_merge_attention(const MergeAttentionParams& p, cudaStream_t stream) 
 }
 
 void launch_merge_attention_backward(const MergeAttentionBackwardParams& p, cudaStream_t stream) {
-  const MergeAttentionParams& forward = p.forward;
   bool aligned = true;
-  for (const MergeSide* side : {&forward.a, &forward.b, &forward.merged, &p.grad, &p.grad_a, &p.grad_b}) {
-    aligned = aligned && is_aligned(*side, element_bytes(forward.dtype));
+  for (const MergeSide* side : {&p.a, &p.b, &p.grad, &p.grad_a, &p.grad_b}) {
+    aligned = aligned && is_aligned(*side, element_bytes(p.dtype));
   }
-  dispatch_vector(forward.dtype, forward.dim, aligned, [&]<class T, int kVec>() {
-    const int64_t num_rows = forward.batch * forward.num_tokens * forward.heads;
+  dispatch_vector(p.dtype, p.dim, aligned, [&]<class T, int kVec>() {
+    const int64_t num_rows = p.batch * p.num_tokens * p.heads;
     launch("merge_attention_backward", merge_attention_backward_kernel<T, kVec>,
            grid_of("merge_attention_backward", num_rows, kThreads / kWarp), kThreads, 0, stream, p);
   });

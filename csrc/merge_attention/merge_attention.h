@@ -3,7 +3,7 @@
 //
 //   lse   = log(exp(lse_a) + exp(lse_b)),  w_a = exp(lse_a - lse),  w_b = exp(lse_b - lse)
 //   o     = w_a o_a + w_b o_b;  a side with lse = -inf has seen no key and is not read; both: o = 0, lse = -inf
-//   d o_a = w_a do,  d lse_a = w_a (dlse + <do, o_a - o>), and likewise for b
+//   d o_a = w_a do,  d lse_a = w_a (dlse + w_b <do, o_a - o_b>), and likewise for b
 #pragma once
 
 #include <cstdint>
@@ -33,12 +33,15 @@ struct MergeSide {
 struct MergeAttentionParams {
   DType dtype;
   int64_t batch, num_tokens, heads, dim;
-  MergeSide a, b, merged;
+  MergeSide a, b;
+  MergeSide merged;  // written
 };
 
 struct MergeAttentionBackwardParams {
-  MergeAttentionParams forward;
-  MergeSide grad;            // of merged; its lse is null where no gradient flows into lse
+  DType dtype;
+  int64_t batch, num_tokens, heads, dim;
+  MergeSide a, b;
+  MergeSide grad;            // of the merged side; its lse is null where no gradient flows into lse
   MergeSide grad_a, grad_b;  // written
 };
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // merge_attention_cpu.cpp: the CPU kernels of merge_attention, forward and backward.
 //
-// Work       Tasks of kTokens tokens; a row (token, head) is one pass over its two or four vectors.
-// Numerics   float32; weights from exp of the difference to the merged lse, at most 1. Deterministic.
-// Cost       3 * dim elements of memory a row forward, 6 * dim backward: bound by memory.
+// Work       Tasks of kTokens tokens; a row (token, head) is one pass over its vectors.
+// Numerics   float32; weights at most 1. Deterministic.
+// Cost       3 * dim elements of memory a row forward, 5 * dim backward: bound by memory.
 
 #include "merge_attention.h"
 
@@ -31,8 +31,8 @@ float* lse_of(const MergeSide& side, Row r) {
 }
 
 // f(row) for every (batch, token, head).
-template <class F>
-void for_each_row(const MergeAttentionParams& p, F&& f) {
+template <class Params, class F>
+void for_each_row(const Params& p, F&& f) {
   const int64_t tasks_per_batch = (p.num_tokens + kTokens - 1) / kTokens;
   parallel_for(p.batch * tasks_per_batch, [&](int64_t task, int) {
     const int64_t batch = task / tasks_per_batch, begin = task % tasks_per_batch * kTokens;
@@ -71,9 +71,6 @@ Weights merge_weights(float lse_a, float lse_b) {
   return a_is_larger ? Weights{inverse, ratio * inverse, lse} : Weights{ratio * inverse, inverse, lse};
 }
 
-// exp(part - whole), and 0 for a side without keys, also where the whole has none.
-float weight(float part, float whole) { return part == -__builtin_inff() ? 0.0f : std::exp(part - whole); }
-
 template <class T>
 void merge_row(const MergeAttentionParams& p, Row r) {
   const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
@@ -88,26 +85,22 @@ void merge_row(const MergeAttentionParams& p, Row r) {
   *lse_of(p.merged, r) = weights.lse;
 }
 
-// The gradients of one side.
 template <class T>
-void side_backward(const MergeAttentionBackwardParams& p, const MergeSide& side, const MergeSide& grad_side, Row r) {
-  const int64_t dim = p.forward.dim;
-  const float w = weight(*lse_of(side, r), *lse_of(p.forward.merged, r));
-  T* grad_part = o_row<T>(grad_side, r);
-  if (w == 0.0f) {  // the side was not read, so it is not read here
-    for_each_vector(dim, [&](int64_t c, int count) { store_lanes(grad_part + c, VecF{}, count); });
-    *lse_of(grad_side, r) = 0.0f;
-    return;
-  }
-  const T *part = o_row<T>(side, r), *o = o_row<T>(p.forward.merged, r), *grad = o_row<T>(p.grad, r);
-  VecF dot{};
-  for_each_vector(dim, [&](int64_t c, int count) {
+void merge_row_backward(const MergeAttentionBackwardParams& p, Row r) {
+  const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
+  const bool both = weights.a != 0.0f && weights.b != 0.0f;  // a side without keys was not read, and is not read here
+  const T *a = o_row<T>(p.a, r), *b = o_row<T>(p.b, r), *grad = o_row<T>(p.grad, r);
+  T *grad_a = o_row<T>(p.grad_a, r), *grad_b = o_row<T>(p.grad_b, r);
+  VecF sum{};
+  for_each_vector(p.dim, [&](int64_t c, int count) {
     const VecF g = load_lanes(grad + c, count);
-    store_lanes(grad_part + c, g * w, count);
-    dot += g * (load_lanes(part + c, count) - load_lanes(o + c, count));
+    store_lanes(grad_a + c, weights.a == 0.0f ? VecF{} : g * weights.a, count);
+    store_lanes(grad_b + c, weights.b == 0.0f ? VecF{} : g * weights.b, count);
+    if (both) sum += g * (load_lanes(a + c, count) - load_lanes(b + c, count));
   });
-  const float grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
-  *lse_of(grad_side, r) = w * (grad_lse + horizontal_sum(dot));
+  const float dot = horizontal_sum(sum), grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
+  *lse_of(p.grad_a, r) = weights.a == 0.0f ? 0.0f : weights.a * (grad_lse + weights.b * dot);
+  *lse_of(p.grad_b, r) = weights.b == 0.0f ? 0.0f : weights.b * (grad_lse - weights.a * dot);
 }
 
 }  // namespace
@@ -119,12 +112,7 @@ void run_merge_attention<kIsa>(const MergeAttentionParams& p) {
 
 template <>
 void run_merge_attention_backward<kIsa>(const MergeAttentionBackwardParams& p) {
-  dispatch_dtype(p.forward.dtype, [&]<class T>() {
-    for_each_row(p.forward, [&](Row r) {
-      side_backward<T>(p, p.forward.a, p.grad_a, r);
-      side_backward<T>(p, p.forward.b, p.grad_b, r);
-    });
-  });
+  dispatch_dtype(p.dtype, [&]<class T>() { for_each_row(p, [&](Row r) { merge_row_backward<T>(p, r); }); });
 }
 
 }  // namespace fmkernels

@@ -31,11 +31,12 @@ MergeSide view_side(const char* name, const Tensor& o, const Tensor* lse, const 
   return side;
 }
 
-MergeAttentionParams view_forward(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b, const Tensor& lse_b,
-                                  const Tensor& o, const Tensor& lse) {
+// Sizes and the two sides, which forward and backward read alike.
+template <class Params>
+Params view_sides(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b, const Tensor& lse_b) {
   FM_CHECK(o_a.dim() == 3 || o_a.dim() == 4, "o_a must have 3 or 4 dimensions, got ", o_a.dim());
   const int64_t first = o_a.dim() - 3;
-  MergeAttentionParams p{};
+  Params p{};
   p.dtype = dtype_of("o_a", o_a);
   p.batch = first == 0 ? 1 : o_a.size(0);
   p.num_tokens = o_a.size(first);
@@ -44,19 +45,19 @@ MergeAttentionParams view_forward(const Tensor& o_a, const Tensor& lse_a, const 
   FM_CHECK(p.dim > 0, "o_a must have a last dimension of at least 1");
   p.a = view_side("o_a", o_a, &lse_a, o_a);
   p.b = view_side("o_b", o_b, &lse_b, o_a);
-  p.merged = view_side("o", o, &lse, o_a);
   return p;
 }
 
-// Contiguous outputs of the shapes of o and lse.
+// A contiguous output of the same shape and dtype.
 Tensor empty_contiguous(const Tensor& like) {
   return torch::stable::new_empty(like, {like.sizes().begin(), like.sizes().end()});
 }
 
 std::tuple<Tensor, Tensor> merge_attention_forward(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b,
                                                    const Tensor& lse_b) {
+  auto p = view_sides<MergeAttentionParams>(o_a, lse_a, o_b, lse_b);
   Tensor o = empty_contiguous(o_a), lse = empty_contiguous(lse_a);
-  const MergeAttentionParams p = view_forward(o_a, lse_a, o_b, lse_b, o, lse);
+  p.merged = view_side("o", o, &lse, o_a);
   if (lse.numel() > 0) FM_EXECUTE(merge_attention, p, o_a);
   return {o, lse};
 }
@@ -64,16 +65,14 @@ std::tuple<Tensor, Tensor> merge_attention_forward(const Tensor& o_a, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_backward(const Tensor& grad_o,
                                                                     const std::optional<Tensor>& grad_lse,
                                                                     const Tensor& o_a, const Tensor& lse_a,
-                                                                    const Tensor& o_b, const Tensor& lse_b,
-                                                                    const Tensor& o, const Tensor& lse) {
+                                                                    const Tensor& o_b, const Tensor& lse_b) {
+  auto p = view_sides<MergeAttentionBackwardParams>(o_a, lse_a, o_b, lse_b);
   Tensor grad_o_a = empty_contiguous(o_a), grad_lse_a = empty_contiguous(lse_a);
   Tensor grad_o_b = empty_contiguous(o_b), grad_lse_b = empty_contiguous(lse_b);
-  MergeAttentionBackwardParams p{};
-  p.forward = view_forward(o_a, lse_a, o_b, lse_b, o, lse);
   p.grad = view_side("grad_o", grad_o, grad_lse.has_value() ? &*grad_lse : nullptr, o_a);
   p.grad_a = view_side("grad_o_a", grad_o_a, &grad_lse_a, o_a);
   p.grad_b = view_side("grad_o_b", grad_o_b, &grad_lse_b, o_a);
-  if (lse.numel() > 0) FM_EXECUTE(merge_attention_backward, p, o_a);
+  if (grad_lse_a.numel() > 0) FM_EXECUTE(merge_attention_backward, p, o_a);
   return {grad_o_a, grad_lse_a, grad_o_b, grad_lse_b};
 }
 

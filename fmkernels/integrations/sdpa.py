@@ -115,10 +115,10 @@ def _unsupported(
 ) -> str | None:
     """Why torch has to serve this call, or None. Wrong arguments go there too: its error is the one to see."""
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if not torch.compiler.is_compiling() and any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
-        return "a tensor subclass"
     if any(t.is_nested or t.layout != torch.strided for t in tensors):
         return "a nested or sparse tensor"
+    if not torch.compiler.is_compiling() and any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return "a tensor subclass"
     if any(t.device.type != "cpu" for t in tensors):
         return "a tensor that is not on the CPU"
     if dropout_p != 0.0:

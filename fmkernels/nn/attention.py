@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x and the result are [batch, seq, hidden]."""
         check.is_tensor("nn.Attention", "x", x)
-        check.rank("nn.Attention", "x", x, "[batch, seq, hidden]")
+        check.rank("nn.Attention", "x", x, 3, "[batch, seq, hidden]")
         check.size("nn.Attention", "x", x, -1, "hidden", self.q_proj.in_features)
         heads = (-1, self.head_dim)
         q, k, v = (projection(x).unflatten(-1, heads) for projection in (self.q_proj, self.k_proj, self.v_proj))
