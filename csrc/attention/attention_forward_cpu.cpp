@@ -36,17 +36,22 @@ struct SequencePlan {
 template <class T>
 void run_forward(const AttentionForwardParams& p) {
   const int64_t columns = round_up(p.v_head_dim, kPanel);
-  const int workers = num_workers();
 
   auto uses_direct = [](const Sequence& s) { return s.num_rows <= kDirectRows; };
   auto num_chunks = [](const Sequence& s) { return max(1, ceil_div(s.seq_k, kChunk)); };
-  int64_t total_rows = 0, num_partials = 0, max_blocks = 1;
+  int64_t total_rows = 0, total_pairs = 0, num_partials = 0, max_blocks = 1;
+  bool has_chunks = false;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b, 0);
     total_rows += s.num_rows;
+    total_pairs += s.num_rows * s.seq_k;
     max_blocks = max(max_blocks, ceil_div(s.seq_k, kBlockK));
-    if (uses_direct(s)) num_partials += num_chunks(s) * p.kv_heads;
+    if (uses_direct(s)) {
+      num_partials += num_chunks(s) * p.kv_heads;
+      has_chunks = has_chunks || num_chunks(s) > 1;
+    }
   }
+  const int workers = workers_for(2 * total_pairs * p.kv_heads * (p.head_dim + p.v_head_dim));
   // Tile rows: enough tiles for every worker, never more rows than the cache holds. The choice changes no bits.
   const int64_t wanted = round_up(ceil_div(total_rows * p.kv_heads, 4 * workers), kGroupRows);
   const int64_t tile_rows = max(kGroupRows, min(max_tile_rows(p.head_dim, p.v_head_dim), wanted));
@@ -102,7 +107,7 @@ void run_forward(const AttentionForwardParams& p) {
     }
   };
 
-  parallel_for(num_tasks, [&](int64_t task, int worker) {
+  parallel_for(num_tasks, workers, [&](int64_t task, int worker) {
     int64_t b = 0;
     for (int64_t end = p.batch; end - b > 1;) {
       const int64_t middle = (b + end) / 2;
@@ -121,8 +126,8 @@ void run_forward(const AttentionForwardParams& p) {
                   TileScratch(Arena(scratch + worker * scratch_bytes), shape), shape);
     }
   });
-  if (num_partials == 0) return;
-  parallel_for(p.batch * p.kv_heads, [&](int64_t task, int) {
+  if (!has_chunks) return;
+  parallel_for(p.batch * p.kv_heads, workers, [&](int64_t task, int) {
     const SequencePlan& unit = plan[task / p.kv_heads];
     if (unit.direct && unit.units > 1) finish_direct(sequence_of(p, task / p.kv_heads, task % p.kv_heads), unit);
   });

@@ -33,14 +33,13 @@ Isa cpu_isa() {
 
 int num_workers() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-void parallel_for_erased(int64_t num_tasks, TaskFunction run, void* context) {
-  const int64_t workers = std::min<int64_t>(num_workers(), num_tasks);
-  if (workers <= 1) {
+void parallel_for_erased(int64_t num_tasks, int workers, TaskFunction run, void* context) {
+  if (workers <= 1 || num_tasks <= 1) {
     for (int64_t task = 0; task < num_tasks; ++task) run(context, task, 0);
     return;
   }
   std::atomic<int64_t> next_task{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, std::min<int64_t>(workers, num_tasks), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
         run(context, task, static_cast<int>(worker));

@@ -10,14 +10,18 @@ namespace fmkernels {
 int num_workers();
 
 using TaskFunction = void (*)(void* context, int64_t task, int worker);
-void parallel_for_erased(int64_t num_tasks, TaskFunction run, void* context);
+void parallel_for_erased(int64_t num_tasks, int workers, TaskFunction run, void* context);
+
+// Workers worth waking for so many floating-point operations or bytes: below about 20 us of work, one.
+inline int workers_for(int64_t operations) { return operations < (int64_t{1} << 20) ? 1 : num_workers(); }
 
 // Runs f(task, worker) once for every task in [0, num_tasks). Workers take tasks in increasing order from one counter,
-// so uneven tasks balance; worker < num_workers(), and no two tasks run on one worker at a time. f must not throw.
+// so uneven tasks balance; worker < workers, and no two tasks run on one worker at a time. f must not throw.
 template <class F>
-static void parallel_for(int64_t num_tasks, F&& f) {
+static void parallel_for(int64_t num_tasks, int workers, F&& f) {
   parallel_for_erased(
-      num_tasks, [](void* context, int64_t task, int worker) { (*static_cast<F*>(context))(task, worker); }, &f);
+      num_tasks, workers, [](void* context, int64_t task, int worker) { (*static_cast<F*>(context))(task, worker); },
+      &f);
 }
 
 // Uninitialised 64-byte aligned memory for the length of a scope, kept by the calling thread for its next call while it

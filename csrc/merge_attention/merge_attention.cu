@@ -26,6 +26,29 @@ struct alignas(sizeof(T) * kVec) Vector {
   T lane[kVec];
 };
 
+// 16 bytes move by an intrinsic: the compiler splits an ordinary assignment, and does not always join it again.
+template <class T, int kVec>
+__device__ __forceinline__ Vector<T, kVec> load_vector(const T* from) {
+  Vector<T, kVec> vector;
+  if constexpr (sizeof vector == sizeof(uint4)) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    memcpy(&vector, &bits, sizeof vector);
+  } else {
+    vector = *reinterpret_cast<const Vector<T, kVec>*>(from);
+  }
+  return vector;
+}
+template <class T, int kVec>
+__device__ __forceinline__ void store_vector(T* to, const Vector<T, kVec>& vector) {
+  if constexpr (sizeof vector == sizeof(uint4)) {
+    uint4 bits;
+    memcpy(&bits, &vector, sizeof vector);
+    __stwb(reinterpret_cast<uint4*>(to), bits);
+  } else {
+    *reinterpret_cast<Vector<T, kVec>*>(to) = vector;
+  }
+}
+
 struct Row {
   int64_t batch, token, head;
 };
@@ -68,14 +91,14 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(MergeAttentio
   float sum[kVec] = {};
   auto add = [&](const MergeSide& side, float w) {
     if (w == 0.0f) return;  // a side without keys is not read: its o may hold anything
-    const auto part = *reinterpret_cast<const Vector<T, kVec>*>(o_row<T>(side, r) + column);
+    const auto part = load_vector<T, kVec>(o_row<T>(side, r) + column);
     for (int i = 0; i < kVec; ++i) sum[i] += to_float(part.lane[i]) * w;
   };
   add(p.a, weights.a);
   add(p.b, weights.b);
   Vector<T, kVec> o;
   for (int i = 0; i < kVec; ++i) o.lane[i] = from_float<T>(sum[i]);
-  *reinterpret_cast<Vector<T, kVec>*>(o_row<T>(p.merged, r) + column) = o;
+  store_vector<T, kVec>(o_row<T>(p.merged, r) + column, o);
   if (column == 0) *lse_of(p.merged, r) = weights.lse;
 }
 
@@ -97,18 +120,18 @@ __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(Merg
 
   float sum = 0.0f;
   for (int64_t column = lane * kVec; column < p.dim; column += kWarp * kVec) {
-    const Vec grad = *reinterpret_cast<const Vec*>(o_row<T>(p.grad, r) + column);
+    const Vec grad = load_vector<T, kVec>(o_row<T>(p.grad, r) + column);
     Vec grad_a, grad_b;
     for (int i = 0; i < kVec; ++i) {
       const float g = to_float(grad.lane[i]);
       grad_a.lane[i] = from_float<T>(weights.a == 0.0f ? 0.0f : g * weights.a);
       grad_b.lane[i] = from_float<T>(weights.b == 0.0f ? 0.0f : g * weights.b);
     }
-    *reinterpret_cast<Vec*>(o_row<T>(p.grad_a, r) + column) = grad_a;
-    *reinterpret_cast<Vec*>(o_row<T>(p.grad_b, r) + column) = grad_b;
+    store_vector<T, kVec>(o_row<T>(p.grad_a, r) + column, grad_a);
+    store_vector<T, kVec>(o_row<T>(p.grad_b, r) + column, grad_b);
     if (both) {
-      const Vec a = *reinterpret_cast<const Vec*>(o_row<T>(p.a, r) + column);
-      const Vec b = *reinterpret_cast<const Vec*>(o_row<T>(p.b, r) + column);
+      const Vec a = load_vector<T, kVec>(o_row<T>(p.a, r) + column);
+      const Vec b = load_vector<T, kVec>(o_row<T>(p.b, r) + column);
       for (int i = 0; i < kVec; ++i) sum += to_float(grad.lane[i]) * (to_float(a.lane[i]) - to_float(b.lane[i]));
     }
   }

@@ -34,7 +34,8 @@ float* lse_of(const MergeSide& side, Row r) {
 template <class Params, class F>
 void for_each_row(const Params& p, F&& f) {
   const int64_t tasks_per_batch = (p.num_tokens + kTokens - 1) / kTokens;
-  parallel_for(p.batch * tasks_per_batch, [&](int64_t task, int) {
+  const int workers = workers_for(p.batch * p.num_tokens * p.heads * p.dim * 3 * element_bytes(p.dtype));
+  parallel_for(p.batch * tasks_per_batch, workers, [&](int64_t task, int) {
     const int64_t batch = task / tasks_per_batch, begin = task % tasks_per_batch * kTokens;
     const int64_t end = begin + kTokens < p.num_tokens ? begin + kTokens : p.num_tokens;
     for (int64_t token = begin; token < end; ++token) {

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+# Aliases of run.py: `make test ARGS="-k merge"` is `python3 run.py test -k merge`.
+PYTHON ?= python3
+COMMANDS := setup demo test test-slow check cuda-report bench sanitize doctor clean
+
+.PHONY: help $(COMMANDS)
+help: ; @$(PYTHON) run.py --help
+$(COMMANDS): ; @$(PYTHON) run.py $@ $(ARGS)

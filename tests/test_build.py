@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The libraries as built: binary interface, dependencies, what they leave to the loader; and the build itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fmkernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(fmkernels.__file__).parent
+CORE = PACKAGE / "_C.abi3.so"
+CUDA = PACKAGE / "_C_cuda.abi3.so"
+LIBRARIES = [
+    pytest.param(CORE, id="_C"),
+    pytest.param(CUDA, id="_C_cuda", marks=pytest.mark.skipif(not CUDA.exists(), reason="built without nvcc")),
+]
+# What Debian 12 and its g++ 12 give; a library built there runs on every later distribution.
+NEWEST_SYMBOLS = {"GLIBC": (2, 36), "GLIBCXX": (3, 4, 30)}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the libraries are examined with binutils")
+
+
+def load_cuda_report():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import cuda_report
+
+    return cuda_report
+
+
+def output_of(*command: object, **options) -> str:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True, **options).stdout
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
+# ---- The binary interface --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_uses_only_the_stable_abi_of_torch_2_11(library):
+    audit = Path(sys.executable).parent / "torch-abi-audit"
+    report = output_of(audit if audit.exists() else "torch-abi-audit", library)
+    assert re.search(r"Torch ABI:\s+STABLE", report), report
+    assert re.search(r"Min torch:\s+2\.11\.0", report), report
+    assert "unstable=0" in report, report
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_depends_on_libtorch_and_on_no_python_or_cuda_library(library):
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", output_of("readelf", "-d", library))
+    assert "libtorch.so" in needed  # through it a torch with CUDA brings the stream symbol
+    forbidden = ("libpython", "libcudart", "libcuda", "libtorch_cuda", "libtorch_python", "libc10_cuda")
+    assert not [name for name in needed if name.startswith(forbidden)]
+
+
+@pytest.mark.skipif(not CUDA.exists(), reason="built without nvcc")
+def test_stream_symbol_of_torch_with_cuda_is_weak():
+    symbols = output_of("nm", "-D", "--undefined-only", CUDA)
+    assert re.findall(r"(\w) aoti_torch_get_current_cuda_stream$", symbols, re.MULTILINE) == ["w"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_runs_on_every_distribution_since_debian_12(library):
+    _, libc = platform.libc_ver()
+    if numbers(libc) > NEWEST_SYMBOLS["GLIBC"]:
+        pytest.skip(f"built on glibc {libc}: not a machine that wheels are built on")
+    symbols = output_of("objdump", "-T", library)
+    for name, newest in NEWEST_SYMBOLS.items():
+        used = [numbers(version) for version in re.findall(rf"\b{name}_([\d.]+)", symbols)]
+        assert used, f"no {name} symbols found in {library}"
+        assert max(used) <= newest
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_holds_no_path_of_the_machine_that_built_it(library):
+    data = library.read_bytes()
+    found = [path for path in (str(ROOT), sys.prefix) if path.encode() in data]
+    assert not found, f"{library.name} contains {found}"
+
+
+def test_wheel_is_for_every_python_from_3_10():
+    script = (
+        "import runpy, setuptools\n"
+        "given = {}\n"
+        "setuptools.setup = lambda **options: given.update(options)\n"
+        "runpy.run_path('setup.py')\n"
+        "command = setuptools.Distribution(given).get_command_obj('bdist_wheel')\n"
+        "command.ensure_finalized()\n"
+        "print('tag:', *command.get_tag())\n"
+    )
+    tag = re.search(r"^tag: (\S+) (\S+) (\S+)$", output_of(sys.executable, "-c", script, cwd=ROOT), re.MULTILINE)
+    assert tag is not None
+    assert tag.groups()[:2] == ("cp310", "abi3")
+    assert tag[3] != "any"
+
+
+# ---- The sources -----------------------------------------------------------------------------------------------------
+
+KERNEL_FILES = sorted([*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*_cpu.cpp")])
+
+
+@pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda path: path.name)
+def test_kernel_file_includes_no_torch_header(source):
+    _, headers = load_cuda_report().include_closure(source)
+    assert headers, "a kernel file without any header: the search for includes finds nothing"
+    assert not [name for name in headers if re.match(r"(torch|ATen|c10|pybind11|Python\.h)\b", name)]
+
+
+def test_avx2_objects_lend_no_code_to_the_portable_kernels():
+    """A weak function of an AVX2 object may be the copy that the linker keeps for everyone."""
+    folders = [ROOT / "build" / kind / "CMakeFiles" / "cpu_avx2.dir" for kind in ("cuda", "cpu")]
+    objects = [path for folder in folders for path in folder.glob("csrc/*/*.o")]
+    if not objects:
+        pytest.skip("no build tree here, or not an x86 machine")
+    for path in objects:
+        symbols = output_of("nm", "-C", "--defined-only", path).splitlines()
+        functions = [line.split(" ", 2)[2] for line in symbols if line.split(" ", 2)[1] in "TWui"]
+        entry_point = r"void fmkernels::run_\w+<\(fmkernels::Isa\)1>\("
+        assert [name for name in functions if re.match(entry_point, name)], f"{path} defines no entry point"
+        assert not [name for name in functions if not re.match(entry_point, name)]
+
+
+# ---- The build -------------------------------------------------------------------------------------------------------
+
+
+def build_ext(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build_ext` in a folder of its own, with the given environment variables set or changed."""
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables)
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "fmkernels").mkdir()
+    shutil.copy(PACKAGE / "_version.py", folder / "fmkernels")
+    (folder / "fmkernels" / "__init__.py").touch()
+    command = [sys.executable, *(["-S"] if "PYTHONPATH" in variables else []), "setup.py", "build_ext"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_build_that_sees_no_torch_says_what_to_do(tmp_path):
+    site = tmp_path / "site"  # setuptools and nothing else, as in the isolated build of `pip install .`
+    site.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        (site / name).symlink_to(Path(spec.origin).parent)
+    (tmp_path / "source").mkdir()
+    result = build_ext(tmp_path / "source", PYTHONPATH=str(site))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-2:] == [
+        "fmkernels: torch is not visible to this build, and it is built against the torch you already use.",
+        "Install torch 2.11 or newer, then: pip install --no-build-isolation .",
+    ]
+
+
+def test_unknown_choice_of_cuda_is_named(tmp_path):
+    result = build_ext(tmp_path, FMKERNELS_CUDA="bogus")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == "fmkernels: FMKERNELS_CUDA must be auto, off or pip, got bogus"
+
+
+def cuda_compiler() -> Path | None:
+    toolchain = load_cuda_report().Toolchain.of_build(ROOT / "build" / "cuda")
+    return toolchain.nvcc if toolchain else None
+
+
+def test_touching_one_cuda_file_recompiles_that_file_alone(tmp_path):
+    nvcc = cuda_compiler()
+    if nvcc is None:
+        pytest.skip("no nvcc here")
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    shutil.copytree(ROOT / "csrc" / "common", tmp_path / "csrc" / "common")
+    shutil.copy(ROOT / "csrc" / "ops.cpp", tmp_path / "csrc")
+    for room in ("first", "second"):
+        (tmp_path / "csrc" / room).mkdir()
+        (tmp_path / "csrc" / room / f"{room}.cu").write_text(f"__global__ void {room}() {{}}\n")
+        (tmp_path / "csrc" / room / f"{room}_cpu.cpp").touch()
+    tools = {"env": dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")}
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    flags = [f"-L{nvcc.parent.parent / 'lib'}"] if (nvcc.parent.parent / "lib").exists() else []
+    options = [f"-DTORCH_DIR={torch}", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS={' '.join(flags)}"]
+    build = tmp_path / "build"
+    output_of("cmake", "-S", tmp_path, "-B", build, "-G", "Ninja", "-DFMKERNELS_CUDA_ARCHS=80", *options, **tools)
+
+    def compiled() -> list[str]:
+        return re.findall(r"-c \S+/(\w+\.cu)\b", output_of("ninja", "-C", build, "-v", "cuda_kernels", **tools))
+
+    assert sorted(compiled()) == ["first.cu", "second.cu"]
+    assert compiled() == []
+    later = time.time() + 10
+    os.utime(tmp_path / "csrc" / "second" / "second.cu", (later, later))
+    assert compiled() == ["second.cu"]

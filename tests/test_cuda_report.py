@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/cuda_report.py: budgets on made-up kernels, occupancy, and what it reads from a real compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_report  # noqa: E402
+from cuda_report import Budget, Compilation, Kernel, check_kernel, check_report  # noqa: E402
+from occupancy import LIMITS, occupancy  # noqa: E402
+
+KERNEL = Kernel(
+    name="scale_kernel<float, 4>",
+    room="scale",
+    arch="80",
+    registers=32,
+    barriers=1,
+    spill_bytes=0,
+    stack_bytes=0,
+    static_smem_bytes=1024,
+    opcodes={"LDG.E.128": 2, "STG.E.128": 1, "FMUL": 4, "EXIT": 1},
+)
+BUDGET = Budget(
+    room="scale",
+    name="scale_kernel<*>",
+    archs=["80"],
+    threads=256,
+    dynamic_smem_bytes=0,
+    max_registers=32,
+    max_instructions=8,
+    min_blocks_per_sm=8,
+    require=["LDG.E.128*"],
+)
+
+
+def compilation(*kernels: Kernel, **changes) -> Compilation:
+    return dataclasses.replace(Compilation("csrc/scale/scale.cu", "80", 3.0, 200 << 20, list(kernels)), **changes)
+
+
+# ---- Budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_kernel_within_its_budget_is_silent():
+    assert check_report([compilation(KERNEL)], [BUDGET]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"registers": 33}, "uses 33 registers, over its budget of 32"),
+        ({"opcodes": {**KERNEL.opcodes, "FMUL": 5}}, "has 9 instructions, over its budget of 8"),
+        ({"static_smem_bytes": 30 << 10}, "has 5 blocks per multiprocessor (limited by smem), under its budget of 8"),
+        ({"opcodes": {"LDG.E": 8}}, "has no instruction LDG.E.128*, which its budget requires"),
+        ({"spill_bytes": 16}, "spills 16 bytes of registers"),
+        ({"opcodes": {"LDG.E.128": 2, "LDL.64": 2, "STL": 1}}, "has 3 local memory instructions"),
+    ],
+)
+def test_kernel_over_its_budget_fails(changes, sentence):
+    found = check_kernel(dataclasses.replace(KERNEL, **changes), [BUDGET])
+    assert f"scale_kernel<float, 4> for sm_80 {sentence}" in found
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [
+        [],
+        [BUDGET, BUDGET],
+        [dataclasses.replace(BUDGET, archs=["90a"])],
+        [dataclasses.replace(BUDGET, room="other")],
+    ],
+    ids=["none", "two", "of another architecture", "of another room"],
+)
+def test_kernel_must_have_one_budget(budgets):
+    count = len(budgets) if len(budgets) == 2 else 0
+    sentence = "scale_kernel<float, 4> for sm_80 must have one budget in csrc/scale/budget.toml, has"
+    assert check_kernel(KERNEL, budgets) == [f"{sentence} {count}"]
+
+
+def test_spilling_kernel_without_budget_says_both():
+    assert len(check_kernel(dataclasses.replace(KERNEL, spill_bytes=4), [])) == 2
+
+
+def test_budget_without_kernel_fails():
+    stale = dataclasses.replace(BUDGET, name="gone_kernel<*>")
+    found = check_report([compilation(KERNEL)], [BUDGET, stale])
+    assert found == ["csrc/scale/budget.toml: gone_kernel<*> matches no kernel for sm_80"]
+
+
+def test_budget_of_a_room_without_sources_fails():
+    found = check_report([compilation(KERNEL)], [BUDGET, dataclasses.replace(BUDGET, room="gone")])
+    assert found == ["csrc/gone/budget.toml: scale_kernel<*> matches no kernel for sm_80"]
+
+
+def test_source_that_does_not_compile_fails_and_makes_no_budget_stale():
+    found = check_report([compilation(error="error: expected a ;")], [BUDGET])
+    assert found == ["csrc/scale/scale.cu does not compile for sm_80:\nerror: expected a ;"]
+
+
+def test_architecture_without_budgets_must_compile_and_no_more():
+    other = dataclasses.replace(KERNEL, arch="120a", registers=255)
+    assert check_report([compilation(KERNEL), compilation(other, arch="120a")], [BUDGET]) == []
+    failed = check_report([compilation(KERNEL), compilation(arch="120a", error="no such instruction")], [BUDGET])
+    assert failed == ["csrc/scale/scale.cu does not compile for sm_120a:\nno such instruction"]
+
+
+def test_expensive_compilation_fails():
+    slow = [
+        compilation(KERNEL, seconds=40.0),
+        compilation(dataclasses.replace(KERNEL, arch="90a"), arch="90a", seconds=30.0),
+    ]
+    both = dataclasses.replace(BUDGET, archs=["80", "90a"])
+    assert check_report(slow, [both]) == ["csrc/scale/scale.cu takes 70 s to compile, over 60"]
+    large = check_report([compilation(KERNEL, peak_bytes=3 << 30)], [BUDGET])
+    assert large == ["csrc/scale/scale.cu takes 3072 MiB to compile, over 2048"]
+
+
+def budget_text(**changes) -> str:
+    fields = {**dataclasses.asdict(BUDGET), **changes}
+    del fields["room"]
+    return "[[kernel]]\n" + "".join(f"{key} = {value!r}\n" for key, value in fields.items() if value is not None)
+
+
+def test_budget_file_is_read(tmp_path):
+    path = tmp_path / "scale" / "budget.toml"
+    path.parent.mkdir()
+    path.write_text(budget_text())
+    assert cuda_report.read_budgets(path) == [BUDGET]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"threads": None}, "has missing or unknown keys: threads"),
+        ({"max_spills": 3}, "has missing or unknown keys: max_spills"),
+        ({"archs": ["80", "75"]}, r"archs of .* must be of .*, got \['75'\]"),
+    ],
+)
+def test_wrong_budget_file_is_named(tmp_path, changes, sentence):
+    path = tmp_path / "budget.toml"
+    path.write_text(budget_text(**changes))
+    with pytest.raises(ValueError, match=sentence):
+        cuda_report.read_budgets(path)
+
+
+# ---- Occupancy -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "blocks"), [("80", 2), ("90a", 2), ("100a", 2), ("89", 1), ("120a", 1)])
+def test_occupancy_of_a_measured_kernel(arch, blocks):
+    assert occupancy(arch, threads=256, registers=122, smem_bytes=60 << 10).blocks_per_sm == blocks
+
+
+def test_occupancy_names_what_runs_out():
+    assert occupancy("80", threads=256, registers=122, smem_bytes=0).limit == "registers"
+    assert occupancy("89", threads=256, registers=122, smem_bytes=60 << 10).limit == "smem"
+    assert occupancy("80", threads=1024, registers=16, smem_bytes=0).limit == "warps"
+    assert occupancy("80", threads=32, registers=16, smem_bytes=0).limit == "blocks"
+    assert occupancy("89", threads=128, registers=16, smem_bytes=0, barriers=8).limit == "barriers"
+    full = occupancy("80", threads=256, registers=32, smem_bytes=0)
+    assert (full.blocks_per_sm, full.warps) == (8, 1.0)
+
+
+def test_block_that_cannot_run_has_occupancy_zero():
+    assert occupancy("80", threads=1024, registers=128, smem_bytes=0).blocks_per_sm == 0
+    assert occupancy("80", threads=128, registers=64, smem_bytes=164 << 10).blocks_per_sm == 0
+
+
+def toolchain():
+    tools = cuda_report.Toolchain.of_build(ROOT / "build" / "cuda")
+    if tools is None:
+        pytest.skip("no nvcc here")
+    return tools
+
+
+ASK_HEADER = """
+#include <cuda_occupancy.h>
+#include <cstdio>
+int main() {
+  int major, minor, max_threads, threads, registers;
+  size_t sm_smem, smem;
+  while (scanf("%d %d %d %zu", &major, &minor, &max_threads, &sm_smem) == 4 &&
+         scanf("%d %d %zu", &threads, &registers, &smem) == 3) {
+    cudaOccDeviceProp device{};
+    device.computeMajor = major;
+    device.computeMinor = minor;
+    device.maxThreadsPerBlock = 1024;
+    device.maxThreadsPerMultiprocessor = max_threads;
+    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+    device.warpSize = 32;
+    device.sharedMemPerBlock = 49152;
+    device.sharedMemPerMultiprocessor = sm_smem;
+    device.sharedMemPerBlockOptin = sm_smem - 1024;
+    device.reservedSharedMemPerBlock = 1024;
+    device.numSms = 1;
+    cudaOccFuncAttributes kernel{};
+    kernel.maxThreadsPerBlock = 1024;
+    kernel.numRegs = registers;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = sm_smem - 1024;
+    cudaOccDeviceState state{};
+    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+    cudaOccResult result{};
+    int status = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, smem);
+    printf("%d\\n", status == CUDA_OCC_SUCCESS ? result.activeBlocksPerMultiprocessor : -1);
+  }
+}
+"""
+
+
+def test_occupancy_agrees_with_the_header_of_the_toolkit(tmp_path):
+    """Every combination below, for every architecture, against cuda_occupancy.h, which is plain host code."""
+    places = [toolchain().nvcc.resolve().parent.parent / "include", Path("/usr/local/cuda/include")]
+    places += sorted(Path("/usr/local").glob("cuda-*/include"))
+    include = next((place for place in places if (place / "cuda_occupancy.h").exists()), None)
+    if include is None:
+        pytest.skip("this toolkit carries no cuda_occupancy.h")
+    grid = list(
+        itertools.product(LIMITS, (32, 96, 128, 256, 640, 1024), (16, 40, 65, 122, 255), (0, 5000, 60 << 10, 99 << 10))
+    )
+    lines = []
+    for arch, threads, registers, smem_bytes in grid:
+        limits, number = LIMITS[arch], int(arch)
+        device = [number // 10, number % 10, limits.max_warps * 32, limits.smem_kib << 10]
+        lines.append(" ".join(map(str, [*device, threads, registers, smem_bytes])))
+    (tmp_path / "ask.cpp").write_text(ASK_HEADER)
+    subprocess.run(["g++", f"-I{include}", "ask.cpp", "-o", "ask"], cwd=tmp_path, check=True)
+    answer = subprocess.run([tmp_path / "ask"], input="\n".join(lines), capture_output=True, text=True, check=True)
+    expected = [int(line) for line in answer.stdout.split()]
+    assert [occupancy(*case).blocks_per_sm for case in grid] == expected
+
+
+# ---- Reading the compiler --------------------------------------------------------------------------------------------
+
+
+def test_instruction_mix_tells_widths_and_tensor_cores():
+    opcodes = {
+        "LDG.E.128.CONSTANT": 2,
+        "LDG.E": 1,
+        "LDG.E.U16": 3,
+        "LDGSTS.E.BYPASS.128": 4,
+        "HMMA.16816.F32.BF16": 8,
+        "HGMMA.64x64x16.F32": 1,
+        "LDSM.16.MT88.4": 5,
+        "STG.E.64": 1,
+        "IADD3": 9,
+    }
+    expected = {"HGMMA": 1, "HMMA": 8, "LDG.128": 2, "LDG.16": 3, "LDG.32": 1, "LDGSTS.128": 4, "LDSM": 5, "STG.64": 1}
+    assert cuda_report.instruction_mix(opcodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("demangled", "name"),
+    [
+        ("void fmkernels::(anonymous namespace)::k<float, 4>(fmkernels::Params)", "k<float, 4>"),
+        ("void k<(fmkernels::Isa)1, fmkernels::Half>(int, void (*)(int))", "k<(Isa)1, Half>"),
+        ("scale(float*)", "scale"),
+    ],
+)
+def test_short_name_of_a_kernel(demangled, name):
+    assert cuda_report.short_name(demangled) == name
+
+
+def test_command_of_the_build_loses_architecture_and_output():
+    command = (
+        "nvcc -O3 -gencode=arch=compute_80,code=sm_80 '-Xcompiler=-Wall -g' -MD -MT a.o -MF a.d -x cu -c a.cu -o a.o"
+    )
+    assert cuda_report.strip_command(command) == ["nvcc", "-O3", "-Xcompiler=-Wall -g", "-x", "cu", "a.cu"]
+
+
+def test_report_without_a_cuda_build_says_how_to_get_a_compiler(tmp_path):
+    assert cuda_report.Toolchain.of_build(tmp_path) is None
+    assert "FMKERNELS_CUDA=pip python3 run.py setup" in cuda_report.NO_COMPILER
+
+
+SOURCE = """
+#include "helper.h"
+__device__ __noinline__ float gather(const float* table, float x) {
+  float local[32];
+  for (int i = 0; i < 32; ++i) local[i] = table[i] * x;
+  return local[int(x) & 31];
+}
+template <int kStep>
+__global__ void __launch_bounds__(64) spilling_kernel(float* p) { p[threadIdx.x * kStep] = gather(p, p[threadIdx.x]); }
+template __global__ void spilling_kernel<3>(float*);
+__global__ void copy_kernel(float4* to, const float4* from) {
+  __shared__ float4 tile[64];
+  tile[threadIdx.x] = from[threadIdx.x];
+  __syncthreads();
+  to[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+"""
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A source file of its own, and the build's compiler and flags for it."""
+    source = tmp_path / "csrc" / "scale" / "scale.cu"
+    source.parent.mkdir(parents=True)
+    source.write_text(SOURCE)
+    (source.parent / "helper.h").write_text("#pragma once\n")
+    built = toolchain()
+    flags = next(iter(built.commands.values()))[:-1]
+    monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
+    return dataclasses.replace(built, commands={source: [*flags, str(source)]}), source
+
+
+def test_real_compilation_is_taken_apart(room):
+    tools, source = room
+    result = cuda_report.compile_source(tools, source, "80")
+    assert result.error == ""
+    assert result.source == "csrc/scale/scale.cu"
+    assert 0.1 < result.seconds < 60
+    assert 10 << 20 < result.peak_bytes < 2 << 30
+    copy, spilling = result.kernels
+    assert (copy.name, copy.room, copy.static_smem_bytes, copy.stack_bytes) == ("copy_kernel", "scale", 1024, 0)
+    assert copy.barriers == 1
+    assert (
+        cuda_report.instruction_mix(copy.opcodes).items()
+        >= {"LDG.128": 1, "STS.128": 1, "LDS.128": 1, "STG.128": 1}.items()
+    )
+    assert "NOP" not in copy.opcodes
+    assert 4 < copy.registers < 64
+    assert (spilling.name, spilling.num_local > 0) == ("spilling_kernel<3>", True)  # of the function that it calls
+
+
+def test_compilation_is_cached_until_a_header_changes(room, tmp_path):
+    tools, source = room
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    first, path = cuda_report.compile_cached(tools, source, "80", cache)
+    assert path.exists()
+    again, same_path = cuda_report.compile_cached(tools, source, "80", cache)
+    assert (again, same_path) == (first, path)  # equal to the measured seconds: not compiled again
+    (source.parent / "helper.h").write_text("#pragma once\n// changed\n")
+    _, other_path = cuda_report.compile_cached(tools, source, "80", cache)
+    assert other_path != path
+
+
+def test_source_that_does_not_compile_shows_the_compiler(room, tmp_path):
+    tools, source = room
+    source.write_text("__global__ void broken_kernel() { undeclared(); }\n")
+    result, path = cuda_report.compile_cached(tools, source, "80", tmp_path)
+    assert '"undeclared" is undefined' in result.error
+    assert not path.exists()

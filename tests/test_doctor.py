@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m fmkernels doctor`: its report, its exit code, and that its self-tests can fail."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fmkernels import __version__, _library, doctor
+from fmkernels.__main__ import main
+
+
+def test_every_op_has_a_self_test():
+    assert set(doctor.SELF_TESTS) == set(_library.op_names)
+
+
+@pytest.mark.parametrize("name", _library.op_names)
+def test_self_test_fails_when_its_op_is_wrong(name, monkeypatch):
+    doctor.SELF_TESTS[name]("cpu")
+    right = getattr(_library.ops, name)
+
+    def wrong(*args):
+        first, *others = right(*args)
+        return first * 1.001, *others
+
+    monkeypatch.setattr(_library.ops, name, wrong)
+    with pytest.raises(AssertionError, match=r"output \d: error"):
+        doctor.SELF_TESTS[name]("cpu")
+
+
+def test_report_as_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == doctor.report()
+    assert found["passed"]
+    assert found["versions"]["fmkernels"] == __version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["Python"] == platform.python_version()
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert list(found["ops"]) == list(_library.op_names)
+    assert {outcomes["cpu"] for outcomes in found["ops"].values()} == {"passed"}
+    archs = found["versions"]["architectures of _C_cuda"]
+    if _library.cuda_error is None:
+        assert all(arch.rstrip("af").isdigit() for arch in archs.split(","))
+        assert found["machine"]["CUDA kernels"] == "loaded"
+        assert found["ops"]["merge_attention_forward"]["cuda"] == (
+            "passed" if torch.cuda.is_available() else "no device"
+        )
+    else:
+        assert archs is None
+        assert found["machine"]["CUDA kernels"] == _library.cuda_error
+
+
+def test_failed_self_test_is_shown_and_tells_by_the_exit_code(monkeypatch, capsys):
+    def fail(device):
+        raise AssertionError("output 0: error 1.5, allowed [1e-6]")
+
+    monkeypatch.setitem(doctor.SELF_TESTS, "merge_attention_forward", fail)
+    assert main(["doctor"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "A self-test failed." in shown
+    assert "AssertionError" in shown
+    assert "[1e-6]" in shown
+    assert main(["doctor", "--json"]) == 1
+    assert not json.loads(capsys.readouterr().out)["passed"]
+
+
+def test_op_without_a_cpu_kernel_fails(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_outcome", lambda name, backend: "missing")
+    assert main(["doctor"]) == 1
+    assert "A self-test failed." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("forced", ["generic", "no such set"])
+def test_instruction_set_in_use_as_a_user_calls_it(forced):
+    run = subprocess.run(
+        [sys.executable, "-m", "fmkernels", "doctor", "--json"],
+        env=os.environ | {"FMKERNELS_CPU_ISA": forced},
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(run.stdout)
+    if forced == "generic":
+        assert (run.returncode, found["machine"]["CPU kernels"]) == (0, "generic")
+    else:
+        assert run.returncode == 1
+        assert found["machine"]["CPU kernels"].startswith("none")
+        assert "FMKERNELS_CPU_ISA must be generic or avx2, got no such set" in found["ops"]["attention_forward"]["cpu"]
+
+
+def test_without_a_command_the_usage_is_shown(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([])
+    assert raised.value.code == 2
+    assert "usage: python -m fmkernels" in capsys.readouterr().err

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""integrations.sdpa and integrations.flash_attn; transformers has test_integrations_transformers.py."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmkernels import attention, attention_varlen
+from fmkernels.integrations import sdpa
+from fmkernels.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
+from fmkernels.testing import Case, assert_as_good_as_torch
+
+torch_sdpa = F.scaled_dot_product_attention
+
+
+def qkv(seq_q=12, seq_k=12, heads=4, kv_heads=4, dtype=torch.float32, batch=2):
+    """[batch, heads, seq, head_dim], with a v_head_dim of its own."""
+    generator = torch.Generator().manual_seed(seq_q + 100 * seq_k)
+    shapes = (batch, heads, seq_q, 16), (batch, kv_heads, seq_k, 16), (batch, kv_heads, seq_k, 24)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def visible(*shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The calls that reach fmkernels, each as (q, k, v, keyword arguments)."""
+    calls = []
+
+    def record(q, k, v, **kwargs):
+        calls.append((q, k, v, kwargs))
+        return attention(q, k, v, **kwargs)
+
+    monkeypatch.setattr(sdpa, "attention", record)
+    return calls
+
+
+# ---- sdpa ----
+
+MASKS = {
+    "boolean, full": visible(2, 4, 12, 12),
+    "boolean, padding": visible(2, 1, 1, 12),
+    "boolean, expanded": visible(2, 1, 1, 12).expand(2, 4, 12, 12),
+    "boolean, two dimensions": visible(12, 12),
+    "boolean, per head": visible(4, 12, 12),
+    "additive, full": torch.randn(2, 4, 12, 12),
+    "additive, per query": torch.randn(12, 1),
+    "additive, hides": torch.zeros(12, 12).masked_fill(~visible(12, 12), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_sdpa_masks(mask, served):
+    q, k, v = qkv()
+    with sdpa.override():
+        actual = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert len(served) == 1
+    assert_as_good_as_torch(actual, lambda *args: torch_sdpa(*args[:3], attn_mask=args[3]), q, k, v, mask)
+
+
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(12, 12), (5, 12), (12, 5), (1, 9), (9, 1), (70, 130), (130, 70)])
+def test_sdpa_causal_is_aligned_at_the_first_key(seq_q, seq_k, served):
+    q, k, v = qkv(seq_q, seq_k)
+    with sdpa.override():
+        actual = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert len(served) == 1
+    mask = torch.ones(seq_q, seq_k, dtype=torch.bool).tril()
+    assert_as_good_as_torch(actual, lambda *args: torch_sdpa(*args, attn_mask=mask), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sdpa_scale_and_grouped_heads(dtype, served):
+    q, k, v = qkv(heads=6, kv_heads=2, dtype=dtype)
+    options = {"scale": 0.7, "enable_gqa": True}
+    with sdpa.override():
+        actual = F.scaled_dot_product_attention(q, k, v, **options)
+    assert len(served) == 1
+    assert_as_good_as_torch(actual, lambda *args: torch_sdpa(*args, **options), q, k, v)
+
+
+@pytest.mark.parametrize("mask", [None, visible(12, 12), visible(2, 12, 12)], ids=["none", "rank 2", "rank 3"])
+def test_sdpa_without_a_dimension_of_heads(mask, served):
+    q, k, v = (t[:, 0] for t in qkv())
+    with sdpa.override():
+        actual = F.scaled_dot_product_attention(q, k, v, mask)
+    assert len(served) == 1
+    assert_as_good_as_torch(actual, lambda *args: torch_sdpa(*args, mask), q, k, v)
+
+
+def test_sdpa_query_without_a_visible_key_gives_zeros(served):
+    q, k, v = qkv()
+    mask = visible(12, 12)
+    mask[3] = False
+    actual = sdpa.scaled_dot_product_attention(q, k, v, mask)
+    assert len(served) == 1
+    assert torch.equal(actual[:, :, 3], torch.zeros_like(actual[:, :, 3]))
+
+
+def test_sdpa_reads_the_inputs_where_they_lie(served):
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(5, 12))
+    sdpa.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert [t.data_ptr() for t in served[0][:3]] == [t.data_ptr() for t in (q, k, v)]
+
+
+def test_sdpa_converts_an_expanded_mask_once(served):
+    sdpa.scaled_dot_product_attention(*qkv(), MASKS["boolean, expanded"])
+    assert served[0][3]["bias"].shape == (2, 1, 1, 12)
+
+
+def nested(*tensors):
+    with warnings.catch_warnings():  # torch calls them a prototype
+        warnings.simplefilter("ignore")
+        return tuple(torch.nested.nested_tensor(list(t), layout=torch.strided) for t in tensors)
+
+
+q, k, v = qkv()
+FALLBACKS = {
+    "dropout": ((q, k, v), {"dropout_p": 0.5}),
+    "an input that requires a gradient": ((q.clone().requires_grad_(), k, v), {}),
+    "dtypes torch.float64": ((q.double(), k.double(), v.double()), {}),
+    "head_dim 12": ((q[..., :12], k[..., :12], v), {}),
+    "ranks 5": ((q[None], k[None], v[None]), {}),
+    "ranks 2": ((q[0, 0], k[0, 0], v[0, 0]), {}),
+    "a last dimension that is not contiguous": ((q.mT.contiguous().mT, k, v), {}),
+    "attn_mask together with is_causal": ((q, k, v, visible(12, 12)), {"is_causal": True}),
+    "attn_mask of torch.float64": ((q, k, v, torch.zeros(12, 12).double()), {}),
+    "a tensor that is not on the CPU": (tuple(t.to("meta") for t in (q, k, v)), {}),
+    "a nested or sparse tensor": (nested(q, k, v), {}),
+    "shapes that do not match": ((q[:1], k, v), {}),
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_sdpa_falls_back_to_torch_with_one_logged_line(reason, served, caplog):
+    args, kwargs = FALLBACKS[reason]
+    sdpa._log.cache_clear()
+
+    def outcome(function):
+        torch.manual_seed(0)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            return str(error)
+
+    with caplog.at_level(logging.WARNING, "fmkernels"), sdpa.override():
+        results = [outcome(F.scaled_dot_product_attention) for _ in range(2)]
+    expected = outcome(torch_sdpa)
+    assert served == []
+    assert [record.name for record in caplog.records] == ["fmkernels"], "logged once"
+    assert reason in caplog.records[0].getMessage()
+    for result in results:
+        if isinstance(expected, str) or expected.is_nested or expected.is_meta:
+            assert type(result) is type(expected)
+        else:
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_sdpa_override_ends_with_its_block_and_disable_with_all():
+    with sdpa.override():
+        with sdpa.override():
+            pass
+        assert F.scaled_dot_product_attention is sdpa.scaled_dot_product_attention
+    assert F.scaled_dot_product_attention is torch_sdpa
+    sdpa.enable()
+    sdpa.enable()
+    assert F.scaled_dot_product_attention is sdpa.scaled_dot_product_attention
+    sdpa.disable()
+    assert F.scaled_dot_product_attention is torch_sdpa
+    with pytest.raises(ZeroDivisionError), sdpa.override():
+        raise ZeroDivisionError
+    assert F.scaled_dot_product_attention is torch_sdpa
+
+
+def test_sdpa_serves_the_modules_of_torch(served):
+    module = torch.nn.MultiheadAttention(64, 4, batch_first=True)
+    x = torch.randn(2, 9, 64)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[0, 6:] = True
+
+    def forward(x):
+        weights = {name: t.detach().to(x.dtype) for name, t in module.state_dict().items()}
+        return torch.func.functional_call(
+            module, weights, (x, x, x), {"key_padding_mask": padding, "need_weights": False}
+        )[0]
+
+    with sdpa.override():
+        actual = forward(x)
+    assert len(served) == 1
+    assert_as_good_as_torch(actual, forward, x)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": visible(2, 1, 1, 12)}], ids=["causal", "mask"])
+def test_sdpa_compiles_without_a_graph_break(options):
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    with sdpa.override():
+        expected = function(*qkv(5, 12))
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*qkv(5, 12)), expected, rtol=0, atol=0)
+
+
+# ---- flash_attn ----
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("plain"),
+        Case("causal, window", causal=True, window=(7, 3)),
+        Case("softcap", softcap=2.0, softmax_scale=0.3),
+        Case("alibi", alibi="batch"),
+        Case("transposed", transposed=True),
+    ],
+    ids=str,
+)
+def test_flash_attn_func_has_the_bits_of_attention(case):
+    args, kwargs = case.inputs()
+    expected = attention(*args, **kwargs, return_lse=True)
+    kwargs["window_size"] = kwargs.pop("window", (-1, -1))
+    o, lse, probabilities = flash_attn_func(*args, **kwargs, deterministic=True, return_attn_probs=True)
+    assert torch.equal(o, expected[0])
+    assert torch.equal(lse, expected[1])
+    assert probabilities.numel() == 0
+    assert torch.equal(flash_attn_func(*args, **kwargs), o)
+
+
+def test_flash_attn_takes_its_arguments_in_the_order_of_flash_attn():
+    args, kwargs = Case("positional", alibi="heads", causal=True).inputs()
+    slopes = kwargs["alibi_slopes"]
+    expected = attention(*args, causal=True, window=(9, 0), softmax_scale=0.3, softcap=2.0, alibi_slopes=slopes)
+    assert torch.equal(flash_attn_func(*args, 0.0, 0.3, True, (9, 0), 2.0, slopes, False, False), expected)
+
+    args, kwargs = Case("packed, positional", seqlens=((3, 5), (7, 7)), alibi="heads").inputs()
+    slopes = kwargs["alibi_slopes"]
+    expected = attention_varlen(*args, causal=True, window=(4, 0), softmax_scale=0.3, softcap=2.0, alibi_slopes=slopes)
+    actual = flash_attn_varlen_func(*args, 0.0, 0.3, True, (4, 0), 2.0, slopes, False, False, None)
+    assert torch.equal(actual, expected)
+
+
+def test_flash_attn_varlen_func_has_the_bits_of_attention_varlen():
+    args, kwargs = Case("packed", seqlens=((3, 5), (0, 4), (7, 7)), causal=True).inputs()
+    expected = attention_varlen(*args, **kwargs, return_lse=True)
+    o, lse, probabilities = flash_attn_varlen_func(*args, **kwargs, return_attn_probs=True)
+    assert torch.equal(o, expected[0])
+    assert torch.equal(lse, expected[1])
+    assert probabilities.numel() == 0
+
+
+def test_flash_attn_refuses_what_it_has_not():
+    args, _ = Case("plain").inputs()
+    with pytest.raises(ValueError, match=r"^flash_attn_func: dropout_p must be 0, got 0.1\.$"):
+        flash_attn_func(*args, 0.1)
+    args, _ = Case("packed", seqlens=((3, 5),)).inputs()
+    with pytest.raises(ValueError, match=r"^flash_attn_varlen_func: dropout_p must be 0, got 0.1\.$"):
+        flash_attn_varlen_func(*args, 0.1)
+    with pytest.raises(ValueError, match=r"^flash_attn_varlen_func: block_table must be None"):
+        flash_attn_varlen_func(*args, block_table=torch.zeros(1, 1, dtype=torch.int32))
