@@ -7,13 +7,13 @@ refuses every wrong tensor by itself, and these checks then say which and why. A
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -72,13 +72,15 @@ def integer(op: str, name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}.")
     if value < minimum:
         raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}.")
+    if value >= 2**63:
+        raise ValueError(f"{op}: {name} must be below 2**63, got {value}.")
 
 
 def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
-    if isinstance(value, float | int) and not -math.inf < value < math.inf:  # math.isfinite breaks the graph of dynamo
-        raise ValueError(f"{op}: {name} must be finite, got {value}.")
+    if not abs(value) <= FLOAT32_MAX:  # NaN included; math.isfinite breaks the graph of dynamo
+        raise ValueError(f"{op}: {name} must be finite in float32, got {value}.")
     if non_negative and value < 0:
         raise ValueError(f"{op}: {name} must not be negative, got {value}.")
 

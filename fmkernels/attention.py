@@ -72,7 +72,8 @@ def attention(
     Algorithm: Dao 2023, FlashAttention-2.
     """
     _check_scalars("attention", causal, window, softmax_scale, softcap, return_lse)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None and isinstance(q, Tensor) else softmax_scale
+    _check_no_grad("attention", alibi_slopes)
+    scale = _default_scale(q) if softmax_scale is None else softmax_scale
     args = (q, k, v, bias, alibi_slopes, sinks, causal, *window, scale, softcap)
     o, lse = _call(ops.attention_forward, args, (q, k, v, bias, sinks), _check_attention)
     return (o, lse) if return_lse else o
@@ -118,9 +119,10 @@ def attention_varlen(
     and raises RuntimeError.
     """
     _check_scalars("attention_varlen", causal, window, softmax_scale, softcap, return_lse)
+    _check_no_grad("attention_varlen", alibi_slopes)
     check.integer("attention_varlen", "max_seqlen_q", max_seqlen_q, 0)
     check.integer("attention_varlen", "max_seqlen_k", max_seqlen_k, 0)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None and isinstance(q, Tensor) else softmax_scale
+    scale = _default_scale(q) if softmax_scale is None else softmax_scale
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     args += (alibi_slopes, sinks, causal, *window, scale, softcap)
     o, lse = _call(ops.attention_varlen_forward, args, (q, k, v, sinks), _check_attention_varlen)
@@ -147,7 +149,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str, str]) -> None:
-    any_dtype = torch.is_autocast_enabled(q.device.type) if isinstance(q, Tensor) else False
+    has_autocast = isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")  # asking for another, as meta, raises
+    any_dtype = has_autocast and torch.is_autocast_enabled(q.device.type)
     for name, t, layout in zip("qkv", (q, k, v), layouts, strict=True):
         check.is_tensor(op, name, t)
         check.rank(op, name, t, 4 if op == "attention" else 3, layout)
@@ -168,6 +171,16 @@ def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str
     check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
 
 
+def _check_no_grad(op: str, alibi_slopes: Tensor | None) -> None:
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad:
+        raise ValueError(f"{op}: alibi_slopes must not require a gradient: none is computed for it.")
+
+
+def _default_scale(q: Any) -> float:
+    """head_dim ** -0.5, and any number where q is refused later."""
+    return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0 else 1.0
+
+
 def _check_scalars(
     op: str, causal: bool, window: tuple[int, int], softmax_scale: float | None, softcap: float, return_lse: bool
 ) -> None:
@@ -180,6 +193,8 @@ def _check_scalars(
     if softmax_scale is not None:
         check.number(op, "softmax_scale", softmax_scale)
     check.number(op, "softcap", softcap, non_negative=True)
+    if softcap != 0 and (1.0 if softmax_scale is None else abs(softmax_scale)) > check.FLOAT32_MAX * softcap:
+        raise ValueError(f"{op}: softcap must be 0 or leave softmax_scale / softcap finite in float32, got {softcap}.")
 
 
 def _check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:

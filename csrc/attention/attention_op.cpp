@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_forward, attention_varlen_forward: tensors in, checks, Params out.
+#include <cmath>
+
 #include "../common/tensor.h"
 #include "attention.h"
 
@@ -52,6 +54,10 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   p.window_right = causal ? 0 : window_right < kWidest ? window_right : kWidest;
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.softcap = static_cast<float>(softcap);
+  FM_CHECK(std::isfinite(p.softmax_scale) && std::isfinite(p.softcap) && p.softcap >= 0.0f,
+           "softmax_scale and softcap must be finite in float32, softcap not negative");
+  FM_CHECK(softcap == 0.0 || (p.softcap > 0.0f && std::isfinite(p.softmax_scale / p.softcap)),
+           "softcap must be 0 or leave softmax_scale / softcap finite in float32, got ", softcap);
   if (alibi_slopes.has_value()) {
     const Tensor& t = *alibi_slopes;
     check_same_device("alibi_slopes", t, q);
@@ -145,8 +151,8 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& q, const Tenso
   p.cu_seqlens_q = checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q);
   p.cu_seqlens_k = checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, p.seq_k, max_seqlen_k);
   check_size("cu_seqlens_k", cu_seqlens_k, 0, batch + 1);
-  p.seq_q = max_seqlen_q;
-  p.seq_k = max_seqlen_k;
+  p.seq_q = max_seqlen_q < total_q ? max_seqlen_q : total_q;
+  p.seq_k = max_seqlen_k < p.seq_k ? max_seqlen_k : p.seq_k;
 
   Tensor o = torch::stable::new_empty(q, {total_q, p.heads, p.v_head_dim});
   Tensor lse = torch::stable::new_empty(q, {p.heads, total_q}, ScalarType::Float);

@@ -202,20 +202,27 @@ void accumulate_strip(float* weights, const Range* visible, const float* alpha, 
     }
     common = all;
   }
-  const float one = 1.0f;
+  float factor[kStrip];  // of what the row has accumulated: alpha, and 1 once it was applied
   auto accumulate_row = [&](int r, int64_t begin, int64_t end) {
-    for (int64_t c = 0; c < columns && begin < end; c += kPanel) {
-      value_tile<1>(weights + r * kBlockK, values + c * kBlockK, static_cast<int>(begin), static_cast<int>(end), &one,
-                    acc + r * columns + c, columns);
+    if (begin >= end) return;
+    for (int64_t c = 0; c < columns; c += kPanel) {
+      value_tile<1>(weights + r * kBlockK, values + c * kBlockK, static_cast<int>(begin), static_cast<int>(end),
+                    factor + r, acc + r * columns + c, columns);
     }
+    factor[r] = 1.0f;
   };
+  // Keys are added in their order either way, so that a hidden value changes no bits.
+  for (int r = 0; r < kStrip; ++r) {
+    factor[r] = alpha[r];
+    if (!values_finite) accumulate_row(r, visible[r].begin, min(visible[r].end, common.begin));
+  }
   for (int64_t c = 0; c < columns; c += kPanel) {
     value_tile<kStrip>(weights, values + c * kBlockK, static_cast<int>(common.begin), static_cast<int>(common.end),
-                       alpha, acc + c, columns);
+                       factor, acc + c, columns);
   }
   if (values_finite) return;
   for (int r = 0; r < kStrip; ++r) {
-    accumulate_row(r, visible[r].begin, min(visible[r].end, common.begin));
+    factor[r] = 1.0f;
     accumulate_row(r, max(visible[r].begin, common.end), visible[r].end);
   }
 }
