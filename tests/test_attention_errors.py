@@ -60,6 +60,12 @@ MODIFIER_ERRORS = [
     ("softcap", None, TypeError, "softcap must be a number, got NoneType."),
     ("softcap", -1.0, ValueError, "softcap must not be negative, got -1.0."),
     ("softcap", math.inf, ValueError, "softcap must be finite in float32, got inf."),
+    (
+        "softcap",
+        1e-40,
+        ValueError,
+        "softcap must be 0 or leave softmax_scale / softcap finite in float32, got 1e-40.",
+    ),
     ("softcap", 1e39, ValueError, "softcap must be finite in float32, got 1e+39."),
     ("softmax_scale", -(10**39), ValueError, f"softmax_scale must be finite in float32, got -1{'0' * 39}."),
     ("window", (2**63, 0), ValueError, f"window[0] must be below 2**63, got {2**63}."),
