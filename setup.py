@@ -102,8 +102,9 @@ class CMakeBuild(build_ext):
         configure += [f"-DFMKERNELS_OUTPUT_DIR={output}", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += cuda_options(nvcc) if nvcc else ["-DFMKERNELS_CUDA_ARCHS="]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--parallel", jobs], check=True)
+        for command in (configure, ["cmake", "--build", str(build_dir), "--parallel", jobs]):
+            if subprocess.run(command).returncode != 0:
+                sys.exit(f"fmkernels: {' '.join(command[:3])} failed; what it says stands above")
 
     def get_outputs(self) -> list[str]:
         return []
