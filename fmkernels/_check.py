@@ -7,6 +7,7 @@ refuses every wrong tensor by itself, and these checks then say which and why. A
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -88,6 +89,22 @@ def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> Non
 def flag(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")
+
+
+def cu_seqlens(op: str, side: str, value: Tensor, total: int, max_seqlen: int) -> None:
+    name = f"cu_seqlens_{side}"
+    prefix = value.tolist()
+    if prefix[0] != 0:
+        raise ValueError(f"{op}: {name} must begin with 0, got {prefix[0]}.")
+    for before, after in itertools.pairwise(prefix):
+        if after < before:
+            raise ValueError(f"{op}: {name} must not decrease, got {before} before {after}.")
+        if after - before > max_seqlen:
+            raise ValueError(
+                f"{op}: max_seqlen_{side} must be at least the longest sequence, {after - before}, got {max_seqlen}."
+            )
+    if prefix[-1] != total:
+        raise ValueError(f"{op}: {name} must end with total_{side}, {total}, got {prefix[-1]}.")
 
 
 def kernel_exists(op: str, value: Tensor) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -255,25 +254,9 @@ def _check_attention_varlen(
     check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
     _check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
     if q.device.type == "cpu" and not (torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)):
-        _check_cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        _check_cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+        check.cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        check.cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     check.kernel_exists(op, q)
-
-
-def _check_cu_seqlens(op: str, side: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    name = f"cu_seqlens_{side}"
-    prefix = cu_seqlens.tolist()
-    if prefix[0] != 0:
-        raise ValueError(f"{op}: {name} must begin with 0, got {prefix[0]}.")
-    for before, after in itertools.pairwise(prefix):
-        if after < before:
-            raise ValueError(f"{op}: {name} must not decrease, got {before} before {after}.")
-        if after - before > max_seqlen:
-            raise ValueError(
-                f"{op}: max_seqlen_{side} must be at least the longest sequence, {after - before}, got {max_seqlen}."
-            )
-    if prefix[-1] != total:
-        raise ValueError(f"{op}: {name} must end with total_{side}, {total}, got {prefix[-1]}.")
 
 
 @register_fake("attention_forward")

@@ -92,14 +92,15 @@ void merge_row_backward(const MergeAttentionBackwardParams& p, Row r) {
   const bool both = weights.a != 0.0f && weights.b != 0.0f;  // a side without keys was not read, and is not read here
   const T *a = o_row<T>(p.a, r), *b = o_row<T>(p.b, r), *grad = o_row<T>(p.grad, r);
   T *grad_a = o_row<T>(p.grad_a, r), *grad_b = o_row<T>(p.grad_b, r);
-  VecF sum{};
+  VecF sum[4] = {};  // short chains of additions: less rounding than one long one
   for_each_vector(p.dim, [&](int64_t c, int count) {
     const VecF g = load_lanes(grad + c, count);
     store_lanes(grad_a + c, weights.a == 0.0f ? VecF{} : g * weights.a, count);
     store_lanes(grad_b + c, weights.b == 0.0f ? VecF{} : g * weights.b, count);
-    if (both) sum += g * (load_lanes(a + c, count) - load_lanes(b + c, count));
+    if (both) sum[c / kLanes % 4] += g * (load_lanes(a + c, count) - load_lanes(b + c, count));
   });
-  const float dot = horizontal_sum(sum), grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
+  const float dot = horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])),
+              grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
   *lse_of(p.grad_a, r) = weights.a == 0.0f ? 0.0f : weights.a * (grad_lse + weights.b * dot);
   *lse_of(p.grad_b, r) = weights.b == 0.0f ? 0.0f : weights.b * (grad_lse - weights.a * dot);
 }
