@@ -59,8 +59,7 @@ void direct_scores(const float* q, const T* keys, int64_t stride, int count, int
   }
 }
 
-// acc[r][0, kVecs * kLanes) = alpha[r] * acc[r][.] + sum over j in [begin[r], end[r]) ... of weights[r][j] *
-// values[j][.]
+// acc[r][0, kVecs * kLanes) = alpha[r] * acc[r][.] + sum over j in [begin, end) of weights[r][j] * values[j][.].
 template <int kRows, int kVecs, class T>
 FM_INLINE void direct_value_tile(const float* weights, const T* values, int64_t stride, int begin, int end,
                                  const float* alpha, float* acc, int64_t acc_stride) {

@@ -11,9 +11,8 @@
 // Masks      Every row has a visible range [begin, end) of keys. Scores are computed in whole panels and the softmax
 //            reads the visible range alone. Inside a strip a weight of 0 hides a value; where a block holds a value
 //            that is not finite, the ragged ends of a strip go row by row: nothing hidden reaches a row, NaN included.
-// Numerics   float32 accumulation; scores in units of log2; blocks and chunks lie at fixed key positions, so the bits
-// of
-//            a row depend neither on other rows nor on the number of threads. Deterministic.
+// Numerics   float32 accumulation; scores in units of log2; blocks and chunks lie at fixed key positions, so a
+//            sequence's bits depend neither on the batch nor on the number of threads. Deterministic.
 // Cost       4 * rows * visible keys * head_dim flops. Decode reads every key and value once: bound by memory.
 // After      Dao 2023, FlashAttention-2, algorithm 1; Goto and van de Geijn 2008 for the register tile.
 
@@ -45,10 +44,11 @@ void run_forward(const AttentionForwardParams& p) {
     const Sequence s = sequence_of(p, b, 0);
     total_rows += s.num_rows;
     total_pairs += s.num_rows * s.seq_k;
-    max_blocks = max(max_blocks, ceil_div(s.seq_k, kBlockK));
     if (uses_direct(s)) {
       num_partials += num_chunks(s) * p.kv_heads;
       has_chunks = has_chunks || num_chunks(s) > 1;
+    } else {  // decode alone asks for no packed blocks beyond the one of an empty scratch
+      max_blocks = max(max_blocks, ceil_div(s.seq_k, kBlockK));
     }
   }
   const int workers = workers_for(2 * total_pairs * p.kv_heads * (p.head_dim + p.v_head_dim));
