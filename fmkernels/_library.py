@@ -10,6 +10,7 @@ Autograd: a public function calls its op directly when no gradient is wanted and
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -78,16 +79,24 @@ _fragment = torch.library.Library("fmkernels", "FRAGMENT")
 
 
 def register_autocast(name: str, num_cast: int) -> None:
-    """Under autocast the first `num_cast` arguments take the autocast dtype; the others keep theirs."""
+    """Under autocast the first `num_cast` arguments take the autocast dtype, and tensors of the other half dtype too.
+
+    float32 among the later arguments stays, it is there for its precision; float64 is left alone, as torch does.
+    """
+    halves = (torch.bfloat16, torch.float16)
     for device in ("cpu", "cuda"):
         key = f"Autocast{device.upper()}"
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def with_casts(*args: Any, _device: str = device, _keys: Any = keys) -> Any:
             dtype = torch.get_autocast_dtype(_device)
-            cast = (x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args[:num_cast])
+
+            def cast(index: int, x: Any) -> Any:
+                following = (*halves, torch.float32) if index < num_cast else halves
+                return x.to(dtype) if isinstance(x, Tensor) and x.dtype in following else x
+
             with torch._C._ExcludeDispatchKeyGuard(_keys):
-                return getattr(ops, name)(*cast, *args[num_cast:])
+                return getattr(ops, name)(*itertools.starmap(cast, enumerate(args)))
 
         _fragment.impl(name, with_casts, key)
 

@@ -148,8 +148,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str, str]) -> None:
-    has_autocast = isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")  # asking for another, as meta, raises
-    any_dtype = has_autocast and torch.is_autocast_enabled(q.device.type)
+    any_dtype = _under_autocast(q)
     for name, t, layout in zip("qkv", (q, k, v), layouts, strict=True):
         check.is_tensor(op, name, t)
         check.rank(op, name, t, 4 if op == "attention" else 3, layout)
@@ -168,6 +167,12 @@ def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str
     if kv_heads < 1 or heads % kv_heads != 0:
         raise ValueError(f"{op}: k has {kv_heads} kv_heads, which must divide the {heads} heads of q.")
     check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
+
+
+def _under_autocast(q: Any) -> bool:
+    """Whether the op will be given other dtypes than the caller's."""
+    has_autocast = isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")  # asking for another, as meta, raises
+    return has_autocast and torch.is_autocast_enabled(q.device.type)
 
 
 def _check_no_grad(op: str, alibi_slopes: Tensor | None) -> None:
@@ -228,7 +233,8 @@ def _check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
         check.is_tensor(op, "bias", bias)
         check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
         check.same_device(op, "bias", bias, "q", q)
-        check.dtype(op, "bias", bias, (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype))
+        bias_dtypes = (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype)
+        check.dtype(op, "bias", bias, check.FLOAT_DTYPES if _under_autocast(q) else bias_dtypes)
         for dim, (what, full) in enumerate(
             (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
         ):

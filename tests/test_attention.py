@@ -358,6 +358,24 @@ def test_autocast_takes_its_dtype(dtype):
     assert torch.equal(actual, attention(q.to(dtype), k.to(dtype), v.to(dtype), **kwargs))
 
 
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+def test_autocast_takes_a_bias_of_any_dtype_compiled_or_not(bias_dtype):
+    torch._dynamo.reset()
+    args, kwargs = Case("autocast", bias="hqk", bias_dtype=bias_dtype).inputs()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.float16):
+        expected = attention(*args, **kwargs)
+        assert torch.equal(compiled(*args, **kwargs), expected)
+    bias = kwargs["bias"].to(torch.float16 if bias_dtype == torch.bfloat16 else bias_dtype)
+    assert torch.equal(expected, attention(*(t.half() for t in args), bias=bias))
+
+
+def test_autocast_does_not_narrow_float64():
+    args = [t.double() for t in Case("autocast").inputs()[0]]
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="got float64"):
+        attention(*args)
+
+
 def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():
     args, kwargs = Case("meta", dtype=torch.float16, v_head_dim=24, sinks=True).inputs("meta")
     for t, real in zip(attention(*args, **kwargs, return_lse=True), (torch.float16, torch.float32), strict=True):
