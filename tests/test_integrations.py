@@ -134,6 +134,8 @@ FALLBACKS = {
     "a tensor that is not on the CPU": (tuple(t.to("meta") for t in (q, k, v)), {}),
     "a nested or sparse tensor": (nested(q, k, v), {}),
     "shapes that do not match": ((q[:1], k, v), {}),
+    "an argument of the wrong type": ((q, None, v), {}),
+    "a scale that is not a finite number": ((q, k, v), {"scale": float("inf")}),
 }
 
 
@@ -146,7 +148,7 @@ def test_sdpa_falls_back_to_torch_with_one_logged_line(reason, served, caplog):
         torch.manual_seed(0)
         try:
             return function(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             return str(error)
 
     with caplog.at_level(logging.WARNING, "fmkernels"), sdpa.override():
@@ -159,7 +161,18 @@ def test_sdpa_falls_back_to_torch_with_one_logged_line(reason, served, caplog):
         if isinstance(expected, str) or expected.is_nested or expected.is_meta:
             assert type(result) is type(expected)
         else:
-            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"query": None}, {"value": [1.0]}, {"attn_mask": [0.0]}, {"is_causal": 1}, {"scale": "1"}], ids=str
+)
+def test_sdpa_raises_the_error_of_torch_for_an_argument_of_another_type(wrong, served):
+    sentence = rf"^scaled_dot_product_attention\(\): argument '{next(iter(wrong))}' .*must be"
+    for function in (torch_sdpa, sdpa.scaled_dot_product_attention):
+        with pytest.raises(TypeError, match=sentence):
+            function(**{"query": q, "key": k, "value": v, **wrong})
+    assert served == []
 
 
 def test_sdpa_override_ends_with_its_block_and_disable_with_all():

@@ -19,6 +19,7 @@ from ..attention import MAX_HEAD_DIM, attention
 
 _logger = logging.getLogger("fmkernels")
 _torch_sdpa = F.scaled_dot_product_attention
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def enable() -> None:
@@ -72,9 +73,9 @@ def scaled_dot_product_attention(
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
     Calls that the kernels do not serve (dropout, gradients, CUDA tensors, float64, head sizes off the multiples of 8,
-    other ranks, ...) go to torch, and the logger "fmkernels" says so once for each reason.
+    other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each reason.
     """
-    reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         if not torch.compiler.is_compiling():
             _log(reason)
@@ -111,10 +112,15 @@ def _unsupported(
     mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    scale: float | None,
     enable_gqa: bool,
 ) -> str | None:
     """Why torch has to serve this call, or None. Wrong arguments go there too: its error is the one to see."""
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if not all(isinstance(t, Tensor) for t in tensors) or not isinstance(is_causal, bool):
+        return "an argument of the wrong type"
+    if scale is not None and not (isinstance(scale, _NUMBERS) and abs(scale) <= check.FLOAT32_MAX):
+        return "a scale that is not a finite number"
     if any(t.is_nested or t.layout != torch.strided for t in tensors):
         return "a nested or sparse tensor"
     if not torch.compiler.is_compiling() and any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
