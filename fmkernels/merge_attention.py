@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _check as check
 from ._library import call, needs_grad, ops, register_fake
@@ -32,8 +33,8 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    CPU and CUDA (sm_80 and later). Differentiable in all four arguments. Deterministic. The merge is that of the online
-    softmax: Milakov and Gimelshein 2018.
+    CPU and CUDA (sm_80 and later). Differentiable once in all four arguments. Deterministic. The merge is
+    that of the online softmax: Milakov and Gimelshein 2018.
     """
     args = (o_a, lse_a, o_b, lse_b)
     return call(_MergeAttention.apply if needs_grad(*args) else ops.merge_attention_forward, args, _check_tensors)
@@ -72,6 +73,7 @@ class _MergeAttention(torch.autograd.Function):
         return ops.merge_attention_forward(o_a, lse_a, o_b, lse_b)
 
     @staticmethod
+    @once_differentiable  # the op of the gradients has none itself: a second one is an error and not a wrong number
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
         sides = ctx.saved_tensors
         grad_o = torch.zeros_like(sides[0]) if grad_o is None else grad_o

@@ -186,6 +186,14 @@ def test_only_some_inputs_want_a_gradient(wanted):
     assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != wanted)
 
 
+def test_a_second_derivative_is_refused_and_not_wrong():
+    leaves = [t.requires_grad_() for t in inputs(SHAPES[1])]
+    o, _ = merge_attention(*leaves)
+    (grad,) = torch.autograd.grad(o.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 # ---- edges -----------------------------------------------------------------------------------------------------------
 
 
