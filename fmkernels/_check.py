@@ -77,6 +77,13 @@ def integer(op: str, name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{op}: {name} must be below 2**63, got {value}.")
 
 
+def window(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{op}: {name} must be a pair (left, right), got {value!r}.")
+    for side in (0, 1):
+        integer(op, f"{name}[{side}]", value[side], -1)
+
+
 def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")

@@ -190,14 +190,13 @@ def _check_scalars(
 ) -> None:
     check.flag(op, "causal", causal)
     check.flag(op, "return_lse", return_lse)
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"{op}: window must be a pair (left, right), got {window!r}.")
-    check.integer(op, "window[0]", window[0], -1)
-    check.integer(op, "window[1]", window[1], -1)
+    check.window(op, "window", window)
     if softmax_scale is not None:
         check.number(op, "softmax_scale", softmax_scale)
     check.number(op, "softcap", softcap, non_negative=True)
-    if softcap != 0 and (1.0 if softmax_scale is None else abs(softmax_scale)) > check.FLOAT32_MAX * softcap:
+    largest_scale = 1.0 if softmax_scale is None else abs(softmax_scale)
+    vanishes = softcap <= 2.0**-150  # in float32
+    if softcap != 0 and (vanishes or largest_scale > check.FLOAT32_MAX * softcap):
         raise ValueError(f"{op}: softcap must be 0 or leave softmax_scale / softcap finite in float32, got {softcap}.")
 
 
@@ -206,7 +205,7 @@ def _check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None
     if alibi_slopes is not None:
         check.is_tensor(op, "alibi_slopes", alibi_slopes)
         if alibi_slopes.dim() != 2:
-            check.rank(op, "alibi_slopes", alibi_slopes, 1, "[heads]")
+            check.rank(op, "alibi_slopes", alibi_slopes, 1, "[heads] or [batch, heads]")
         else:
             check.size(op, "alibi_slopes", alibi_slopes, 0, "batch", batch)
         check.dtype(op, "alibi_slopes", alibi_slopes, (torch.float32,))

@@ -70,7 +70,12 @@ MODIFIER_ERRORS = [
     ("softmax_scale", -(10**39), ValueError, f"softmax_scale must be finite in float32, got -1{'0' * 39}."),
     ("window", (2**63, 0), ValueError, f"window[0] must be below 2**63, got {2**63}."),
     ("alibi_slopes", 0.5, TypeError, "alibi_slopes must be a tensor, got float."),
-    ("alibi_slopes", torch.zeros(2, 2, 4), ValueError, "alibi_slopes must be [heads], got 3 dimensions [2, 2, 4]."),
+    (
+        "alibi_slopes",
+        torch.zeros(2, 2, 4),
+        ValueError,
+        "alibi_slopes must be [heads] or [batch, heads], got 3 dimensions [2, 2, 4].",
+    ),
     ("alibi_slopes", torch.zeros(4).half(), ValueError, "alibi_slopes must be float32, got float16."),
     ("alibi_slopes", torch.zeros(5), ValueError, "alibi_slopes must have heads 4, got 5."),
     ("alibi_slopes", torch.zeros(3, 4), ValueError, "alibi_slopes must have batch 2, got 3."),
@@ -178,6 +183,13 @@ def test_wrong_packed_arguments(name, value, error, sentence):
     with pytest.raises(error) as raised:
         attention_varlen(**{**PACKED, name: value})
     assert str(raised.value) == f"attention_varlen: {sentence}"
+
+
+def test_a_softcap_that_is_zero_in_float32_is_refused_whatever_the_scale():
+    sentence = "^attention: softcap must be 0 or leave softmax_scale / softcap finite in float32, got 1e-46.$"
+    for softmax_scale in (0.0, 1e-20, 1.0, None):
+        with pytest.raises(ValueError, match=sentence):
+            attention(Q, K, V, softmax_scale=softmax_scale, softcap=1e-46)
 
 
 def test_packed_sequences_have_no_bias():

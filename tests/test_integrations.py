@@ -276,3 +276,33 @@ def test_flash_attn_refuses_what_it_has_not():
         flash_attn_varlen_func(*args, 0.1)
     with pytest.raises(ValueError, match=r"^flash_attn_varlen_func: block_table must be None"):
         flash_attn_varlen_func(*args, block_table=torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "sentence"),
+    [
+        ({"window_size": 5}, TypeError, "window_size must be a pair (left, right), got 5."),
+        ({"window_size": (0, -2)}, ValueError, "window_size[1] must be at least -1, got -2."),
+        ({"deterministic": None}, TypeError, "deterministic must be True or False, got NoneType."),
+        ({"return_attn_probs": 1}, TypeError, "return_attn_probs must be True or False, got int."),
+    ],
+    ids=str,
+)
+def test_flash_attn_names_its_own_arguments(wrong, error, sentence):
+    for function, case in ((flash_attn_func, Case("plain")), (flash_attn_varlen_func, Case("p", seqlens=((3, 5),)))):
+        with pytest.raises(error) as raised:
+            function(*case.inputs()[0], **wrong)
+        assert str(raised.value) == f"{function.__name__}: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("function", "case"),
+    [(flash_attn_func, Case("plain")), (flash_attn_varlen_func, Case("packed", seqlens=((3, 5), (7, 7))))],
+    ids=["func", "varlen"],
+)
+def test_flash_attn_compiles_without_a_graph_break(function, case):
+    torch._dynamo.reset()
+    args, _ = case.inputs()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    options = {"causal": True, "window_size": (4, 0), "return_attn_probs": True}
+    assert all(map(torch.equal, compiled(*args, **options), function(*args, **options)))

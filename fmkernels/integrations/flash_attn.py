@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _check as check
 from ..attention import attention, attention_varlen
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -47,7 +48,7 @@ def flash_attn_func(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
-    _check_dropout("flash_attn_func", dropout_p)
+    _check("flash_attn_func", dropout_p, window_size, deterministic, return_attn_probs)
     result = attention(
         q,
         k,
@@ -94,7 +95,7 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
-    _check_dropout("flash_attn_varlen_func", dropout_p)
+    _check("flash_attn_varlen_func", dropout_p, window_size, deterministic, return_attn_probs)
     if block_table is not None:
         raise ValueError("flash_attn_varlen_func: block_table must be None: paged keys are not supported, got a table.")
     result = attention_varlen(
@@ -115,9 +116,13 @@ def flash_attn_varlen_func(
     return _with_probabilities(result)
 
 
-def _check_dropout(function: str, dropout_p: Any) -> None:
+def _check(function: str, dropout_p: Any, window_size: Any, deterministic: Any, return_attn_probs: Any) -> None:
+    """What `attention` does not see, or knows under another name."""
     if dropout_p != 0.0:
         raise ValueError(f"{function}: dropout_p must be 0, got {dropout_p}.")
+    check.window(function, "window_size", window_size)
+    check.flag(function, "deterministic", deterministic)
+    check.flag(function, "return_attn_probs", return_attn_probs)
 
 
 def _with_probabilities(result: Tensor | tuple[Tensor, Tensor]) -> Result:

@@ -69,10 +69,7 @@ class Attention(nn.Module):
             raise ValueError(f"{op}: head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}.")
         check.flag(op, "bias", bias)
         check.flag(op, "causal", causal)
-        if not isinstance(window, tuple | list) or len(window) != 2:
-            raise TypeError(f"{op}: window must be a pair (left, right), got {window!r}.")
-        for side in (0, 1):
-            check.integer(op, f"window[{side}]", window[side], -1)
+        check.window(op, "window", window)
         if rope is not None and not callable(rope):
             raise TypeError(f"{op}: rope must be callable with (q, k), got {type(rope).__name__}.")
 
