@@ -17,6 +17,7 @@ from measure import Contender, num_sets
 from torch import Tensor
 
 import fmkernels
+from fmkernels._library import has_kernel
 
 sdpa = F.scaled_dot_product_attention
 
@@ -87,9 +88,8 @@ SHORT += [Case(batch=8, heads=9, kv_heads=3, head_dim=64, seq=64), Case(batch=1,
 
 @pytest.fixture(autouse=True)
 def _kernel_of_this_device(device):
-    key = device.type.upper()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("fmkernels::attention_forward", key):
-        pytest.skip(f"attention has no {key} kernel in this build")
+    if not has_kernel("attention_forward", device.type):
+        pytest.skip(f"attention has no {device.type} kernel in this build")
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _library
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -114,6 +116,9 @@ def cu_seqlens(op: str, side: str, value: Tensor, total: int, max_seqlen: int) -
         raise ValueError(f"{op}: {name} must end with total_{side}, {total}, got {prefix[-1]}.")
 
 
-def kernel_exists(op: str, value: Tensor) -> None:
-    if value.device.type not in ("cpu", "meta"):
-        raise ValueError(f"{op}: there is no kernel for {value.device.type} tensors yet, only for cpu.")
+def kernel_exists(op: str, schema: str, value: Tensor) -> None:
+    device = value.device.type
+    if device in ("cpu", "meta") or (device == "cuda" and schema in _library.cuda_ops):
+        return
+    reason = f": {_library.cuda_error}" if device == "cuda" and _library.cuda_error is not None else ""
+    raise ValueError(f"{op}: there is no kernel for {device} tensors{reason}.")

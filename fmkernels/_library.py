@@ -24,6 +24,7 @@ MIN_TORCH = (2, 11)
 
 # FMKERNELS_LIBRARY_DIR, read once: other builds of the libraries, as the sanitizer run uses.
 library_dir = Path(os.environ.get("FMKERNELS_LIBRARY_DIR", Path(__file__).parent))
+cuda_path = library_dir / "_C_cuda.abi3.so"
 cuda_error: str | None = None
 """Why the CUDA kernels are not loaded; None when they are."""
 
@@ -35,11 +36,10 @@ def _load() -> str | None:
     if not core.exists():
         raise ImportError(f"fmkernels is not built: {core} is missing; run `pip install -e . --no-build-isolation`")
     torch.ops.load_library(core)
-    cuda = library_dir / "_C_cuda.abi3.so"
-    if not cuda.exists():
+    if not cuda_path.exists():
         return "built without CUDA kernels (no nvcc was found, or FMKERNELS_CUDA=off)"
     try:
-        torch.ops.load_library(cuda)
+        torch.ops.load_library(cuda_path)
     except OSError as error:
         return str(error)
     return None
@@ -68,6 +68,17 @@ class Ops:
 
 ops = Ops("fmkernels")
 op_names: tuple[str, ...] = tuple(Ops.__annotations__)
+
+
+def has_kernel(op: str, device: str, namespace: str = "fmkernels") -> bool:
+    """Whether a loaded library holds a kernel of the op for this type of device; there need be no such device."""
+    name = f"{namespace}::{op}"
+    if not torch._C._dispatch_has_kernel(name):  # nor does the op exist, which the next line would not take
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+
+
+cuda_ops = frozenset(name for name in op_names if has_kernel(name, "cuda"))
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -239,7 +239,7 @@ def _check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
         ):
             if bias.shape[dim] not in (1, full):
                 raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
-    check.kernel_exists(op, q)
+    check.kernel_exists(op, "attention_forward", q)
 
 
 def _check_attention_varlen(
@@ -261,7 +261,7 @@ def _check_attention_varlen(
     if q.device.type == "cpu" and not (torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)):
         check.cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         check.cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    check.kernel_exists(op, q)
+    check.kernel_exists(op, "attention_varlen_forward", q)
 
 
 @register_fake("attention_forward")

@@ -63,6 +63,7 @@ def _check_tensors(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> No
             raise ValueError(
                 f"{op}: {lse_name} must have the shape {lse_shape} for this {name}, got {list(lse.shape)}."
             )
+    check.kernel_exists(op, "merge_attention_forward", o_a)
 
 
 class _MergeAttention(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import ops
+from ._library import has_kernel, ops
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,12 @@ class Backend:
     def __str__(self) -> str:
         return self.name
 
-    def has(self, op: str) -> bool:
-        """Whether this machine can run the op here."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            return False
-        name = f"{self.namespace}::{op}"
-        if not torch._C._dispatch_has_kernel(name):
-            return False
-        return torch._C._dispatch_has_kernel_for_dispatch_key(name, self.device.upper())
+    @property
+    def has_device(self) -> bool:
+        return self.device != "cuda" or torch.cuda.is_available()
+
+    def has_kernel(self, op: str) -> bool:
+        return has_kernel(op, self.device, self.namespace)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a public function of fmkernels over this backend's ops."""
@@ -50,7 +48,7 @@ BACKENDS = (Backend("cpu", "cpu"), Backend("cuda", "cuda"))
 
 def backends(op: str) -> list[Backend]:
     """Every backend of this machine that has a kernel of the op, as in `backends("attention_forward")`."""
-    return [backend for backend in BACKENDS if backend.has(op)]
+    return [backend for backend in BACKENDS if backend.has_kernel(op) and backend.has_device]
 
 
 @dataclass(frozen=True)

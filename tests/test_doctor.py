@@ -12,6 +12,7 @@ import torch
 
 from fmkernels import __version__, _library, doctor
 from fmkernels.__main__ import main
+from fmkernels.testing import Backend
 
 
 def test_every_op_has_a_self_test():
@@ -36,7 +37,7 @@ def test_report_as_json(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == doctor.report()
-    assert found["passed"]
+    assert found["problems"] == []
     assert found["versions"]["fmkernels"] == __version__
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["Python"] == platform.python_version()
@@ -62,17 +63,35 @@ def test_failed_self_test_is_shown_and_tells_by_the_exit_code(monkeypatch, capsy
     monkeypatch.setitem(doctor.SELF_TESTS, "merge_attention_forward", fail)
     assert main(["doctor"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "A self-test failed." in shown
-    assert "AssertionError" in shown
-    assert "[1e-6]" in shown
+    sentence = "merge_attention_forward on cpu: AssertionError: output 0: error 1.5, allowed [1e-6]"
+    assert sentence in shown
+    assert "All self-tests passed" not in shown
     assert main(["doctor", "--json"]) == 1
-    assert not json.loads(capsys.readouterr().out)["passed"]
+    assert json.loads(capsys.readouterr().out)["problems"][0] == sentence
 
 
 def test_op_without_a_cpu_kernel_fails(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_outcome", lambda name, backend: "missing")
     assert main(["doctor"]) == 1
-    assert "A self-test failed." in capsys.readouterr().out
+    assert "attention_forward on cpu: missing" in capsys.readouterr().out
+
+
+def test_cuda_kernels_that_do_not_load_are_a_problem_and_not_only_missing(tmp_path):
+    (tmp_path / "_C.abi3.so").symlink_to(_library.library_dir / "_C.abi3.so")
+    (tmp_path / "_C_cuda.abi3.so").write_text("not a library")
+    run = subprocess.run(
+        [sys.executable, "-m", "fmkernels", "doctor", "--json"],
+        env=os.environ | {"FMKERNELS_LIBRARY_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    (problem,) = json.loads(run.stdout)["problems"]
+    assert problem.startswith("the CUDA kernels were built and do not load: ")
+
+
+def test_backend_whose_library_is_not_there_is_missing():
+    assert doctor._outcome("attention_forward", Backend("elsewhere", "cpu", "fmkernels_elsewhere")) == "missing"
 
 
 @pytest.mark.parametrize("forced", ["generic", "no such set"])

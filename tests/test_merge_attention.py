@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from fmkernels import attention, merge_attention, reference
+from fmkernels import _library, attention, merge_attention, reference
 from fmkernels.testing import assert_as_good_as_torch, backends
 
 BACKENDS = backends("merge_attention_forward")
@@ -278,6 +279,16 @@ def test_wrong_arguments(name, value, error, sentence):
 def test_a_last_dimension_of_zero():
     with pytest.raises(ValueError, match="merge_attention: o_a must have a v_head_dim of at least 1, got 0"):
         merge_attention(OUT[..., :0], LSE, OUT[..., :0], LSE)
+
+
+@pytest.mark.parametrize("reason", [None, "built without CUDA kernels"])
+def test_a_device_without_a_kernel_is_named_and_why(reason, monkeypatch):
+    monkeypatch.setattr(_library, "cuda_ops", frozenset())
+    monkeypatch.setattr(_library, "cuda_error", reason)
+    with FakeTensorMode(), pytest.raises(ValueError, match="merge_attention: there is no kernel") as raised:
+        merge_attention(*(torch.empty(shape, device="cuda") for shape in ((2, 5, 3, 8), (2, 3, 5)) * 2))
+    sentence = "merge_attention: there is no kernel for cuda tensors"
+    assert str(raised.value) == f"{sentence}." if reason is None else f"{sentence}: {reason}."
 
 
 HOSTILE_SIDES = [
