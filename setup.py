@@ -11,6 +11,7 @@ torch is not imported and not a build requirement: an isolated build would downl
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "80;90a"
+OLDEST_ARCH = 80
 
 
 def torch_dir() -> Path:
@@ -65,14 +67,20 @@ def find_nvcc() -> Path | None:
 
 
 def cuda_archs() -> str:
-    if "FMKERNELS_CUDA_ARCHS" in os.environ:
-        return os.environ["FMKERNELS_CUDA_ARCHS"]
+    given = os.environ.get("FMKERNELS_CUDA_ARCHS", "")
+    if given:
+        if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", given):
+            sys.exit(f"fmkernels: FMKERNELS_CUDA_ARCHS must be architectures as in 80;90a, got {given}")
+        return given
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return DEFAULT_ARCHS
     numbers = {int(cap.replace(".", "")) for cap in found if cap.replace(".", "").isdigit()}
+    for number in sorted(number for number in numbers if number < OLDEST_ARCH):
+        print(f"fmkernels: the kernels need sm_{OLDEST_ARCH}: nothing is built for the sm_{number} of this machine")
+        numbers.remove(number)
     # From Hopper on the kernels use instructions that exist for one architecture alone.
     return ";".join(f"{number}a" if number >= 90 else str(number) for number in sorted(numbers)) or DEFAULT_ARCHS
 

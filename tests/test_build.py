@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,49 @@ def test_unknown_choice_of_cuda_is_named(tmp_path):
     result = build_ext(tmp_path, FMKERNELS_CUDA="bogus")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == "fmkernels: FMKERNELS_CUDA must be auto, off or pip, got bogus"
+
+
+@pytest.fixture
+def cuda_archs(monkeypatch, tmp_path):
+    """setup.py's choice of architectures on a machine whose GPUs have the given compute capabilities."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("FMKERNELS_CUDA_ARCHS", raising=False)
+    choose = runpy.run_path(str(ROOT / "setup.py"))["cuda_archs"]
+
+    def on(*capabilities: str) -> str:
+        lines = "\n".join(capabilities)
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{lines}\nEND\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        return choose()
+
+    return on
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "archs"),
+    [
+        (["8.0"], "80"),
+        (["9.0", "9.0"], "90a"),
+        (["8.9", "12.0"], "89;120a"),
+        (["7.5", "8.6"], "86"),
+        (["7.5"], "80;90a"),
+        (["[N/A]"], "80;90a"),
+    ],
+    ids=str,
+)
+def test_architectures_are_those_of_the_gpus_that_the_kernels_run_on(cuda_archs, capabilities, archs, capsys):
+    assert cuda_archs(*capabilities) == archs
+    assert ("nothing is built for the sm_75 of this machine" in capsys.readouterr().out) == ("7.5" in capabilities)
+
+
+def test_given_architectures_are_taken_and_wrong_ones_named(cuda_archs, monkeypatch):
+    for given, archs in (("", "80"), ("90a", "90a"), ("80;120a", "80;120a")):
+        monkeypatch.setenv("FMKERNELS_CUDA_ARCHS", given)
+        assert cuda_archs("8.0") == archs
+    monkeypatch.setenv("FMKERNELS_CUDA_ARCHS", "80,90")
+    with pytest.raises(SystemExit, match="FMKERNELS_CUDA_ARCHS must be architectures as in 80;90a, got 80,90"):
+        cuda_archs("8.0")
 
 
 def cuda_compiler() -> Path | None:
