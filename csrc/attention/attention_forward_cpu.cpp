@@ -28,9 +28,16 @@ constexpr int64_t kPackedBytes = 48 << 20;  // packed blocks that all workers to
 // What one sequence of the batch contributes, per kv head: row tiles, or chunks of the direct path.
 struct SequencePlan {
   int64_t first_task, first_partial;  // over all sequences before this one
-  int64_t units;                      // tiles or chunks per kv head
+  int64_t units;                      // tiles per kv head, or chunks
   bool direct;
 };
+
+// Kv heads of a direct task: all of them where the heads of a token lie together, so that whole pages are read, but
+// few enough that every worker finds two tasks. The choice changes no bits.
+int64_t heads_per_task(const AttentionForwardParams& p, int64_t num_chunks, int64_t workers) {
+  if (p.k.head_stride >= p.k.token_stride || p.v.head_stride >= p.v.token_stride) return 1;
+  return ceil_div(p.kv_heads, min(p.kv_heads, ceil_div(2 * workers, max(1, num_chunks))));
+}
 
 template <class T>
 void run_forward(const AttentionForwardParams& p) {
@@ -38,14 +45,14 @@ void run_forward(const AttentionForwardParams& p) {
 
   auto uses_direct = [](const Sequence& s) { return s.num_rows <= kDirectRows; };
   auto num_chunks = [](const Sequence& s) { return max(1, ceil_div(s.seq_k, kChunk)); };
-  int64_t total_rows = 0, total_pairs = 0, num_partials = 0, max_blocks = 1;
+  int64_t total_rows = 0, total_pairs = 0, total_chunks = 0, max_blocks = 1;
   bool has_chunks = false;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b, 0);
     total_rows += s.num_rows;
     total_pairs += s.num_rows * s.seq_k;
     if (uses_direct(s)) {
-      num_partials += num_chunks(s) * p.kv_heads;
+      total_chunks += num_chunks(s);
       has_chunks = has_chunks || num_chunks(s) > 1;
     } else {  // decode alone asks for no packed blocks beyond the one of an empty scratch
       max_blocks = max(max_blocks, ceil_div(s.seq_k, kBlockK));
@@ -58,41 +65,47 @@ void run_forward(const AttentionForwardParams& p) {
   const int64_t affordable_slots = kPackedBytes / workers / (kBlockK * (p.head_dim + columns) * 4);
   const TileShape shape{tile_rows, p.head_dim, columns, max(1, min(max_blocks, affordable_slots))};
 
-  const int64_t acc_floats = num_partials * kDirectRows * p.v_head_dim;
+  const int64_t num_partials = total_chunks * p.kv_heads, direct_heads = heads_per_task(p, total_chunks, workers);
+  const int64_t acc_floats = num_partials * kDirectRows * p.v_head_dim, state_floats = num_partials * kStateRows;
+  const int64_t direct_floats = total_chunks == 0 ? 0 : direct_heads * kDirectRows * p.head_dim;  // q of a worker
   const int64_t scratch_bytes = TileScratch::num_bytes(shape);
   const Workspace workspace(Arena::array_bytes<SequencePlan>(p.batch) + Arena::array_bytes<float>(acc_floats) +
-                            Arena::array_bytes<RowState>(num_partials * kDirectRows) + workers * scratch_bytes);
+                            2 * Arena::array_bytes<float>(state_floats) + Arena::array_bytes<Partial>(num_partials) +
+                            Arena::array_bytes<float>(workers * direct_floats) + workers * scratch_bytes);
   Arena arena(workspace.data());
   SequencePlan* plan = arena.take<SequencePlan>(p.batch);
   float* partial_acc = arena.take<float>(acc_floats);
-  RowState* partial_state = arena.take<RowState>(num_partials * kDirectRows);
+  const RowStates partial_state{arena.take<float>(state_floats), arena.take<float>(state_floats)};
+  Partial* partials = arena.take<Partial>(num_partials);  // [sequence][chunk][kv head]
+  float* direct_q = arena.take<float>(workers * direct_floats);
   char* scratch = arena.take<char>(workers * scratch_bytes);
+  for (int64_t i = 0; i < num_partials; ++i) {
+    partials[i] = {partial_acc + i * kDirectRows * p.v_head_dim, partial_state.from(i * kStateRows)};
+  }
 
   for (int worker = 0; worker < workers; ++worker) {
     const TileScratch buffers(Arena(scratch + worker * scratch_bytes), shape);
     for (int64_t slot = 0; slot < shape.num_slots; ++slot) buffers.slots[slot] = {-1, false};
   }
-  int64_t num_tasks = 0;
-  num_partials = 0;
+  int64_t num_tasks = 0, first_partial = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b, 0);
     const bool direct = uses_direct(s);
     const int64_t units = direct ? (s.num_rows == 0 ? 0 : num_chunks(s)) : ceil_div(s.num_rows, tile_rows);
-    plan[b] = {num_tasks, num_partials, units, direct};
-    num_tasks += units * p.kv_heads;
-    if (direct) num_partials += units * p.kv_heads;
+    plan[b] = {num_tasks, first_partial, units, direct};
+    num_tasks += units * (direct ? ceil_div(p.kv_heads, direct_heads) : p.kv_heads);
+    if (direct) first_partial += units * p.kv_heads;
   }
-  auto partial_of = [&](const SequencePlan& unit, int64_t kv_head, int64_t chunk) {
-    const int64_t index = unit.first_partial + kv_head * unit.units + chunk;
-    return Partial{partial_acc + index * kDirectRows * p.v_head_dim, partial_state + index * kDirectRows};
+  auto partial_of = [&](const SequencePlan& unit, int64_t kv_head, int64_t chunk) -> const Partial& {
+    return partials[unit.first_partial + chunk * p.kv_heads + kv_head];
   };
   auto finish_direct = [&](const Sequence& s, const SequencePlan& unit) {
-    const Partial total = partial_of(unit, s.kv_head, 0);
+    const Partial& total = partial_of(unit, s.kv_head, 0);
     for (int64_t row = 0; row < s.num_rows; ++row) {
-      RowState& state = total.state[row];
+      RowState state = total.state[row];
       float* acc = total.acc + row * p.v_head_dim;
       for (int64_t chunk = 1; chunk < unit.units; ++chunk) {
-        const Partial part = partial_of(unit, s.kv_head, chunk);
+        const Partial& part = partial_of(unit, s.kv_head, chunk);
         const RowState other = part.state[row];
         if (other.sum == 0.0f) continue;
         const float new_max = other.max_log2 > state.max_log2 ? other.max_log2 : state.max_log2;
@@ -115,12 +128,15 @@ void run_forward(const AttentionForwardParams& p) {
     }
     const SequencePlan& unit = plan[b];
     const int64_t local = task - unit.first_task;
-    const Sequence s = sequence_of(p, b, local / unit.units);
     if (unit.direct) {
-      const int64_t chunk = local % unit.units;
-      run_direct<T>(p, s, chunk * kChunk, min((chunk + 1) * kChunk, s.seq_k), partial_of(unit, s.kv_head, chunk));
-      if (unit.units == 1) finish_direct(s, unit);
+      const int64_t chunk = local % unit.units, first = local / unit.units * direct_heads;
+      const int64_t last = min(first + direct_heads, p.kv_heads);
+      const Sequence s = sequence_of(p, b, first);
+      run_direct<T>(p, s, last - first, chunk * kChunk, min((chunk + 1) * kChunk, s.seq_k),
+                    direct_q + worker * direct_floats, &partial_of(unit, first, chunk));
+      for (int64_t head = first; unit.units == 1 && head < last; ++head) finish_direct(sequence_of(p, b, head), unit);
     } else {
+      const Sequence s = sequence_of(p, b, local / unit.units);
       const int64_t tile = unit.units - 1 - local % unit.units;  // causal: the longest first
       run_tile<T>(p, s, tile * tile_rows, min((tile + 1) * tile_rows, s.num_rows),
                   TileScratch(Arena(scratch + worker * scratch_bytes), shape), shape);

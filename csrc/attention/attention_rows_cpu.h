@@ -95,25 +95,12 @@ FM_INLINE VecF load_bias(const B* bias, int64_t stride, int count) {
   return load(lanes);
 }
 
-constexpr int kUnroll = 4;  // vectors in flight, to hide the latency of sums and maxima
-
-// scores[j] = f(scores[j], j, u) for j in [0, count), a vector at a time; the lanes past `count` are -infinity. u <
-// kUnroll tells apart the vectors that are in flight together.
+// scores[j] = f(scores[j], j) for j in [0, count), a vector at a time; f gets -infinity in the lanes past `count`.
 template <class F>
 FM_INLINE void transform(float* scores, int count, F&& f) {
   int j = 0;
-  for (; j + kUnroll * kLanes <= count; j += kUnroll * kLanes) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = j + u * kLanes;
-      store(scores + at, f(load(scores + at), at, u));
-    }
-  }
-  for (; j + kLanes <= count; j += kLanes) store(scores + j, f(load(scores + j), j, 0));
-  if (j < count) {
-    const VecF tail = f(load_partial(scores + j, count - j, -kInfinity), j, 0);
-    store_partial(scores + j, tail, count - j);
-  }
+  for (; j + kLanes <= count; j += kLanes) store(scores + j, f(load(scores + j), j));
+  if (j < count) store_partial(scores + j, f(load_partial(scores + j, count - j, -kInfinity), j), count - j);
 }
 
 // Turns the products scores[0, count) of the keys from `key` on into scores.
@@ -121,7 +108,7 @@ void apply_modifiers(const AttentionForwardParams& p, const Sequence& s, int64_t
                      float* scores) {
   const int64_t head = s.head(row), query = s.query(row);
   if (p.softcap != 0.0f) {
-    transform(scores, count, [&](VecF x, int, int) { return tanh(x) * (p.softcap * kLog2E); });
+    transform(scores, count, [&](VecF x, int) { return tanh(x) * (p.softcap * kLog2E); });
   }
   if (p.bias != nullptr) {
     const int64_t stride = p.bias_stride[3];
@@ -129,15 +116,14 @@ void apply_modifiers(const AttentionForwardParams& p, const Sequence& s, int64_t
       const B* bias = static_cast<const B*>(p.bias) + s.batch * p.bias_stride[0] + head * p.bias_stride[1] +
                       query * p.bias_stride[2] + key * stride;
       transform(scores, count,
-                [&](VecF x, int j, int) { return x + load_bias(bias + j * stride, stride, count - j) * kLog2E; });
+                [&](VecF x, int j) { return x + load_bias(bias + j * stride, stride, count - j) * kLog2E; });
     });
   }
   if (p.alibi_slopes != nullptr) {
     const float slope_log2 = p.alibi_slopes[s.batch * p.alibi_batch_stride + head] * kLog2E;
     const int64_t diagonal = query + s.seq_k - s.seq_q - key;
-    VecF lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<float>(i);
-    transform(scores, count, [&](VecF x, int j, int) {
+    const VecF lane = __builtin_convertvector(lane_indices(), VecF);
+    transform(scores, count, [&](VecF x, int j) {
       const VecF distance = static_cast<float>(diagonal - j) - lane;
       return x - (VecF)((VecI)distance & 0x7fffffff) * slope_log2;
     });
@@ -151,43 +137,65 @@ struct RowState {
   float max_log2, sum;
 };
 
-FM_INLINE float row_max(const float* scores, int count, float start) {
-  VecF largest[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) largest[u] = broadcast(start);
-  int j = 0;
-  for (; j + kUnroll * kLanes <= count; j += kUnroll * kLanes) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) largest[u] = max(largest[u], load(scores + j + u * kLanes));
+// The states of many rows.
+struct RowStates {
+  float *max_log2, *sum;
+
+  RowState operator[](int64_t row) const { return {max_log2[row], sum[row]}; }
+  void set(int64_t row, RowState state) const {
+    max_log2[row] = state.max_log2;
+    sum[row] = state.sum;
   }
-  for (; j + kLanes <= count; j += kLanes) largest[0] = max(largest[0], load(scores + j));
-  if (j < count) largest[0] = max(largest[0], load_partial(scores + j, count - j, -kInfinity));
-  return horizontal_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+  RowStates from(int64_t row) const { return {max_log2 + row, sum + row}; }
+};
+
+// The whole vectors that hold `visible`, which begin at multiples of kLanes; the scores around it become -infinity.
+FM_INLINE Range hide_around(float* scores, Range visible) {
+  if (visible.begin >= visible.end) return {0, 0};
+  const Range whole{visible.begin / kLanes * kLanes, round_up(visible.end, kLanes)};
+  const VecI lane = lane_indices();
+  if (whole.begin < visible.begin) {
+    const VecI first = VecI{} + static_cast<int32_t>(visible.begin - whole.begin);
+    store(scores + whole.begin, lane >= first ? load(scores + whole.begin) : broadcast(-kInfinity));
+  }
+  if (visible.end < whole.end) {
+    float* last = scores + whole.end - kLanes;
+    store(last, lane < VecI{} + static_cast<int32_t>(visible.end % kLanes) ? load(last) : broadcast(-kInfinity));
+  }
+  return whole;
 }
 
-// One step for kRows rows (a multiple of kLanes): the scores of row r in visible[r] become exp2(score - new maximum),
-// and alpha[r] the factor for what was accumulated before. Three passes, so that rows overlap in the processor.
-template <int kRows, int kStride>
-void softmax_step(float* scores, const Range* visible, RowState* state, float* alpha) {
-  float shift[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    const int count = static_cast<int>(visible[r].end - visible[r].begin);
-    const float old_max = state[r].max_log2;
-    const float new_max = count == 0 ? old_max : row_max(scores + r * kStride + visible[r].begin, count, old_max);
-    shift[r] = new_max == -kInfinity ? 0.0f : new_max;  // all scores -infinity: every weight is 0, not NaN
-    alpha[r] = old_max - shift[r];
-    state[r].max_log2 = new_max;
+// One step for kLanes rows: the scores of row r in visible[r] become exp2(score - new maximum), those that share a
+// vector with them 0, and alpha[r] the factor for what was accumulated before. What is one number a row is computed
+// for all rows at once.
+template <int kStride>
+void softmax_step(float* scores, const Range* visible, RowStates state, float* alpha) {
+  VecF lanes[kLanes];  // [row]
+  Range whole[kLanes];
+  for (int r = 0; r < kLanes; ++r) {
+    whole[r] = hide_around(scores + r * kStride, visible[r]);
+    lanes[r] = broadcast(-kInfinity);
+    for (int64_t j = whole[r].begin; j < whole[r].end; j += kLanes) {
+      lanes[r] = max(lanes[r], load(scores + r * kStride + j));
+    }
   }
-  for (int r = 0; r < kRows; r += kLanes) store(alpha + r, exp2_nonpositive(load(alpha + r)));
-  for (int r = 0; r < kRows; ++r) {
-    const int count = static_cast<int>(visible[r].end - visible[r].begin);
-    VecF sum[kUnroll] = {};
-    transform(scores + r * kStride + visible[r].begin, count, [&](VecF x, int, int u) {
-      const VecF weight = exp2_nonpositive(x - shift[r]);
-      sum[u] += weight;
-      return weight;
-    });
-    state[r].sum = state[r].sum * alpha[r] + horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  const VecF old_max = load(state.max_log2);
+  const VecF new_max = max(old_max, join_lanes(lanes, [](VecF a, VecF b) { return max(a, b); }));
+  const VecF shift = new_max == broadcast(-kInfinity) ? VecF{} : new_max;  // no finite score: every weight 0, not NaN
+  const VecF factor = exp2_nonpositive(old_max - shift);
+  store(state.max_log2, new_max);
+  store(alpha, factor);
+  for (int r = 0; r < kLanes; ++r) {
+    VecF sum{};
+    for (int64_t j = whole[r].begin; j < whole[r].end; j += kLanes) {
+      float* at = scores + r * kStride + j;
+      const VecF weight = exp2_nonpositive(load(at) - shift[r]);
+      store(at, weight);
+      sum += weight;
+    }
+    lanes[r] = sum;
   }
+  store(state.sum, load(state.sum) * factor + join_lanes(lanes, [](VecF a, VecF b) { return a + b; }));
 }
 
 // Divides the accumulated row by its sum, sink included, and writes o and lse.

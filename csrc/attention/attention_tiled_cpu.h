@@ -13,7 +13,8 @@ constexpr int kStrip = 6;           // rows of a register tile: 12 accumulators,
 constexpr int kPanel = 2 * kLanes;  // columns of a register tile
 constexpr int kGroupStrips = 4;     // strips whose scores stay in the first-level cache together
 constexpr int kGroupRows = kGroupStrips * kStrip;
-constexpr int kBlockK = 128;  // keys packed at a time
+constexpr int kBlockK = 128;    // keys packed at a time
+constexpr int kRowsAhead = 12;  // rows of q and o are asked for so many rows before their turn
 
 // Rows of a tile: as many as keep q and o in 192 KiB, so that they stay in a second-level cache of 512 KiB beside a
 // packed block and the next one on its way.
@@ -22,31 +23,6 @@ constexpr int64_t max_tile_rows(int64_t head_dim, int64_t v_head_dim) {
 }
 
 // ---- packing -------------------------------------------------------------------------------------------------------
-
-// rows[i][0, kLanes) for i in [0, kLanes) become out[c][0, kLanes) = rows[.][c], with a row stride of kPanel.
-FM_INLINE void transpose_to(const VecF* rows, float* out) {
-#ifdef __AVX2__
-  __m256 pairs[8], quads[8];
-  for (int i = 0; i < 4; ++i) {
-    pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-    pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    for (int h = 0; h < 2; ++h) {
-      quads[4 * i + 2 * h] = _mm256_shuffle_ps(pairs[4 * i + h], pairs[4 * i + 2 + h], 0x44);
-      quads[4 * i + 2 * h + 1] = _mm256_shuffle_ps(pairs[4 * i + h], pairs[4 * i + 2 + h], 0xee);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(out + i * kPanel, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * kPanel, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
-  }
-#else
-  for (int c = 0; c < kLanes; ++c) {
-    for (int i = 0; i < kLanes; ++i) out[c * kPanel + i] = rows[i][c];
-  }
-#endif
-}
 
 // keys[0, count) to packed[panel][column][kPanel], the keys of the last panel past `count` as zeros.
 template <class T>
@@ -60,7 +36,7 @@ void pack_keys(const T* keys, int64_t stride, int count, int64_t head_dim, float
           const int key = panel + half + i;
           rows[i] = key < count ? load(keys + key * stride + c) : VecF{};
         }
-        transpose_to(rows, out + c * kPanel + half);
+        transpose_to(rows, out + c * kPanel + half, kPanel);
       }
     }
   }
@@ -85,12 +61,36 @@ bool pack_values(const T* values, int64_t stride, int count, int64_t v_head_dim,
   return horizontal_sum(zero) == 0.0f;
 }
 
+// The rows of a strip, scaled, to packed[column][kStrip]; a null row is zeros. The last column's vector is longer than
+// kStrip: it ends in what the caller writes next.
+template <class T>
+FM_INLINE void pack_strip(const T* const* rows, int64_t head_dim, float scale, float* packed) {
+  constexpr int kLast = (kStrip - 1) / kLanes * kLanes;
+  for (int64_t c = 0; c < head_dim; c += kLanes) {
+    for (int first = kLast; first >= 0; first -= kLanes) {  // so that what a vector holds too much is overwritten
+      VecF lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* row = first + i < kStrip ? rows[first + i] : nullptr;
+        lanes[i] = row == nullptr ? VecF{} : load(row + c) * scale;
+      }
+      transpose_to(lanes, packed + c * kStrip + first, kStrip);
+    }
+  }
+}
+
 template <class T>
 FM_INLINE void prefetch_rows(const T* rows, int64_t stride, int begin, int end, int64_t columns) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int row = begin; row < end; ++row) {
     for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(rows + row * stride + c, 0, 2);
   }
+}
+
+// Asks for the row of q or o that is kRowsAhead rows after `row`, where it is before `end`.
+template <class T>
+FM_INLINE void prefetch_row_ahead(const TokenView& view, const Sequence& s, int64_t row, int64_t end, int64_t columns) {
+  const int64_t next = row + kRowsAhead;
+  if (next < end) prefetch_rows(token<T>(view, s, s.q_start, s.query(next), s.head(next)), 0, 0, 1, columns);
 }
 
 // ---- register tiles ------------------------------------------------------------------------------------------------
@@ -160,24 +160,29 @@ struct Slot {
 struct TileScratch {
   float* q;         // [row / kStrip][head_dim][kStrip], scaled
   float* acc;       // [row][columns]
-  RowState* state;  // [row]
+  RowStates state;  // [row]
+  Range* visible;   // [row], keys of the sequence
   float* scores;    // [kGroupRows][kBlockK]
   Slot* slots;      // [num_slots]
   float* keys;      // [num_slots][kBlockK / kPanel][head_dim][kPanel]
   float* values;    // [num_slots][columns / kPanel][kBlockK][kPanel]
 
   TileScratch(Arena arena, const TileShape& shape)
-      : q(arena.take<float>(shape.tile_rows * shape.head_dim)),
+      : q(arena.take<float>(q_floats(shape))),
         acc(arena.take<float>(shape.tile_rows * shape.columns)),
-        state(arena.take<RowState>(shape.tile_rows)),
+        state{arena.take<float>(shape.tile_rows), arena.take<float>(shape.tile_rows)},
+        visible(arena.take<Range>(shape.tile_rows)),
         scores(arena.take<float>(kGroupRows * kBlockK)),
         slots(arena.take<Slot>(shape.num_slots)),
         keys(arena.take<float>(shape.num_slots * kBlockK * shape.head_dim)),
         values(arena.take<float>(shape.num_slots * kBlockK * shape.columns)) {}
 
+  static int64_t q_floats(const TileShape& shape) {  // pack_strip writes up to a vector past the last strip
+    return shape.tile_rows * shape.head_dim + kLanes;
+  }
   static int64_t num_bytes(const TileShape& shape) {
-    return Arena::array_bytes<float>(shape.tile_rows * shape.head_dim) +
-           Arena::array_bytes<float>(shape.tile_rows * shape.columns) + Arena::array_bytes<RowState>(shape.tile_rows) +
+    return Arena::array_bytes<float>(q_floats(shape)) + Arena::array_bytes<float>(shape.tile_rows * shape.columns) +
+           2 * Arena::array_bytes<float>(shape.tile_rows) + Arena::array_bytes<Range>(shape.tile_rows) +
            Arena::array_bytes<float>(kGroupRows * kBlockK) + Arena::array_bytes<Slot>(shape.num_slots) +
            Arena::array_bytes<float>(shape.num_slots * kBlockK * shape.head_dim) +
            Arena::array_bytes<float>(shape.num_slots * kBlockK * shape.columns);
@@ -236,16 +241,21 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
 
   // Query rows, scaled and interleaved by strip; the rows that pad the last group are zeros.
   const float scale = query_scale(p);
-  for (int64_t r = 0; r < padded_rows; ++r) {
-    float* out = scratch.q + r / kStrip * kStrip * p.head_dim + r % kStrip;
-    const T* q = r < num_rows ? token<T>(p.q, s, s.q_start, s.query(row_begin + r), s.head(row_begin + r)) : nullptr;
-    for (int64_t c = 0; c < p.head_dim; ++c) out[c * kStrip] = q == nullptr ? 0.0f : to_float(q[c]) * scale;
-    scratch.state[r] = {-kInfinity, 0.0f};
+  for (int64_t strip = 0; strip < padded_rows; strip += kStrip) {
+    const T* q[kStrip];
+    for (int64_t i = 0; i < kStrip; ++i) {
+      const int64_t row = row_begin + strip + i;
+      q[i] = row < row_end ? token<T>(p.q, s, s.q_start, s.query(row), s.head(row)) : nullptr;
+      prefetch_row_ahead<T>(p.q, s, row, row_end, p.head_dim);
+      scratch.visible[strip + i] = row < row_end ? visible_keys(p, s, row) : Range{0, 0};
+      scratch.state.set(strip + i, {-kInfinity, 0.0f});
+    }
+    pack_strip(q, p.head_dim, scale, scratch.q + strip * p.head_dim);
   }
   memset(scratch.acc, 0, static_cast<size_t>(padded_rows * columns) * sizeof(float));
 
   // The union of the visible ranges; both ends grow with the row.
-  const Range all{visible_keys(p, s, row_begin).begin, visible_keys(p, s, row_end - 1).end};
+  const Range all{scratch.visible[0].begin, scratch.visible[num_rows - 1].end};
   for (int64_t block = all.begin / kBlockK * kBlockK; block < all.end; block += kBlockK) {
     const int num_keys = static_cast<int>(min(s.seq_k - block, kBlockK));
     const int64_t block_index = block / kBlockK, slot_index = block_index % shape.num_slots;
@@ -277,7 +287,7 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
       for (int strip = 0; strip < kGroupStrips; ++strip) {
         Range& range = strip_range[strip] = {kBlockK, 0};
         for (int r = strip * kStrip; r < (strip + 1) * kStrip; ++r) {
-          const Range keys = group + r < num_rows ? visible_keys(p, s, row_begin + group + r) : Range{0, 0};
+          const Range keys = scratch.visible[group + r];
           visible[r] = {max(keys.begin - block, 0), min(keys.end - block, num_keys)};
           if (visible[r].begin >= visible[r].end) visible[r] = {0, 0};
           else range = {min(range.begin, visible[r].begin), max(range.end, visible[r].end)};
@@ -305,7 +315,9 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
         }
       }
       float alpha[kGroupRows];
-      softmax_step<kGroupRows, kBlockK>(scratch.scores, visible, scratch.state + group, alpha);
+      for (int r = 0; r < kGroupRows; r += kLanes) {
+        softmax_step<kBlockK>(scratch.scores + r * kBlockK, visible + r, scratch.state.from(group + r), alpha + r);
+      }
 
       // Values.
       for (int strip = 0; strip < kGroupStrips; ++strip) {
@@ -317,6 +329,7 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
     }
   }
   for (int r = 0; r < num_rows; ++r) {
+    prefetch_row_ahead<T>(p.o, s, row_begin + r, row_end, p.v_head_dim);
     finish_row<T>(p, s, row_begin + r, scratch.state[r], scratch.acc + r * columns);
   }
 }

@@ -86,6 +86,60 @@ FM_INLINE VecF broadcast(float x) { return x - VecF{}; }  // x - 0 is x; 0 + x i
 // The larger of a and b; b where either is NaN.
 FM_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 
+// 0, 1, ..., kLanes - 1.
+FM_INLINE VecI lane_indices() {
+  VecI lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// out[c * stride][0, kLanes) = rows[.][c] for the columns c, written in their order.
+FM_INLINE void transpose_to(const VecF* rows, float* out, int64_t stride) {
+#ifdef __AVX2__
+  __m256 pairs[8], quads[8];
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int h = 0; h < 2; ++h) {
+      quads[4 * i + 2 * h] = _mm256_shuffle_ps(pairs[4 * i + h], pairs[4 * i + 2 + h], 0x44);
+      quads[4 * i + 2 * h + 1] = _mm256_shuffle_ps(pairs[4 * i + h], pairs[4 * i + 2 + h], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+  }
+#else
+  for (int c = 0; c < kLanes; ++c) {
+    for (int i = 0; i < kLanes; ++i) out[c * stride + i] = rows[i][c];
+  }
+#endif
+}
+
+// Lane i is the lanes of x[i] joined by `join` (a sum, a maximum), for kLanes vectors.
+template <class Join>
+FM_INLINE VecF join_lanes(const VecF* x, Join&& join) {
+#ifdef __AVX2__
+  __m256 pairs[4], quads[2];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = join(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+  for (int i = 0; i < 2; ++i) {
+    quads[i] = join(_mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                    _mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+  }
+  return join(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+#else
+  VecF column[kLanes];
+  for (int c = 0; c < kLanes; ++c) {
+    for (int i = 0; i < kLanes; ++i) column[c][i] = x[i][c];
+  }
+  return join(join(column[0], column[1]), join(column[2], column[3]));
+#endif
+}
+
 // Lanes i and i ^ kStep exchanged.
 template <int kStep>
 FM_INLINE VecF swap_lanes(VecF x) {
@@ -102,17 +156,13 @@ FM_INLINE float horizontal_sum(VecF x) {
   x += swap_lanes<1>(x);
   return x[0];
 }
-FM_INLINE float horizontal_max(VecF x) {
-  if constexpr (kLanes == 8) x = max(x, swap_lanes<kLanes / 2>(x));
-  x = max(x, swap_lanes<2>(x));
-  x = max(x, swap_lanes<1>(x));
-  return x[0];
-}
 
-// 2^x for x <= 0: relative error below 1.2e-7, exactly 0 below 2^-126 (-infinity included), NaN stays NaN.
+// 2^x for x <= 0: relative error below 1.2e-7, exactly 0 below 2^-126.5 (-infinity included), NaN stays NaN.
 // x = n + f with |f| <= 1/2; 2^f is a polynomial fitted for relative error, 2^n is built in the exponent bits.
 FM_INLINE VecF exp2_nonpositive(VecF x) {
-  const float shifter = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the low mantissa bits
+  // Adding it rounds to an integer; n + 127, the biased exponent, then stands in the low bits of the mantissa.
+  const float shifter = 0x1.8p23f + 127.0f;
+  x = max(broadcast(-127.0f), x);
   const VecF shifted = x + shifter;
   const VecF f = x - (shifted - shifter);
   VecF p = f * 1.534581216e-4f + 1.339993121e-3f;
@@ -121,8 +171,7 @@ FM_INLINE VecF exp2_nonpositive(VecF x) {
   p = p * f + 2.402264689e-1f;
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.0f;
-  const VecF power = (VecF)(((VecU)shifted << 23) + 0x3f800000u);
-  return x < -126.0f ? VecF{} : p * power;
+  return p * (VecF)((VecU)shifted << 23);
 }
 
 }  // namespace
