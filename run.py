@@ -317,6 +317,15 @@ def python(environment: Environment, *words: object, **variables: str) -> int:
     return subprocess.run(command, cwd=ROOT, env=environment.variables(**variables)).returncode
 
 
+def run_tool(environment: Environment, tool: str, *words: object) -> int:
+    """Runs a program of this environment or of the PATH in the foreground; the exit status, 127 where there is none."""
+    try:
+        return subprocess.run([tool, *map(str, words)], cwd=ROOT, env=environment.variables()).returncode
+    except FileNotFoundError:
+        print(f"{tool} is not installed; run: {environment.python} -m pip install {pinned('dev.txt')[tool]}")
+        return 127
+
+
 def names_path(extra: list[str]) -> bool:
     return any((ROOT / word.split("::")[0]).exists() for word in extra if not word.startswith("-"))
 
@@ -414,11 +423,7 @@ def run_check(environment: Environment, extra: list[str]) -> int:
     checks: dict[str, Callable[[], int]] = {
         "ruff format": lambda: python(environment, "-m", "ruff", "format", "--check", "."),
         "ruff check": lambda: python(environment, "-m", "ruff", "check", "."),
-        "clang-format": lambda: (
-            subprocess.run(
-                ["clang-format", "--dry-run", "-Werror", *map(str, sources)], env=environment.variables()
-            ).returncode
-        ),
+        "clang-format": lambda: run_tool(environment, "clang-format", "--dry-run", "-Werror", *sources),
         "cuda-report": lambda: python(environment, "tools/cuda_report.py"),
         "sanitize": lambda: sanitize(environment, []),
     }

@@ -264,6 +264,18 @@ def test_check_reports_every_failure_and_fails(run, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "check: 3 of 5 passed; failed: ruff check, sanitize"
 
 
+def test_check_without_a_formatter_says_which_and_goes_on(run, monkeypatch, capsys):
+    environment = run.Environment(Path(sys.executable), in_place=True)
+
+    def missing(words, **options):
+        raise FileNotFoundError(words[0])
+
+    monkeypatch.setattr(run.subprocess, "run", missing)
+    assert run.run_tool(environment, "clang-format", "--dry-run") == 127
+    install = f"{sys.executable} -m pip install {run.pinned('dev.txt')['clang-format']}"
+    assert capsys.readouterr().out == f"clang-format is not installed; run: {install}\n"
+
+
 # ---- Versions --------------------------------------------------------------------------------------------------------
 
 
