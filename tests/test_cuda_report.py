@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_expensive_compilation_fails():
     assert check_report(slow, [both]) == ["csrc/scale/scale.cu takes 70 s to compile, over 60"]
     large = check_report([compilation(KERNEL, peak_bytes=3 << 30)], [BUDGET])
     assert large == ["csrc/scale/scale.cu takes 3072 MiB to compile, over 2048"]
+
+
+def test_occupancy_in_the_json_is_that_of_the_budget_of_the_architecture():
+    """Two entries of one kernel may launch it with other blocks on another architecture."""
+    large = dataclasses.replace(BUDGET, archs=["90a"], threads=1024)
+    other = compilation(dataclasses.replace(KERNEL, arch="90a"), arch="90a")
+    tools = cuda_report.Toolchain(Path("nvcc"), Path("nvdisasm"), "13.0", {})
+    report = json.loads(cuda_report.as_json(tools, [compilation(KERNEL), other], [BUDGET, large], []))
+    resident = [c["kernels"][0]["occupancy"]["blocks_per_sm"] for c in report["compilations"]]
+    assert resident == [8, 2]
 
 
 def budget_text(**changes) -> str:

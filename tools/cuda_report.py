@@ -127,6 +127,11 @@ def read_budgets(path: Path) -> list[Budget]:
     return budgets
 
 
+def budgets_of(kernel: Kernel, budgets: list[Budget]) -> list[Budget]:
+    """Those that hold for the kernel on its architecture; there should be one."""
+    return [budget for budget in budgets if budget.matches(kernel) and kernel.arch in budget.archs]
+
+
 def check_kernel(kernel: Kernel, budgets: list[Budget]) -> list[str]:
     """The sentences to say about one kernel; none when it keeps its budget."""
     which = f"{kernel.name} for sm_{kernel.arch}"
@@ -135,7 +140,7 @@ def check_kernel(kernel: Kernel, budgets: list[Budget]) -> list[str]:
         found.append(f"{which} spills {kernel.spill_bytes} bytes of registers")
     if kernel.num_local:
         found.append(f"{which} has {kernel.num_local} local memory instructions")
-    matching = [budget for budget in budgets if budget.matches(kernel) and kernel.arch in budget.archs]
+    matching = budgets_of(kernel, budgets)
     if len(matching) != 1:
         return [*found, f"{which} must have one budget in csrc/{kernel.room}/budget.toml, has {len(matching)}"]
     budget = matching[0]
@@ -386,7 +391,7 @@ def print_report(console: Console, compilations: list[Compilation], budgets: lis
     table.add_column("mix", overflow="fold")
     table.add_column("blocks/SM")
     for kernel in (kernel for c in compilations if c.arch in BUDGET_ARCHS for kernel in c.kernels):
-        budget = next((b for b in budgets if b.matches(kernel) and kernel.arch in b.archs), None)
+        budget = next(iter(budgets_of(kernel, budgets)), None)
         resident = budget.occupancy(kernel) if budget else None
         mix = " ".join(f"{name}:{count}" for name, count in instruction_mix(kernel.opcodes).items())
         sizes = (kernel.registers, kernel.spill_bytes, kernel.stack_bytes, kernel.static_smem_bytes)
@@ -406,7 +411,7 @@ def as_json(tools: Toolchain, compilations: list[Compilation], budgets: list[Bud
     for c in compilations:
         record = dataclasses.asdict(c)
         for kernel, entry in zip(c.kernels, record["kernels"], strict=True):
-            budget = next((b for b in budgets if b.matches(kernel)), None)
+            budget = next(iter(budgets_of(kernel, budgets)), None)
             entry["num_instructions"] = kernel.num_instructions
             entry["mix"] = instruction_mix(kernel.opcodes)
             entry["occupancy"] = dataclasses.asdict(budget.occupancy(kernel)) if budget else None
