@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 MIN_ROUND_SECONDS = 2e-3  # far above the clock's resolution and the cost of reading it
 MAX_ROUNDS = 200
@@ -66,6 +65,7 @@ class Ceilings:
     """The best the machine does: torch.mm (fp32 1024^3 on the CPU, bf16 8192^3 on CUDA), a sum over uncached memory."""
 
     def __init__(self, device: torch.device, read_bytes: int) -> None:
+        self.device = device
         size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
         self.a, self.b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         self.product = torch.empty(size, size, device=device, dtype=dtype)
@@ -82,15 +82,19 @@ class Ceilings:
             keywords = {"out": self.product}
         else:
             amount, run, args, keywords = self.memory.nbytes, torch.sum, (self.memory,), {}
-        calls = [seconds_of(lambda *a: run(*a, **keywords), [args]) for _ in range(CEILING_SAMPLES)]
+        calls = [seconds_of(lambda *a: run(*a, **keywords), [args], self.device) for _ in range(CEILING_SAMPLES)]
         rates = [amount / seconds / 1e9 for seconds in calls]
         self.seen[unit] += rates
         return rates
 
 
-def seconds_of(run: Callable[..., object], sets: Sequence[tuple]) -> float:
-    """Seconds to call `run` once on each argument tuple: by the wall on the CPU, by events on CUDA."""
-    if any(isinstance(x, Tensor) and x.is_cuda for x in sets[0]):
+def seconds_of(run: Callable[..., object], sets: Sequence[tuple], device: torch.device) -> float:
+    """Seconds to call `run` once on each argument tuple: by the wall on the CPU, by events on CUDA.
+
+    The device is told and not read from the arguments, which may be those of another library. Its work must go to
+    torch's current stream, as cupy's does: both use the default stream.
+    """
+    if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for args in sets:
@@ -152,7 +156,8 @@ def measure(
     turn = itertools.cycle(range(len(ours.inputs)))
 
     def round_of(contender: Contender, num_calls: int) -> float:
-        return seconds_of(contender.run, [contender.inputs[next(turn)] for _ in range(num_calls)]) / num_calls
+        sets = [contender.inputs[next(turn)] for _ in range(num_calls)]
+        return seconds_of(contender.run, sets, ceilings.device) / num_calls
 
     once = {c.name: statistics.median(round_of(c, 1) for _ in range(3)) for c in contenders}
     num_calls = math.ceil(MIN_ROUND_SECONDS / min(once.values()))
