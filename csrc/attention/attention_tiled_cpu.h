@@ -13,8 +13,9 @@ constexpr int kStrip = 6;           // rows of a register tile: 12 accumulators,
 constexpr int kPanel = 2 * kLanes;  // columns of a register tile
 constexpr int kGroupStrips = 4;     // strips whose scores stay in the first-level cache together
 constexpr int kGroupRows = kGroupStrips * kStrip;
-constexpr int kBlockK = 128;    // keys packed at a time
-constexpr int kRowsAhead = 12;  // rows of q and o are asked for so many rows before their turn
+constexpr int kBlockK = 128;      // keys packed at a time
+constexpr int kLongestSum = 128;  // columns in one chain of additions; more are two sums, which round less
+constexpr int kRowsAhead = 12;    // rows of q and o are asked for so many rows before their turn
 
 // Rows of a tile: as many as keep q and o in 192 KiB, so that they stay in a second-level cache of 512 KiB beside a
 // packed block and the next one on its way.
@@ -95,11 +96,13 @@ FM_INLINE void prefetch_row_ahead(const TokenView& view, const Sequence& s, int6
 
 // ---- register tiles ------------------------------------------------------------------------------------------------
 
-// scores[r][0, kPanel) = sum over c of q[c][r] * keys[c][.], for kStrip rows; score rows are kBlockK apart.
-FM_INLINE void score_tile(const float* q, const float* keys, int64_t head_dim, float* scores) {
+// scores[r][0, kPanel) = sum over c of q[c][r] * keys[c][.], for kStrip rows; score rows are kBlockK apart. With kAdd
+// the sum is added to what is there.
+template <bool kAdd>
+__attribute__((noinline)) void score_tile(const float* q, const float* keys, int64_t num_columns, float* scores) {
   VecF acc[kStrip][2] = {};
 #pragma GCC unroll 4
-  for (int64_t c = 0; c < head_dim; ++c) {
+  for (int64_t c = 0; c < num_columns; ++c) {
     const VecF k0 = load(keys + c * kPanel), k1 = load(keys + c * kPanel + kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r) {
@@ -110,8 +113,9 @@ FM_INLINE void score_tile(const float* q, const float* keys, int64_t head_dim, f
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kStrip; ++r) {
-    store(scores + r * kBlockK, acc[r][0]);
-    store(scores + r * kBlockK + kLanes, acc[r][1]);
+    float* row = scores + r * kBlockK;
+    store(row, kAdd ? load(row) + acc[r][0] : acc[r][0]);
+    store(row + kLanes, kAdd ? load(row + kLanes) + acc[r][1] : acc[r][1]);
   }
 }
 
@@ -238,6 +242,7 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
   const int num_rows = static_cast<int>(row_end - row_begin);
   const int64_t padded_rows = round_up(num_rows, kGroupRows), columns = shape.columns;
   const bool modified = has_modifiers(p);
+  const int64_t first_sum = p.head_dim <= kLongestSum ? p.head_dim : p.head_dim / 2;
 
   // Query rows, scaled and interleaved by strip; the rows that pad the last group are zeros.
   const float scale = query_scale(p);
@@ -300,8 +305,12 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
       for (int64_t key = group_range.begin / kPanel * kPanel; key < group_range.end; key += kPanel) {
         for (int strip = 0; strip < kGroupStrips; ++strip) {
           if (strip_range[strip].begin >= key + kPanel || strip_range[strip].end <= key) continue;
-          score_tile(scratch.q + (group + strip * kStrip) * p.head_dim, keys + key * p.head_dim, p.head_dim,
-                     scratch.scores + strip * kStrip * kBlockK + key);
+          const float* q = scratch.q + (group + strip * kStrip) * p.head_dim;
+          const float* panel = keys + key * p.head_dim;
+          float* scores = scratch.scores + strip * kStrip * kBlockK + key;
+          score_tile<false>(q, panel, first_sum, scores);
+          if (first_sum == p.head_dim) continue;
+          score_tile<true>(q + first_sum * kStrip, panel + first_sum * kPanel, p.head_dim - first_sum, scores);
         }
       }
 
