@@ -44,7 +44,7 @@ NEEDED_TO_BUILD = ("setuptools", "cmake", "ninja")
 SHOWN_LINES = 30  # of a failed step's output
 
 # Left out under the sanitizers: they say nothing about the kernels and take minutes there.
-NOT_SANITIZED = "not compile and not opcheck and not hypothesis and not property"
+NOT_SANITIZED = "not compile and not opcheck and not hypothesis"
 
 
 class StepFailed(Exception):
@@ -381,9 +381,8 @@ def run_sanitize(environment: Environment, extra: list[str]) -> int:
 def sanitize(environment: Environment, extra: list[str]) -> int:
     folder = BUILD / "sanitize"
     locate = "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
-    torch = subprocess.run(
-        [environment.python, "-c", locate], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    command = [environment.python, "-c", locate]
+    torch = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch}", "-DFMKERNELS_SANITIZE=ON"]
     configure += [f"-DFMKERNELS_OUTPUT_DIR={folder / 'lib'}", "-DFMKERNELS_CUDA_ARCHS="]
     configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1"]  # at -O3 it compiles for five minutes
@@ -406,7 +405,9 @@ def sanitize(environment: Environment, extra: list[str]) -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "FMKERNELS_LIBRARY_DIR": str(folder / "lib"),
     }
-    tests = [] if names_path(extra) else ["tests/test_attention.py", "tests/test_merge_attention.py"]
+    rooms = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_op.cpp"))
+    files = [path for room in ("dtype", *rooms) for path in sorted(ROOT.glob(f"tests/test_{room}*.py"))]
+    tests = [] if names_path(extra) else files
     # The sanitizers write to the process's own error output, which pytest must not keep to itself.
     options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-k", NOT_SANITIZED]
     return python(environment, "-m", "pytest", *options, *tests, *extra, **variables)

@@ -264,6 +264,20 @@ def test_check_reports_every_failure_and_fails(run, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "check: 3 of 5 passed; failed: ruff check, sanitize"
 
 
+def test_every_test_of_the_cpu_kernels_runs_under_the_sanitizers(run, monkeypatch):
+    """Packed sequences and hostile arguments, which sanitizers are for, were left out."""
+    environment = run.Environment(Path(sys.executable), in_place=True)
+    words = []
+    monkeypatch.setattr(run, "run_steps", lambda steps: None)
+    monkeypatch.setattr(run, "python", lambda environment, *given, **variables: words.extend(map(str, given)) or 0)
+    assert run.sanitize(environment, []) == 0
+    names = {Path(word).stem for word in words if word.endswith(".py")}
+    assert names >= {"test_attention", "test_attention_varlen", "test_attention_errors", "test_merge_attention"}
+    words.clear()
+    run.sanitize(environment, ["tests/test_dtype.py"])
+    assert [word for word in words if word.endswith(".py")] == ["tests/test_dtype.py"]
+
+
 def test_check_without_a_formatter_says_which_and_goes_on(run, monkeypatch, capsys):
     environment = run.Environment(Path(sys.executable), in_place=True)
 
