@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // counters_json.cpp: one launch as JSON, for Python. Its keys are stable: baselines are compared by them.
 
+#include <cxxabi.h>
+
 #include <cstdio>
+#include <cstdlib>
 #include <map>
+#include <memory>
 #include <utility>
 
 #include "counters.h"
@@ -52,6 +56,24 @@ std::string triple(const uint32_t (&values)[3]) {
   return text;
 }
 
+// "scale<float, 4>" of a mangled kernel: without result type, parameters and anonymous namespaces.
+std::string short_name(const std::string& mangled) {
+  int status = 0;
+  const std::unique_ptr<char, decltype(&std::free)> demangled(
+      abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status), &std::free);
+  if (status != 0) return mangled;
+  std::string name = demangled.get();
+  const std::string anonymous = "(anonymous namespace)::", no_result = "void ";
+  for (size_t at; (at = name.find(anonymous)) != std::string::npos;) name.erase(at, anonymous.size());
+  if (name.starts_with(no_result)) name.erase(0, no_result.size());
+  int depth = 0;
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += (name[i] == '<') - (name[i] == '>');
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
+}
+
 std::string lines_json(const Counters& counters, const std::function<SourceLine(uint32_t)>& line_of) {
   std::map<std::pair<std::string, int>, PcCounts> by_line;
   const std::vector<PcCounts>& by_pc = counters.by_pc();
@@ -98,7 +120,8 @@ std::string to_json(const LaunchRecord& record, const std::function<SourceLine(u
     const auto instruction_class = static_cast<InstructionClass>(c);
     classes.add(name_of(instruction_class), totals.of(instruction_class));
   }
-  result.add("kernel", quoted(record.kernel)).add("grid", triple(record.grid)).add("block", triple(record.block));
+  result.add("kernel", quoted(record.kernel)).add("name", quoted(short_name(record.kernel)));
+  result.add("grid", triple(record.grid)).add("block", triple(record.block));
   result.add("static_smem", record.static_smem).add("dynamic_smem", record.dynamic_smem);
   result.add("registers", std::to_string(record.registers));
   result.add("totals", sums.text()).add("classes", classes.text());
