@@ -99,7 +99,8 @@ struct Instruction {
   uint32_t aux = 0;                   // free for the family
   uint32_t pc = 0;                    // number of this instruction in the program: what counters and shadows know it by
   uint32_t target = 0;                // index of a branch's target in its Code
-  uint32_t reconverge = 0;            // index of a branch's immediate post-dominator, kNoReconvergence at the function's end
+  uint32_t reconverge = 0;            // index of a branch's immediate post-dominator, or kNoReconvergence
+  uint32_t check = 0;                 // with kSlow: index of Code::checks
   Operand guard;                      // meaningful with kGuarded
   uint16_t num_operands = 0;
   InstructionClass cls = InstructionClass::kOther;
@@ -109,7 +110,8 @@ struct Instruction {
     kChecksReads = 2,    // may read a register nobody wrote
     kTracksWrites = 4,   // writes a register that such an instruction reads
     kPropagates = 8,     // a move: copies "unwritten" instead of reporting it
-    kEndsBlock = 16,     // of the analysis: control does not go to the next instruction
+    kEndsBlock = 16,     // control does not go to the next instruction (when there is no guard)
+    kBranch = 32,        // goes to target, or to Code::jump_tables
     kSlow = kChecksReads | kTracksWrites,
   };
 };
@@ -136,6 +138,12 @@ struct ParamSlot {
   uint32_t local_offset = 0, num_bytes = 0, align = 1;
 };
 
+// The tracked registers of an instruction, as indices of Frame::written.
+struct RegisterCheck {
+  std::vector<uint32_t> reads, writes;
+  std::vector<uint32_t> moved_from;  // of a move: the destinations are as unwritten as these
+};
+
 // One function. The last instruction is always one that core appends: the end of the function.
 struct Code {
   std::string name;
@@ -149,8 +157,9 @@ struct Code {
   uint32_t num_words = 0;             // 32-bit words of registers as declared
   uint32_t local_bytes = 0;           // local variables, parameters and call parameters of a frame, a lane
   uint32_t first_pc = 0;
-  // Registers whose written lanes are tracked at run time: offset -> index of Frame::written.
-  std::map<uint32_t, uint32_t> tracked;
+  uint32_t num_tracked = 0;           // registers whose written lanes are tracked at run time
+  std::vector<RegisterCheck> checks;
+  std::map<uint32_t, std::vector<uint32_t>> jump_tables;  // of brx.idx: instruction -> targets
   std::vector<ParamSlot> params, results;
 };
 
@@ -254,7 +263,7 @@ bool decode_warp(Decoder&, const ptx::Instruction&, Instruction&);     // SHADOW
 std::shared_ptr<const Program> decode_program(const Module& module, const ptx::Module& syntax, const std::string& name,
                                               int architecture);
 
-// analysis.cpp: fills reconverge of every branch, Code::tracked and the flags of instructions that need run-time checks.
+// analysis.cpp: fills reconverge of every branch, Code::checks and the flags of instructions that need run-time checks.
 void analyse(Code& code);
 
 }  // namespace emulator
