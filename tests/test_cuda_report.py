@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_report  # noqa: E402
-from cuda_report import Budget, Compilation, Kernel, check_kernel, check_report  # noqa: E402
+import device_code  # noqa: E402
+from cuda_report import Budget, Compilation, Kernel, LoopBudget, check_kernel, check_report  # noqa: E402
 from occupancy import LIMITS, occupancy  # noqa: E402
+from sass_loop import Loop  # noqa: E402
 
 KERNEL = Kernel(
     name="scale_kernel<float, 4>",
@@ -134,17 +136,77 @@ def test_occupancy_in_the_json_is_that_of_the_budget_of_the_architecture():
     assert resident == [8, 2]
 
 
-def budget_text(**changes) -> str:
-    fields = {**dataclasses.asdict(BUDGET), **changes}
+LOOP = Loop(
+    address=0x100,
+    units=128.0,
+    is_warpgroup=False,
+    num_instructions=512,
+    num_all_instructions=600,
+    num_spills=0,
+    num_wavefronts=192,
+    counts={"mma": 128, "integer": 12, "imad": 4, "fp32": 368},
+)
+LOOP_BUDGET = LoopBudget(
+    room="scale",
+    name="scale_kernel<*>",
+    archs=["80"],
+    max_not_mma_per_unit=3.0,
+    max_int_per_unit=0.125,
+    max_shared_wavefronts_per_unit=1.5,
+    max_spills=0,
+)
+
+
+def check_loops(*loops: Loop, budgets: list[LoopBudget]) -> list[str]:
+    return check_report([compilation(dataclasses.replace(KERNEL, loops=list(loops)))], [BUDGET], budgets)
+
+
+def test_loop_within_its_budget_is_silent_and_so_is_one_without():
+    assert check_loops(LOOP, budgets=[LOOP_BUDGET]) == []
+    assert check_loops(LOOP, budgets=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_instructions": 514}, "has 3.016 instructions other than mma a unit, over its budget of 3"),
+        ({"counts": {"mma": 128, "integer": 17}}, "has 0.1328 integer instructions a unit, over its budget of 0.125"),
+        ({"num_wavefronts": 256}, "has 2 shared wavefronts a unit, over its budget of 1.5"),
+        ({"num_spills": 1}, "has 1 spill instructions, over its budget of 0"),
+    ],
+)
+def test_loop_over_its_budget_fails(changes, sentence):
+    found = check_loops(dataclasses.replace(LOOP, **changes), budgets=[LOOP_BUDGET])
+    assert found == [f"main loop of scale_kernel<float, 4> for sm_80 {sentence}"]
+
+
+def test_loops_beside_the_main_one_may_not_spill_either():
+    masked = dataclasses.replace(LOOP, num_instructions=900, num_spills=2)
+    (found,) = check_loops(LOOP, masked, budgets=[LOOP_BUDGET])
+    assert "has 2 spill instructions" in found
+
+
+def test_loop_budget_without_a_loop_or_a_kernel_or_beside_another_fails():
+    (found,) = check_loops(budgets=[LOOP_BUDGET])
+    assert found == "scale_kernel<float, 4> for sm_80 has no loop with tensor-core instructions, but a budget for one"
+    (found,) = check_loops(LOOP, budgets=[LOOP_BUDGET, LOOP_BUDGET])
+    assert "must have one budget in csrc/scale/budget.toml, has 2" in found
+    (found,) = check_loops(LOOP, budgets=[dataclasses.replace(LOOP_BUDGET, name="gone*")])
+    assert found == "csrc/scale/budget.toml: gone* matches no kernel for sm_80"
+
+
+def budget_text(kind: str = "kernel", budget: Budget | LoopBudget = BUDGET, **changes) -> str:
+    fields = {**dataclasses.asdict(budget), **changes}
     del fields["room"]
-    return "[[kernel]]\n" + "".join(f"{key} = {value!r}\n" for key, value in fields.items() if value is not None)
+    return f"[[{kind}]]\n" + "".join(f"{key} = {value!r}\n" for key, value in fields.items() if value is not None)
 
 
 def test_budget_file_is_read(tmp_path):
     path = tmp_path / "scale" / "budget.toml"
     path.parent.mkdir()
-    path.write_text(budget_text())
+    path.write_text(budget_text() + budget_text("loop", LOOP_BUDGET))
     assert cuda_report.read_budgets(path) == [BUDGET]
+    assert cuda_report.read_loop_budgets(path) == [LOOP_BUDGET]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +222,9 @@ def test_wrong_budget_file_is_named(tmp_path, changes, sentence):
     path.write_text(budget_text(**changes))
     with pytest.raises(ValueError, match=sentence):
         cuda_report.read_budgets(path)
+    path.write_text(budget_text("loop", LOOP_BUDGET, max_spills=None))
+    with pytest.raises(ValueError, match=r"\[\[loop\]\] scale_kernel.* has missing or unknown keys: max_spills"):
+        cuda_report.read_loop_budgets(path)
 
 
 # ---- Occupancy -------------------------------------------------------------------------------------------------------
@@ -277,14 +342,14 @@ def test_instruction_mix_tells_widths_and_tensor_cores():
     ],
 )
 def test_short_name_of_a_kernel(demangled, name):
-    assert cuda_report.short_name(demangled) == name
+    assert device_code.short_name(demangled) == name
 
 
 def test_command_of_the_build_loses_architecture_and_output():
     command = (
         "nvcc -O3 -gencode=arch=compute_80,code=sm_80 '-Xcompiler=-Wall -g' -MD -MT a.o -MF a.d -x cu -c a.cu -o a.o"
     )
-    assert cuda_report.strip_command(command) == ["nvcc", "-O3", "-Xcompiler=-Wall -g", "-x", "cu", "a.cu"]
+    assert device_code.strip_command(command) == ["nvcc", "-O3", "-Xcompiler=-Wall -g", "-x", "cu", "a.cu"]
 
 
 def test_report_without_a_cuda_build_says_how_to_get_a_compiler(tmp_path):
@@ -354,6 +419,12 @@ def test_compilation_is_cached_until_a_header_changes(room, tmp_path):
     (source.parent / "helper.h").write_text("#pragma once\n// changed\n")
     _, other_path = cuda_report.compile_cached(tools, source, "80", cache)
     assert other_path != path
+
+
+def test_loops_survive_the_cache(room, tmp_path, monkeypatch):
+    result = compilation(dataclasses.replace(KERNEL, loops=[LOOP]))
+    monkeypatch.setattr(cuda_report, "compile_source", lambda *_: result)
+    assert [cuda_report.compile_cached(*room, "80", tmp_path)[0] for _ in range(2)] == [result, result]
 
 
 def test_source_that_does_not_compile_shows_the_compiler(room, tmp_path):
