@@ -58,6 +58,7 @@ std::string triple(const uint32_t (&values)[3]) {
 
 // "scale<float, 4>" of a mangled kernel: without result type, parameters and anonymous namespaces.
 std::string short_name(const std::string& mangled) {
+  if (!mangled.starts_with("_Z")) return mangled;
   int status = 0;
   const std::unique_ptr<char, decltype(&std::free)> demangled(
       abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status), &std::free);
