@@ -17,7 +17,9 @@
 #include "dtype.h"
 #include "isa.h"
 
-#ifdef FM_CUDA
+#if defined(FM_EMULATED)
+#include "emulated_memory.h"
+#elif defined(FM_CUDA)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -29,7 +31,16 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
                                                                                    void** ret_stream);
 #endif
 
-#ifdef FM_CUDA  // set by the build for _C_cuda
+// FM_CUDA is set by the build for _C_cuda and _C_emulated, FM_EMULATED for the latter, where the launchers of the CUDA
+// kernels run on CPU tensors over the emulator's CUDA runtime.
+#if defined(FM_EMULATED)
+#define FM_BACKEND CPU
+#define FM_EXECUTE(name, params, tensor)       \
+  do {                                         \
+    const EmulatedLaunch memory_is_accessible; \
+    launch_##name(params, nullptr);            \
+  } while (0)
+#elif defined(FM_CUDA)
 #define FM_BACKEND CUDA
 #define FM_EXECUTE(name, params, tensor)   \
   do {                                     \
@@ -56,7 +67,13 @@ inline DType dtype_of(const char* name, const Tensor& t) {
 }
 
 // Op files read and write through Params of plain pointers; which of them are written is the contract of the op.
-inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+inline void* data_of(const Tensor& t) {
+  void* data = const_cast<void*>(t.const_data_ptr());
+#ifdef FM_EMULATED
+  note_view(data, t.sizes(), t.strides(), static_cast<int64_t>(t.element_size()));
+#endif
+  return data;
+}
 
 // A dimension of size 1 is never stepped along, so its stride says nothing; 0 keeps later checks simple.
 inline int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
@@ -82,7 +99,7 @@ inline void check_scalar_type(const char* name, const Tensor& t, ScalarType expe
   FM_CHECK(t.scalar_type() == expected, name, " must be ", expected_name);
 }
 
-#ifdef FM_CUDA
+#if defined(FM_CUDA) && !defined(FM_EMULATED)
 // Makes the device of a tensor current for a scope and knows torch's stream on it.
 class StreamScope {
  public:
