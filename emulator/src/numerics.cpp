@@ -72,7 +72,7 @@ uint64_t convert(const Format& to, const Format& from, uint64_t bits, const Conv
   const bool from_f32 = from.width() == 32, to_f32 = to.width() == 32;
   Decoded x = decode(from, bits);
   if (options.ftz && from_f32 && x.kind == Kind::kFinite && (bits & kF32.infinity()) == 0) x.kind = Kind::kZero;
-  if (x.kind == Kind::kNan) return options.saturate ? 0 : to.nan;
+  if (x.kind == Kind::kNan) return options.saturate ? 0 : to.has_nan ? to.nan : to.max_finite();
   if (options.relu && x.negative) return 0;
   if (x.kind == Kind::kFinite && options.to_integral && x.exponent < 0) {
     x.significand = shift_rounded(options.rounding, x.negative, x.significand, -x.exponent);
