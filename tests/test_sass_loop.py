@@ -84,12 +84,13 @@ def test_turn_of_the_shorter_branch_is_taken():
     assert "move_select" not in loop.counts
 
 
-def test_main_loop_is_the_one_with_most_flops_and_then_the_shortest():
+def test_main_loop_is_the_one_with_most_flops_and_then_the_least_code():
     tail = [".L_x_0:", MMA, "@P0 BRA `(.L_x_0)"]
-    masked = [".L_x_1:", MMA, MMA, "FSEL R3, R3, R4, P2", "@P0 BRA `(.L_x_1)"]
-    main = [".L_x_2:", MMA, MMA, "@P0 BRA `(.L_x_2)"]
+    masked = [".L_x_1:", MMA, MMA, "@P1 BRA `(.L_x_3)", "FSEL R3, R3, R4, P2", "FADD R3, R3, R4", ".L_x_3:"]
+    masked += ["@P0 BRA `(.L_x_1)"]
+    main = [".L_x_2:", MMA, MMA, "FADD R3, R3, R4", "FADD R3, R3, R4", "@P0 BRA `(.L_x_2)"]
     found = loops(*tail, *masked, *main, "EXIT")
-    assert [(loop.units, loop.num_instructions) for loop in found] == [(2.0, 3), (2.0, 4), (1.0, 2)]
+    assert [(loop.units, loop.num_instructions) for loop in found] == [(2.0, 5), (2.0, 4), (1.0, 2)]
 
 
 def test_inner_loop_without_mma_belongs_to_the_turn_once():

@@ -285,7 +285,10 @@ def count_turn(section: Section, blocks: list[Block], header: int, body: set[int
 
 
 def mma_loops(section: Section) -> list[Loop]:
-    """The innermost loops with tensor-core instructions, the main one first: it has the most FLOPs a turn."""
+    """The innermost loops with tensor-core instructions, the main one first.
+
+    That is the one with the most FLOPs a turn and, of such, the least code: loops for tiles that need a mask have more.
+    """
     blocks = control_flow(section)
     with_mma = {
         header: body
@@ -294,7 +297,7 @@ def mma_loops(section: Section) -> list[Loop]:
     }
     innermost = {h: body for h, body in with_mma.items() if not any(other < body for other in with_mma.values())}
     loops = [count_turn(section, blocks, header, body) for header, body in innermost.items()]
-    return sorted(loops, key=lambda loop: (-loop.units, loop.num_instructions, loop.address))
+    return sorted(loops, key=lambda loop: (-loop.units, loop.num_all_instructions, loop.address))
 
 
 # ---- Shares of the pipes ---------------------------------------------------------------------------------------------
