@@ -78,6 +78,8 @@ class Module : public std::enable_shared_from_this<Module> {
   std::vector<const Function*> kernels() const;  // all, decoded
   // The memory of a .global or .const variable; null when there is none.
   void* symbol(const std::string& name, uint64_t* num_bytes) const;
+  // The value of a function's address, a token; 0 when there is no such function.
+  uint64_t function_address(const std::string& name) const;
   const std::string& name() const { return name_; }
   const ptx::Module& syntax() const { return *syntax_; }
 
@@ -91,13 +93,11 @@ class Module : public std::enable_shared_from_this<Module> {
   Module() = default;
   void place_variables();
   void initialise_variables();
-  friend class Linker;
 
   std::string name_;
   Options options_;
   std::unique_ptr<ptx::Module> syntax_;
   std::map<std::string, Variable> variables_;
-  // The value of a function's address: an even token, no memory of the device.
   std::map<std::string, uint64_t> function_addresses_;
   mutable std::mutex mutex_;
   mutable std::map<std::string, std::unique_ptr<Function>> functions_;

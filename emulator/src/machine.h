@@ -35,7 +35,7 @@ namespace emulator {
 
 class Block;
 class LaunchState;
-class Warp;
+struct CallSite;
 
 constexpr uint64_t kSharedWindow = uint64_t{1} << 56;  // generic address of shared memory: window + offset
 constexpr uint64_t kLocalWindow = uint64_t{2} << 56;
@@ -82,18 +82,22 @@ struct Fragment {
   enum class State : uint8_t { kReady, kSuspended, kCollective, kBarrier };
   Frame* frame = nullptr;
   Fragment* parent = nullptr;
-  uint32_t pc = 0;
-  uint32_t lanes = 0;
+  uint32_t pc = 0;                         // of a suspended one: where it goes on
+  uint32_t lanes = 0;                      // of a leaf
   uint32_t reconverge = kNoReconvergence;  // where these lanes join the parent
   uint32_t arrived = 0;                    // of a suspended one: lanes that children brought
   int children = 0;
   State state = State::kReady;
-  bool is_call = false;                    // suspended by a call: results are copied when the callee's lanes return
-  bool forced = false;                     // a collective that goes ahead without the lanes it waits for
-  uint32_t passed = 0;                     // lanes that have been through the barrier this fragment stands at
+  const CallSite* call = nullptr;          // suspended by a call: where results go
+  uint32_t participating = 0;              // lanes that wait at a collective or barrier (guard applied)
+  uint32_t exited_before = 0;              // lanes that had exited when it came there
+  bool forced = false;                     // the collective goes ahead without the lanes it waits for
+  bool released = false;                   // its lanes went past a post-dominator without their siblings
+  bool passed = false;                     // the barrier it stands at has completed
   int barrier = -1;
+  uint32_t barrier_true = 0, barrier_threads = 0;  // barrier.red: the outcome
   const char* waits_for = nullptr;         // for reports; set by retry and spin
-  uint64_t suspended_at = 0;               // instruction count of the warp, for letting arrived lanes go on
+  uint64_t last_arrival = 0;               // of a suspended one: instruction count of the warp
 };
 
 class Warp {
@@ -142,6 +146,10 @@ class Warp {
     set_mask(to, bits);
   }
 
+  // The carry flag of each lane (CC.CF), of add.cc and the like.
+  uint32_t carry() const { return carry_; }
+  void set_carry(uint32_t value) { carry_ = (carry_ & ~active_) | (value & active_); }
+
   // ---- who ----
   Block& block() const { return *block_; }
   int index() const { return index_; }             // in the block
@@ -159,12 +167,14 @@ class Warp {
   void yield();  // done; others of the block run before this goes on
 
   // True: go on, with active() now all lanes that take part (other fragments at this instruction with them); one
-  // execution serves all. False: return at once, the fragment waits. `mask` [32]: for each active lane the lanes it
-  // names; those that have exited before need not come. Waiting for lanes that can never come, and lanes that do not
-  // name themselves, are reported by this function (kCollective), and it then goes on with the lanes that are there.
-  // aligned instructions (mma, ldmatrix) pass collective_all(): every lane that has not exited.
-  bool collective(const Instruction& in, const uint32_t* mask);
-  bool collective_all(const Instruction& in);
+  // execution serves all. False: return at once: the fragment waits, or all has been done. `mask` [32]: for each active
+  // lane the lanes it names; those that have exited before need not come. Waiting for lanes that can never come, and lanes
+  // that do not name themselves, are reported by this function (kCollective); it then goes on with the lanes there are.
+  // Aligned instructions (mma, ldmatrix) call collective_all(): every lane that has not exited.
+  // any_instruction: lanes at another instruction with the same execute function count as come (bar.warp.sync, which has
+  // no operand but the mask); then use the for_each_group() without a mask.
+  bool collective(const Instruction& in, const uint32_t* mask, bool any_instruction = false);
+  bool collective_all(const Instruction& in, Fault fault = Fault::kCollective);
   // After collective(): f(mask, group) once for each distinct mask of active lanes; group: those active that name it.
   template <typename F>
   void for_each_group(const uint32_t* mask, F&& f) {
@@ -176,6 +186,10 @@ class Warp {
       f(named, group);
     }
   }
+  template <typename F>
+  void for_each_group(F&& f) {
+    for_each_group(named_, f);
+  }
 
   // ---- memory ----
   std::byte* local(int lane) const { return local_ + static_cast<size_t>(lane) * local_stride_; }
@@ -184,51 +198,68 @@ class Warp {
   std::unique_ptr<Extension> async;                       // of execute_async.cpp: copies in flight of this warp
 
   // ---- for the scheduler and the control family ----
-  enum class Event : uint8_t { kNone, kYield, kRetry, kSwitch, kStop };
-  void start(Block& block, int index, uint32_t exited);
-  // Runs up to `quantum` instructions. False: nothing could run.
+  enum class Event : uint8_t { kNone, kYield, kRetry, kSwitch };
+  void start(Block& block, int index, uint32_t absent);
+  // Runs up to `quantum` instructions, less when it waits. False: nothing could run.
   bool run(int quantum);
   bool done() const { return fragments_.empty(); }
-  void branch(const Instruction& in, uint32_t taken, uint32_t target);            // lanes of active() that jump
-  void branch_many(const Instruction& in, const uint32_t* target /* [32] */);     // brx.idx
-  void call(const Instruction& in, const Code& callee, uint32_t lanes);
-  void return_from_call(uint32_t lanes);
-  void exit_lanes(uint32_t lanes);
-  // Lets lanes that wait at a post-dominator go on without the others. True when there were any.
-  bool release_arrived(bool only_old);
-  // When no warp of the block can run: collectives that wait go ahead, with a report. True when there were any.
-  bool force_collectives();
-  const std::vector<Fragment*>& fragments() const { return fragments_; }
-  Fragment* current() const { return current_; }
-  void wait_at_barrier(int barrier);
+  bool is_joint() const { return joint_; }
   uint64_t executed() const { return executed_; }
-  uint32_t grow_local(uint32_t top);  // makes local memory hold `top` bytes a lane; false: more than a stack may have
-  void set_event(Event event) { event_ = event; }
+  const std::vector<Fragment*>& fragments() const { return fragments_; }
+  Fragment& current() const { return *current_; }
   Frame& frame() const { return *current_->frame; }
+  std::byte* registers(const Frame& frame, uint32_t offset) const { return frame.registers + offset; }
+
+  void jump(const Instruction& in, uint32_t taken);  // lanes of active() that go to in.target, the others go on
+  void jump_many(const Instruction& in, const uint32_t* target /* [32] */);
+  void call(const CallSite& site, const Code& callee, uint32_t lanes);
+  void return_lanes(uint32_t lanes);
+  void exit_lanes(uint32_t lanes);
+  // The current fragment, and those that came to this barrier with it, wait until complete_barrier.
+  void wait_at_barrier(int barrier);
+  // Fragments at one place, which will meet at one place, become one; not `but`, which is in the middle of something.
+  void merge_siblings(const Fragment* but);
+  // Lanes that wait at a post-dominator go on without the others. True when there were any.
+  bool release_arrived(bool only_old);
+  // Collectives that wait go ahead, with a report. True when there were any.
+  bool force_collectives();
+  // Makes local memory hold `top` bytes a lane. False, and reported: more than a stack may have.
+  bool grow_local(uint32_t top, const Instruction& in);
+  // "lanes 0x0000ffff wait at bar.sync (file.cu:12)", for all of them.
   std::string describe_waits() const;
-  void release_extension() { async.reset(); }
+  const Instruction& instruction_of(const Fragment& fragment) const;
 
  private:
-  friend class Block;
-  friend class LaunchState;
   bool again(Fault fault, const Instruction& in);
   void add_report(Fault fault, const Instruction& in, int lane, std::string text);
-  bool check_reads(const Instruction& in);
+  void check_reads(const Instruction& in, uint32_t lanes);
   void track_writes(const Instruction& in);
-  void enter(Fragment* fragment);
-  void arrive(Fragment* fragment);
-  void finish_child(Fragment* parent);
-  bool run_fragment(Fragment* fragment, int quantum);
-  void execute_collective(const Instruction& in);
-  Fragment* new_fragment();
-  void free_fragment(Fragment* fragment);
+  Fragment* next_ready();
+  void run_fragment(Fragment& fragment, int& quantum);
+  void set_special_lanes(const uint32_t (&ntid)[3]);
+  bool gather(const Instruction& in, Fault fault, bool any_instruction);
+  void execute_jointly(const Instruction& in);
+  struct Loan {
+    RegisterUse use;
+    std::vector<std::byte> kept;
+  };
+  void lend_operands(const Instruction& in, Fragment& from, std::vector<Loan>& loans);
+  void return_loans(Fragment& from, const std::vector<Loan>& loans);
+  Fragment* add_fragment(Frame* frame, Fragment* parent, uint32_t pc, uint32_t lanes, uint32_t reconverge);
+  void remove_fragment(Fragment* fragment);
+  void arrive(Fragment& fragment);
+  void child_gone(Fragment* parent);
+  void send(Fragment& parent, uint32_t target, uint32_t lanes);
   Frame* new_frame(const Code& code, uint32_t local_base);
   void release_frame(Frame* frame);
 
   std::byte* banks_[4] = {};
   uint32_t active_ = 0;
+  uint32_t carry_ = 0;
   uint32_t next_ = 0;
   Event event_ = Event::kNone;
+  bool checks_ = true;
+  bool joint_ = false;  // execute runs for all of participants_
   Counters* counters_ = nullptr;
   Fragment* current_ = nullptr;
   Block* block_ = nullptr;
@@ -238,25 +269,27 @@ class Warp {
   uint32_t local_stride_ = 0;
   uint64_t executed_ = 0;
   size_t turn_ = 0;
+  uint32_t named_[kWarpLanes] = {};  // lanes that each lane names at the collective where it stands
   std::vector<Fragment*> fragments_;  // all that live, leaves and suspended
+  std::vector<Fragment*> participants_;
   std::vector<std::unique_ptr<Fragment>> fragment_pool_;
   std::vector<Fragment*> free_fragments_;
   std::vector<std::unique_ptr<Frame>> frame_pool_;
   std::vector<Frame*> free_frames_;
   std::unique_ptr<std::byte[]> local_storage_, bank_storage_;
-  size_t local_capacity_ = 0;
 };
 
 // One of the 16 named barriers of a block.
 struct Barrier {
-  uint32_t expected = 0;  // threads; 0: nobody has come yet
-  uint32_t arrived = 0;
-  uint32_t generation = 0;
-  bool reduction = false;
-  uint32_t count_true = 0;             // barrier.red: threads whose predicate holds
-  uint32_t result_true = 0, result_of = 0;
-  VectorClock clock, completed;
+  uint32_t expected = 0;        // threads; kAllThreads: all of the block that have not exited
+  uint32_t arrived = 0;         // 0: not in use
+  uint32_t threads = 0;         // that arrived, exactly: a whole warp counts as 32 in `arrived`
+  uint32_t count_true = 0;      // barrier.red: threads whose predicate holds
+  VectorClock clock;
+  static constexpr uint32_t kAllThreads = 0xffffffffu;
 };
+
+constexpr int kNumBarriers = 16;
 
 class Block {
  public:
@@ -274,23 +307,26 @@ class Block {
   int num_threads() const { return num_threads_; }
   Warp& warp(int i) { return *warps_[i]; }
   LaunchState& launch() const { return *launch_; }
-  void note_progress() { progress_++; }
+  // Something that others may wait for has changed: a store, an atomic that changed its word, an mbarrier.
+  void note_progress() {
+    progress_++;
+    stores_++;
+  }
   std::vector<Finding> findings;  // scratch of SharedShadow::access, so that it never allocates: clear, pass, read
 
   // ---- for the scheduler and the control family ----
   Block(LaunchState& launch, Counters* counters);
-  ~Block();
   void start(int64_t linear);
   enum class Progress : uint8_t { kDone, kRan, kStuck };
   Progress run(uint64_t budget);  // until done, stuck or so many instructions
   Barrier& barrier(int id) { return barriers_[id]; }
-  void complete_barrier(int id);
-  void thread_exited(uint32_t count);
+  // Counts `threads` of this warp, `counted` in the sense of the barrier; completes it when all have come.
+  void arrive_at_barrier(int id, Warp& warp, uint32_t lanes, uint32_t counted, uint32_t lanes_true);
+  void threads_exited(uint32_t count);
   void report_stuck(Fault fault);
 
  private:
   friend class Warp;
-  friend class LaunchState;
   LaunchState* launch_;
   Counters* counters_;
   std::byte* shared_ = nullptr;
@@ -301,21 +337,27 @@ class Block {
   uint32_t index_[3] = {};
   int num_threads_ = 0;
   size_t num_warps_ = 0;
-  int live_threads_ = 0;
-  uint64_t progress_ = 0, spins_ = 0, spins_progress_ = 0;
+  bool unstick();
+  void complete_barrier(int id);
+
+  uint32_t live_threads_ = 0;
+  uint64_t progress_ = 0;  // calls of note_progress, and turns used up without waiting
+  uint64_t stores_ = 0;    // calls of note_progress
+  uint64_t spins_ = 0, progress_at_spin_ = 0;  // spins since progress_ changed
   std::vector<std::unique_ptr<Warp>> warps_;
-  Barrier barriers_[16];
+  Barrier barriers_[kNumBarriers];
 };
 
 // One launch: what its blocks share.
 class LaunchState {
  public:
-  LaunchState(const Module& module, const Function& function, const Launch& launch, const Options& options);
+  LaunchState(const Function& function, const Launch& launch, const Options& options);
+  ~LaunchState();
   LaunchOutcome run();
   const Launch& launch() const { return launch_; }
   const Options& options() const { return options_; }
-  const Program& program() const { return program_; }
-  const std::string& kernel() const { return kernel_; }
+  const Program& program() const { return function_.program(); }
+  const std::string& kernel() const { return function_.info().name; }
   Reports& reports() { return reports_; }
   bool stopped() const { return stop_.load(std::memory_order_relaxed); }
   void stop() { stop_.store(true, std::memory_order_relaxed); }
@@ -323,10 +365,9 @@ class LaunchState {
 
  private:
   friend class Block;
-  friend class Warp;
   void run_blocks(Counters* counters);
-  const Program& program_;
-  std::string kernel_;
+  bool count_executed(uint64_t executed, Block& block);
+  const Function& function_;
   Launch launch_;
   Options options_;
   Reports reports_;

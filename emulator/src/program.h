@@ -140,6 +140,7 @@ struct ParamSlot {
 
 // The tracked registers of an instruction, as indices of Frame::written.
 struct RegisterCheck {
+  uint32_t guard = ~0u;  // the first of reads, when that is the guard
   std::vector<uint32_t> reads, writes;
   std::vector<uint32_t> moved_from;  // of a move: the destinations are as unwritten as these
 };
@@ -159,6 +160,7 @@ struct Code {
   uint32_t first_pc = 0;
   uint32_t num_tracked = 0;           // registers whose written lanes are tracked at run time
   std::vector<RegisterCheck> checks;
+  std::vector<uint32_t> written_at_entry;  // tracked ones that hold parameters
   std::map<uint32_t, std::vector<uint32_t>> jump_tables;  // of brx.idx: instruction -> targets
   std::vector<ParamSlot> params, results;
 };
