@@ -185,7 +185,7 @@ uint64_t BlockWrites::stamp_of(int64_t block) {
   return pack(static_cast<uint64_t>(block), releases);
 }
 
-int64_t BlockWrites::write(uint64_t address, uint32_t num_bytes, int64_t block) {
+int64_t BlockWrites::write(uint64_t address, uint32_t num_bytes, int64_t block, uint64_t* conflict) {
   Cache& cache = cache_;
   if (cache.launch != launch_) {
     cache = Cache();
@@ -209,7 +209,12 @@ int64_t BlockWrites::write(uint64_t address, uint32_t num_bytes, int64_t block) 
     std::atomic<uint64_t>& entry = cache.page[slot]->words[word % kPageBytes / 4];
     if (entry.load(std::memory_order_relaxed) == (cache.stamp | 15)) continue;
     const int64_t earlier = write_word(entry, word, bytes, cache.stamp);
-    if (earlier >= 0) other = earlier;
+    if (earlier < 0) continue;
+    other = earlier;
+    if (conflict != nullptr) {
+      *conflict = word;
+      break;
+    }
   }
   return other;
 }

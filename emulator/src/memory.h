@@ -66,8 +66,9 @@ class BlockWrites {
   BlockWrites& operator=(const BlockWrites&) = delete;
 
   void begin_launch();  // while no block runs
-  // The block that wrote one of these bytes before, unordered; -1 when there is none.
-  int64_t write(uint64_t address, uint32_t num_bytes, int64_t block);
+  // The block that wrote one of these bytes before, unordered; -1 when there is none. `conflict`: ends behind the first
+  // word that another block wrote, whose address goes there.
+  int64_t write(uint64_t address, uint32_t num_bytes, int64_t block, uint64_t* conflict = nullptr);
   void release(int64_t block);
   void acquire(int64_t block);
 

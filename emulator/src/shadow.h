@@ -74,6 +74,8 @@ class SharedShadow {
   void release(int warp, VectorClock& into, uint32_t lanes = ~0u);
   // What `from` knows happened before the next accesses of these lanes.
   void acquire(int warp, const VectorClock& from, uint32_t lanes = ~0u);
+  // into = max(into, from).
+  void join(VectorClock& into, const VectorClock& from) const;
   // One instruction of one warp: the lanes of `lanes` access num_bytes at address[lane], inside the block's shared
   // memory. At most one finding of each fault is appended. `collective`: all lanes of the warp take part in every
   // access, and a read orders the lanes like a shuffle when it is done (ldmatrix). True: two lanes of this call wrote
@@ -139,7 +141,6 @@ class SharedShadow {
   void forget();
   void update_floor(Warp& me);
   Lanes& lanes_of(Warp& me);
-  void join(VectorClock& into, const VectorClock& from) const;
   bool covers(const VectorClock& clock, uint32_t warp, uint32_t lane, uint32_t id) const;
   // A pair of lanes that nothing orders, as lane << 8 | other lane; -1 when all are ordered.
   int unordered(uint32_t warp, uint32_t lanes, uint32_t other_warp, uint32_t other_lanes, uint32_t id) const;
