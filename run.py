@@ -277,6 +277,15 @@ def build(environment: Environment) -> str:
     return "; ".join(dict.fromkeys(said)) or "fmkernels/_C and fmkernels/_C_cuda"
 
 
+def build_emulated(environment: Environment) -> str:
+    """The emulator, and the CUDA kernels over it."""
+    hint = "Leave the emulated backend out with FMKERNELS_CUDA=off, or see docs/emulator.md."
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    command = ["cmake", "--build", BUILD / "cuda", "--target", "emulated", "--parallel", jobs]
+    run_logged("emulator", command, hint, environment.variables())
+    return "build/emulated"
+
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +318,36 @@ def setup(environment: Environment) -> None:
         steps.append(("CUDA compiler", install_compiler))
     steps.append(("build", build))
     run_steps([(name, lambda step=step: step(environment)) for name, step in steps])
+
+
+def has_cuda_build() -> bool:
+    return (ROOT / "fmkernels" / "_C_cuda.abi3.so").exists()
+
+
+def setup_with_nvcc(environment: Environment) -> None:
+    """`setup`; where there is no nvcc then, again with one of the package index, unless FMKERNELS_CUDA=off."""
+    setup(environment)
+    if has_cuda_build() or os.environ.get("FMKERNELS_CUDA") == "off":
+        return
+    print("no nvcc here: installing one from the package index, to compile the CUDA kernels")
+    os.environ["FMKERNELS_CUDA"] = "pip"
+    setup(environment)
+
+
+def setup_for_tests(environment: Environment) -> None:
+    """`setup_with_nvcc`, and the emulated backend. A machine that can have no nvcc tests the CPU kernels."""
+    try:
+        setup_with_nvcc(environment)
+    except StepFailed as failure:
+        if not str(failure).startswith("step 'CUDA compiler'"):
+            raise
+        print(f"{str(failure).splitlines()[0]}: the emulated backend is left out")
+        os.environ["FMKERNELS_CUDA"] = "off"
+        setup(environment)
+    if has_cuda_build():
+        run_steps([("emulator", lambda: build_emulated(environment))])
+    else:  # one of an earlier build would run other kernels
+        (BUILD / "emulated" / "_C_emulated.abi3.so").unlink(missing_ok=True)
 
 
 def python(environment: Environment, *words: object, **variables: str) -> int:
@@ -344,8 +383,8 @@ def run_demo(environment: Environment, extra: list[str]) -> int:
 
 
 def run_test(environment: Environment, extra: list[str]) -> int:
-    """the test suite; further arguments go to pytest"""
-    setup(environment)
+    """the test suite; installs an nvcc where there is none; further arguments go to pytest"""
+    setup_for_tests(environment)
     return python(environment, "-m", "pytest", *([] if names_path(extra) else ["tests"]), *extra)
 
 
@@ -358,6 +397,12 @@ def run_bench(environment: Environment, extra: list[str]) -> int:
     """the benchmarks, each beside its strongest peer; further arguments go to pytest"""
     setup(environment)
     return python(environment, "-m", "pytest", *([] if names_path(extra) else ["bench"]), *extra)
+
+
+def run_counters(environment: Environment, extra: list[str]) -> int:
+    """count what the kernels of an op do on its standard shapes, beside the baseline: `counters attention_forward`"""
+    setup_for_tests(environment)
+    return python(environment, "bench/counters.py", *extra)
 
 
 def run_doctor(environment: Environment, extra: list[str]) -> int:
@@ -415,12 +460,13 @@ def sanitize(environment: Environment, extra: list[str]) -> int:
 
 def run_check(environment: Environment, extra: list[str]) -> int:
     """the gate: format, lint, device-code budgets, sanitizers; installs an nvcc where there is none"""
-    setup(environment)
-    if not (ROOT / "fmkernels" / "_C_cuda.abi3.so").exists() and os.environ.get("FMKERNELS_CUDA") != "off":
-        print("no nvcc here: installing one from the package index, to compile the CUDA kernels")
-        os.environ["FMKERNELS_CUDA"] = "pip"
-        setup(environment)
-    sources = sorted(path for suffix in ("h", "cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{suffix}"))
+    setup_with_nvcc(environment)
+    sources = sorted(
+        path
+        for folder in ("csrc", "emulator/src")
+        for suffix in ("h", "cpp", "cu")
+        for path in ROOT.glob(f"{folder}/**/*.{suffix}")
+    )
     checks: dict[str, Callable[[], int]] = {
         "ruff format": lambda: python(environment, "-m", "ruff", "format", "--check", "."),
         "ruff check": lambda: python(environment, "-m", "ruff", "check", "."),
@@ -445,7 +491,7 @@ def run_clean(environment: Environment, extra: list[str]) -> int:
     caches = [".pytest_cache", ".ruff_cache", ".hypothesis", ".benchmarks", "dist", "build"]
     caches += [
         str(path.relative_to(ROOT))
-        for top in ("fmkernels", "tests", "bench", "tools", "examples")
+        for top in ("fmkernels", "emulator", "tests", "bench", "tools", "examples")
         for path in (ROOT / top).rglob("__pycache__")
     ]
     for path in [ROOT / name for name in caches] + list((ROOT / "fmkernels").glob("*.so")):
@@ -465,11 +511,12 @@ COMMANDS: dict[str, Callable[[Environment, list[str]], int]] = {
     "check": run_check,
     "cuda-report": run_cuda_report,
     "bench": run_bench,
+    "counters": run_counters,
     "sanitize": run_sanitize,
     "doctor": run_doctor,
     "clean": run_clean,
 }
-TAKES_MORE = ("demo", "test", "test-slow", "bench", "sanitize")
+TAKES_MORE = ("demo", "test", "test-slow", "bench", "counters", "sanitize")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,16 +3,47 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._library import has_kernel, ops
+from ._library import has_kernel, library_dir, ops
+
+
+EMULATED_NAMESPACE = "fmkernels_emulated"
+_root = Path(__file__).resolve().parent.parent
+_emulated_library = _root / "build" / "emulated" / "_C_emulated.abi3.so"
+
+
+def _load_emulated() -> str | None:
+    """Loads the CUDA kernels over the emulator, which only a build of the repository has; else why they are absent."""
+    if library_dir != Path(__file__).parent:
+        return "left out: FMKERNELS_LIBRARY_DIR names the libraries under test"
+    if not _emulated_library.exists():
+        return "not built: `run.py test` builds it, except with FMKERNELS_CUDA=off"
+    if importlib.util.find_spec("emulator") is None:
+        sys.path.append(str(_root))
+    try:
+        import emulator
+
+        torch.ops.load_library(_emulated_library)
+    except (ImportError, OSError) as error:
+        return f"broken: {error}"
+    emulator.configure(counters=False)
+    return None
+
+
+emulated_error: str | None = _load_emulated()
+"""Why there is no emulated backend; None where there is."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +53,7 @@ class Backend:
     name: str
     device: str
     namespace: str = "fmkernels"
+    architecture: int = 80  # of the emulated GPU
 
     def __str__(self) -> str:
         return self.name
@@ -34,16 +66,30 @@ class Backend:
         return has_kernel(op, self.device, self.namespace)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a public function of fmkernels over this backend's ops."""
+        """Calls a public function of fmkernels over this backend's ops.
+
+        Emulated, it raises `emulator.FaultError` with what the checks found: a kernel that is wrong and happens to give
+        the right result is wrong.
+        """
         before = ops.namespace
         ops.use(self.namespace)
         try:
-            return function(*args, **kwargs)
+            with self._watch():
+                return function(*args, **kwargs)
         finally:
             ops.use(before)
 
+    def _watch(self) -> AbstractContextManager[Any]:
+        if self.namespace != EMULATED_NAMESPACE:
+            return nullcontext()
+        import emulator
+
+        return emulator.watch(architecture=self.architecture)
+
 
 BACKENDS = (Backend("cpu", "cpu"), Backend("cuda", "cuda"))
+if emulated_error is None:
+    BACKENDS += (Backend("emulated", "cpu", EMULATED_NAMESPACE),)
 
 
 def backends(op: str) -> list[Backend]:
