@@ -10,6 +10,17 @@ namespace fmkernels {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;  // more must be opted in to, per kernel
 
+// The shared memory that a block was launched with, as one struct.
+template <class Smem>
+__device__ __forceinline__ Smem& dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[];
+  return *reinterpret_cast<Smem*>(dynamic_smem_bytes);
+}
+
+inline void check_cuda(const char* name, cudaError_t status) {
+  FM_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status));
+}
+
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int smem_bytes, cudaStream_t stream,
             const Params& params) {
@@ -19,8 +30,14 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int
     FM_CHECK(status == cudaSuccess, name, ": this GPU cannot give a block ", smem_bytes, " bytes of shared memory (",
              cudaGetErrorString(status), ")");
   }
-  kernel<<<grid, block, smem_bytes, stream>>>(params);
-  status = cudaGetLastError();
+  void* arguments[] = {const_cast<Params*>(&params)};  // copied by the launch
+  // Not <<<>>> and cudaGetLastError: that would also report what an earlier call of this thread has left behind.
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = stream;
+  status = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
   FM_CHECK(status == cudaSuccess, name, ": the launch of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks of ",
            block.x, " threads failed: ", cudaGetErrorString(status));
 }
