@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_avx2_objects_lend_no_code_to_the_portable_kernels():
 
 def build_ext(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """`setup.py build_ext` in a folder of its own, with the given environment variables set or changed."""
-    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables)
+    environment = dict(os.environ, **variables)
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     (folder / "fmkernels").mkdir()
@@ -157,13 +158,39 @@ def test_build_that_sees_no_torch_says_what_to_do(tmp_path):
         assert spec is not None
         (site / name).symlink_to(Path(spec.origin).parent)
     (tmp_path / "source").mkdir()
-    result = build_ext(tmp_path / "source", PYTHONPATH=str(site))
+    result = build_ext(tmp_path / "source", PYTHONPATH=str(site), PATH=str(tmp_path))  # and no tool on the PATH
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-2:] == [
         "fmkernels: torch is not visible to this build, and it is built against the torch you already use.",
         "Install torch 2.11 or newer, then: pip install --no-build-isolation .",
     ]
+
+
+def test_build_by_a_setuptools_that_is_too_old_says_what_to_do(tmp_path):
+    site = tmp_path / "site"  # as Python 3.10 and 3.11 put into a new environment, and torch 2.11 leaves it
+    (site / "setuptools").mkdir(parents=True)
+    (site / "setuptools" / "__init__.py").write_text("__version__ = '65.5.0'\n")
+    (tmp_path / "source").mkdir()
+    result = build_ext(tmp_path / "source", PYTHONPATH=str(site))
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        'fmkernels: setuptools 77 or newer is needed, this is 65.5.0; run: pip install "setuptools>=77"'
+    )
+
+
+def test_cmake_of_this_python_is_used_where_its_environment_is_not_activated(tmp_path):
+    if not (Path(sysconfig.get_path("scripts")) / "cmake").exists():
+        pytest.skip("the cmake here is not of the package index")
+    other = tmp_path / "bin"  # as Debian 12 has it: a cmake that is too old
+    other.mkdir()
+    for tool in ("cmake", "ninja"):
+        (other / tool).write_text("#!/bin/sh\necho the other cmake >&2\nexit 1\n")
+        (other / tool).chmod(0o755)
+    (tmp_path / "source").mkdir()
+    result = build_ext(tmp_path / "source", FMKERNELS_CUDA="off", PATH=f"{other}{os.pathsep}{os.defpath}")
+    assert "the other cmake" not in result.stderr
+    assert "CMakeLists.txt" in result.stderr  # the real one misses it in this folder
 
 
 def test_unknown_choice_of_cuda_is_named(tmp_path):
