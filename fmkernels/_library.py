@@ -126,8 +126,11 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], check_tensors: Callable[
         return op(*args)
     except (RuntimeError, TypeError) as error:
         failure = error
-    check_tensors(*args)
-    raise failure
+    try:
+        check_tensors(*args)
+        raise failure
+    finally:
+        del failure  # its traceback holds this frame: without the cycle a caught failure frees the tensors at once
 
 
 def needs_grad(*tensors: Any) -> bool:

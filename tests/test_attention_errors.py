@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """attention and attention_varlen: every wrong argument has its sentence, and the ops themselves guard memory."""
 
+import contextlib
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 
 from fmkernels import attention, attention_varlen
+from fmkernels._library import ops
 
 Q, K = torch.zeros(2, 3, 4, 16), torch.zeros(2, 5, 2, 16)
 V = torch.zeros(2, 5, 2, 8)
@@ -123,6 +127,25 @@ def test_wrong_arguments(name, value, error, sentence):
     with pytest.raises(error) as raised:
         attention(**arguments)
     assert str(raised.value) == f"attention: {sentence}"
+
+
+@pytest.mark.parametrize("argument", ["v", "q"])
+def test_a_caught_failure_keeps_no_tensor_alive(argument, monkeypatch):
+    """On a GPU that ran out of memory the inputs of the failed call must be gone when the next one is tried."""
+    tensors = {"q": Q.clone(), "k": K.clone(), "v": V.clone()}
+    if argument == "v":
+        tensors["v"] = V[:, :4].clone()  # refused with a sentence; q: the op fails although all arguments are right
+    else:
+        monkeypatch.setattr(ops, "attention_forward", lambda *args: torch.empty(-1))
+    left = weakref.ref(tensors["q"])
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError, RuntimeError):
+            attention(**tensors)
+        tensors.clear()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 # ---- packed sequences ------------------------------------------------------------------------------------------------
