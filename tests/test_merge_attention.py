@@ -87,6 +87,26 @@ def test_nan_stays_in_its_row(backend):
     assert torch.equal(lse[~lse.isnan()], clean[1][~lse.isnan()])
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)  # whole and partial vectors
+def test_nan_of_a_side_with_a_vanishing_weight_is_not_lost(shape, backend):
+    """exp(-200) is 0 in float32, but the side has seen keys: attention over all of them gives NaN there too."""
+    o_a, lse_a, o_b, lse_b = inputs(shape, device=backend.device)
+    o_b[0, 5, 1, 3] = math.nan
+    expected = torch.zeros(shape, dtype=torch.bool, device=backend.device)
+    expected[0, 5, 1, 3] = True
+    for low, high in ((0.0, 200.0), (200.0, 0.0)):
+        o, lse = backend.run(merge_attention, o_a, lse_a - low, o_b, lse_b - high)
+        assert torch.equal(o.isnan(), expected)
+        assert lse.isfinite().all()
+    grad_o = torch.ones_like(o_a)
+    grad_o[0, 5, 1, 2] = math.nan
+    sides = (o_a, lse_a, o_b.nan_to_num(), lse_b - 200)
+    grad_o_a, _, grad_o_b, _ = backend.run(gradients, merge_attention, sides, (grad_o, None))
+    assert torch.equal(grad_o_a.isnan(), grad_o.isnan())
+    assert torch.equal(grad_o_b.isnan(), grad_o.isnan())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_over_split_keys_is_attention_over_all(dtype):
     generator = torch.Generator().manual_seed(0)
