@@ -270,6 +270,19 @@ def test_the_packed_op_itself_refuses(wrong):
         torch.ops.fmkernels.attention_varlen_forward(**{**DIRECT_PACKED, **wrong})
 
 
+@pytest.mark.parametrize("op", ["attention_forward", "attention_varlen_forward"])
+def test_the_ops_refuse_a_tensor_whose_storage_was_shrunk(op):
+    right = DIRECT if op == "attention_forward" else DIRECT_PACKED
+    right = {**right, "alibi_slopes": torch.zeros(4), "sinks": torch.zeros(4)}
+    if op == "attention_forward":
+        right["bias"] = torch.zeros(2, 1, 3, 5)
+    for name in [name for name, value in right.items() if isinstance(value, torch.Tensor)]:
+        shrunk = right[name].clone()
+        shrunk.untyped_storage().resize_(shrunk.nbytes - 1)
+        with pytest.raises(RuntimeError, match=r"storage of \d+ bytes, which does not hold its elements"):
+            getattr(torch.ops.fmkernels, op)(**{**right, name: shrunk})
+
+
 @pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
 def test_the_ops_refuse_factors_that_are_not_finite(name, value):

@@ -339,6 +339,15 @@ def test_the_ops_themselves_refuse(name):
                 torch.ops.fmkernels.merge_attention_forward(**{k: {**right, name: value}[k] for k in names})
 
 
+@pytest.mark.parametrize("name", ["grad_o", "grad_lse", "o_a", "lse_a", "o_b", "lse_b"])
+def test_the_ops_refuse_a_tensor_whose_storage_was_shrunk(name):
+    right = {"grad_o": OUT, "grad_lse": LSE, "o_a": OUT, "lse_a": LSE, "o_b": OUT, "lse_b": LSE}
+    shrunk = right[name].clone()
+    shrunk.untyped_storage().resize_(shrunk.nbytes - 1)
+    with pytest.raises(RuntimeError, match=r"storage of \d+ bytes, which does not hold its elements"):
+        torch.ops.fmkernels.merge_attention_backward(**{**right, name: shrunk})
+
+
 # ---- torch -----------------------------------------------------------------------------------------------------------
 
 

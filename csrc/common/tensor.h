@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +19,6 @@
 #include "isa.h"
 
 #ifdef FM_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 struct CUstream_st;
@@ -55,8 +55,17 @@ inline DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-// Op files read and write through Params of plain pointers; which of them are written is the contract of the op.
-inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+// Op files read and write through Params of plain pointers; which of them are written is the contract of the op. Torch
+// lets the storage below a tensor be shrunk or freed (`untyped_storage().resize_(0)`, as sharded training does).
+inline void* data_of(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t end = t.storage_offset() + 1, storage_bytes = 0;  // end: elements up to the last one of the tensor
+  for (size_t dim = 0; dim < sizes.size(); ++dim) end += (sizes[dim] - 1) * strides[dim];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage_bytes));
+  FM_CHECK(end * static_cast<int64_t>(t.element_size()) <= storage_bytes || t.numel() == 0,
+           "a tensor has a storage of ", storage_bytes, " bytes, which does not hold its elements");
+  return const_cast<void*>(t.const_data_ptr());
+}
 
 // A dimension of size 1 is never stepped along, so its stride says nothing; 0 keeps later checks simple.
 inline int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
