@@ -291,6 +291,14 @@ def test_the_ops_refuse_factors_that_are_not_finite(name, value):
             getattr(torch.ops.fmkernels, op)(**{**arguments, name: value})
 
 
+@pytest.mark.parametrize("seq_q", [1, 30])  # the direct path, the tiled one
+def test_the_largest_softcap_bounds_nothing(seq_q):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, seq, 2, 16, generator=generator) for seq in (seq_q, 40, 40))
+    capped = attention(q, k, v, softcap=torch.finfo(torch.float32).max, return_lse=True)
+    torch.testing.assert_close(capped, attention(q, k, v, return_lse=True))
+
+
 def test_a_huge_max_seqlen_is_only_a_bound():
     huge = {**DIRECT_PACKED, "max_seqlen_q": 2**62, "max_seqlen_k": 2**62}
     expected = torch.ops.fmkernels.attention_varlen_forward(**DIRECT_PACKED)

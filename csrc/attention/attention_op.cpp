@@ -58,6 +58,8 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
            "softmax_scale and softcap must be finite in float32, softcap not negative");
   FM_CHECK(softcap == 0.0 || (p.softcap > 0.0f && std::isfinite(p.softmax_scale / p.softcap)),
            "softcap must be 0 or leave softmax_scale / softcap finite in float32, got ", softcap);
+  p.softcap =
+      std::fmin(p.softcap, 0x1p127f);  // finite in the log2 units of the kernels too, and no bound in either case
   if (alibi_slopes.has_value()) {
     const Tensor& t = *alibi_slopes;
     check_same_device("alibi_slopes", t, q);
