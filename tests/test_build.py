@@ -135,6 +135,60 @@ def test_avx2_objects_lend_no_code_to_the_portable_kernels():
         assert not [name for name in functions if not re.match(entry_point, name)]
 
 
+RUNTIME = """
+#pragma once
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+typedef struct CUstream_st* cudaStream_t;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t last = cudaSuccess;
+inline int launched = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline cudaError_t cudaGetLastError() { cudaError_t e = last; last = cudaSuccess; return e; }
+template <class F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return last = cudaErrorInvalidValue; }
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; decltype(sizeof 0) dynamicSmemBytes; cudaStream_t stream; };
+inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void** arguments) {
+  if (config->gridDim.x == 0) return last = cudaErrorInvalidValue;
+  launched = **reinterpret_cast<int**>(arguments);
+  return cudaSuccess;
+}
+"""
+LAUNCHES = """
+#include "common/launch.h"
+#include <iostream>
+int main() {
+  auto kernel = +[](int) {};
+  auto launch = [&](unsigned blocks, int smem_bytes, int argument) {
+    try {
+      fmkernels::launch<int>("scale", kernel, dim3{blocks}, dim3{32}, smem_bytes, nullptr, argument);
+      std::cout << "launched " << launched << "\\n";
+    } catch (const std::exception& error) {
+      std::cout << error.what() << "\\n";
+    }
+  };
+  launch(1, 65536, 1);
+  launch(1, 0, 2);
+  launch(0, 0, 3);
+  launch(1, 0, 4);
+}
+"""
+
+
+def test_launch_reports_its_own_failure_and_no_earlier_one(tmp_path):
+    """launch.h over a CUDA runtime that has no large shared memory and refuses a grid without blocks."""
+    (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
+    (tmp_path / "main.cpp").write_text(LAUNCHES)
+    output_of(
+        "g++", "-std=c++20", f"-I{tmp_path}", f"-I{ROOT / 'csrc'}", tmp_path / "main.cpp", "-o", tmp_path / "main"
+    )
+    assert output_of(tmp_path / "main").splitlines() == [
+        "scale: this GPU cannot give a block 65536 bytes of shared memory (invalid argument)",
+        "launched 2",
+        "scale: the launch of 0 x 1 x 1 blocks of 32 threads failed: invalid argument",
+        "launched 4",
+    ]
+
+
 # ---- The build -------------------------------------------------------------------------------------------------------
 
 

@@ -19,8 +19,14 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int
     FM_CHECK(status == cudaSuccess, name, ": this GPU cannot give a block ", smem_bytes, " bytes of shared memory (",
              cudaGetErrorString(status), ")");
   }
-  kernel<<<grid, block, smem_bytes, stream>>>(params);
-  status = cudaGetLastError();
+  void* arguments[] = {const_cast<Params*>(&params)};  // copied by the launch
+  // Not <<<>>> and cudaGetLastError: that would also report what an earlier call of this thread has left behind.
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.stream = stream;
+  status = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
   FM_CHECK(status == cudaSuccess, name, ": the launch of ", grid.x, " x ", grid.y, " x ", grid.z, " blocks of ",
            block.x, " threads failed: ", cudaGetErrorString(status));
 }
