@@ -64,6 +64,7 @@ def test_kernel_within_its_budget_is_silent():
         ({"spill_bytes": 16}, "spills 16 bytes of registers"),
         ({"opcodes": {"LDG.E.128": 2, "LDL.64": 2, "STL": 1}}, "has 3 local memory instructions"),
     ],
+        ({"stack_bytes": 64}, "has 64 bytes of local memory"),
 )
 def test_kernel_over_its_budget_fails(changes, sentence):
     found = check_kernel(dataclasses.replace(KERNEL, **changes), [BUDGET])
@@ -290,6 +291,29 @@ def test_command_of_the_build_loses_architecture_and_output():
 def test_report_without_a_cuda_build_says_how_to_get_a_compiler(tmp_path):
     assert cuda_report.Toolchain.of_build(tmp_path) is None
     assert "FMKERNELS_CUDA=pip python3 run.py setup" in cuda_report.NO_COMPILER
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'kernel_a' for 'sm_80'
+ptxas info    : Function properties for kernel_a
+    64 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 31 registers, used 1 barriers, 80 bytes cumulative stack size, 1024 bytes smem, 368 bytes cmem[0]
+ptxas info    : Compile time = 65.848 ms
+ptxas info    : Function properties for called_by_a
+    16 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+ptxas info    : Compiling entry function 'kernel_b' for 'sm_80'
+ptxas info    : Function properties for kernel_b
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers, 368 bytes cmem[0]
+"""
+
+
+def test_resources_of_a_kernel_hold_those_of_the_functions_that_it_calls():
+    names = ("registers", "barriers", "stack_bytes", "spill_bytes", "static_smem_bytes")
+    found = cuda_report.parse_ptxas(PTXAS)
+    assert found["kernel_a"] == dict(zip(names, (31, 1, 80, 28, 1024), strict=True))
+    assert found["kernel_b"] == dict(zip(names, (8, 0, 0, 0, 0), strict=True))
+
 
 
 SOURCE = """
