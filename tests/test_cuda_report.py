@@ -63,8 +63,8 @@ def test_kernel_within_its_budget_is_silent():
         ({"opcodes": {"LDG.E": 8}}, "has no instruction LDG.E.128*, which its budget requires"),
         ({"spill_bytes": 16}, "spills 16 bytes of registers"),
         ({"opcodes": {"LDG.E.128": 2, "LDL.64": 2, "STL": 1}}, "has 3 local memory instructions"),
-    ],
         ({"stack_bytes": 64}, "has 64 bytes of local memory"),
+    ],
 )
 def test_kernel_over_its_budget_fails(changes, sentence):
     found = check_kernel(dataclasses.replace(KERNEL, **changes), [BUDGET])
@@ -133,6 +133,17 @@ def test_occupancy_in_the_json_is_that_of_the_budget_of_the_architecture():
     report = json.loads(cuda_report.as_json(tools, [compilation(KERNEL), other], [BUDGET, large], []))
     resident = [c["kernels"][0]["occupancy"]["blocks_per_sm"] for c in report["compilations"]]
     assert resident == [8, 2]
+
+
+def test_source_that_the_build_does_not_know_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
+    known, unknown = (tmp_path / "csrc" / "scale" / name for name in ("scale.cu", "unknown.cu"))
+    known.parent.mkdir(parents=True)
+    known.touch()
+    unknown.touch()
+    tools = cuda_report.Toolchain(Path("nvcc"), Path("nvdisasm"), "13.0", {known: ["nvcc"]})
+    expected = "csrc/scale/unknown.cu is not part of the CUDA build; run: python3 run.py setup"
+    assert cuda_report.check_sources(tools) == [expected]
 
 
 def budget_text(**changes) -> str:
@@ -269,29 +280,6 @@ def test_instruction_mix_tells_widths_and_tensor_cores():
     assert cuda_report.instruction_mix(opcodes) == expected
 
 
-@pytest.mark.parametrize(
-    ("demangled", "name"),
-    [
-        ("void fmkernels::(anonymous namespace)::k<float, 4>(fmkernels::Params)", "k<float, 4>"),
-        ("void k<(fmkernels::Isa)1, fmkernels::Half>(int, void (*)(int))", "k<(Isa)1, Half>"),
-        ("scale(float*)", "scale"),
-    ],
-)
-def test_short_name_of_a_kernel(demangled, name):
-    assert cuda_report.short_name(demangled) == name
-
-
-def test_command_of_the_build_loses_architecture_and_output():
-    command = (
-        "nvcc -O3 -gencode=arch=compute_80,code=sm_80 '-Xcompiler=-Wall -g' -MD -MT a.o -MF a.d -x cu -c a.cu -o a.o"
-    )
-    assert cuda_report.strip_command(command) == ["nvcc", "-O3", "-Xcompiler=-Wall -g", "-x", "cu", "a.cu"]
-
-
-def test_report_without_a_cuda_build_says_how_to_get_a_compiler(tmp_path):
-    assert cuda_report.Toolchain.of_build(tmp_path) is None
-    assert "FMKERNELS_CUDA=pip python3 run.py setup" in cuda_report.NO_COMPILER
-
 PTXAS = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'kernel_a' for 'sm_80'
@@ -314,6 +302,29 @@ def test_resources_of_a_kernel_hold_those_of_the_functions_that_it_calls():
     assert found["kernel_a"] == dict(zip(names, (31, 1, 80, 28, 1024), strict=True))
     assert found["kernel_b"] == dict(zip(names, (8, 0, 0, 0, 0), strict=True))
 
+
+@pytest.mark.parametrize(
+    ("demangled", "name"),
+    [
+        ("void fmkernels::(anonymous namespace)::k<float, 4>(fmkernels::Params)", "k<float, 4>"),
+        ("void k<(fmkernels::Isa)1, fmkernels::Half>(int, void (*)(int))", "k<(Isa)1, Half>"),
+        ("scale(float*)", "scale"),
+    ],
+)
+def test_short_name_of_a_kernel(demangled, name):
+    assert cuda_report.short_name(demangled) == name
+
+
+def test_command_of_the_build_loses_architecture_and_output():
+    command = (
+        "nvcc -O3 -gencode=arch=compute_80,code=sm_80 '-Xcompiler=-Wall -g' -MD -MT a.o -MF a.d -x cu -c a.cu -o a.o"
+    )
+    assert cuda_report.strip_command(command) == ["nvcc", "-O3", "-Xcompiler=-Wall -g", "-x", "cu", "a.cu"]
+
+
+def test_report_without_a_cuda_build_says_how_to_get_a_compiler(tmp_path):
+    assert cuda_report.Toolchain.of_build(tmp_path) is None
+    assert "FMKERNELS_CUDA=pip python3 run.py setup" in cuda_report.NO_COMPILER
 
 
 SOURCE = """

@@ -185,6 +185,14 @@ def check_report(compilations: list[Compilation], budgets: list[Budget]) -> list
     return found
 
 
+def check_sources(tools: Toolchain) -> list[str]:
+    """A sentence for every CUDA source that the build does not know, and the report thus does not hold."""
+    unknown = sorted(set(ROOT.glob("csrc/*/*.cu")) - set(tools.commands))
+    return [
+        f"{source.relative_to(ROOT)} is not part of the CUDA build; run: python3 run.py setup" for source in unknown
+    ]
+
+
 # ---- Compiler and disassembler ---------------------------------------------------------------------------------------
 
 
@@ -435,7 +443,7 @@ def main() -> int:
     if tools is None:
         sys.exit(f"cuda-report: {NO_COMPILER}")
     compilations = compile_all(tools, ROOT / "build" / "cuda_report", console)
-    violations = check_report(compilations, budgets)
+    violations = check_sources(tools) + check_report(compilations, budgets)
     (ROOT / "build" / "cuda_report.json").write_text(as_json(tools, compilations, budgets, violations))
     print_report(console, compilations, budgets)
     for violation in violations:
