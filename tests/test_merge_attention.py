@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from fmkernels import _library, attention, merge_attention, reference
@@ -213,6 +214,12 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     (grad,) = torch.autograd.grad(o.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    o_a, *others = inputs(SHAPES[1])
+    with pytest.raises(RuntimeError, match="jvp"), forward_ad.dual_level():
+        merge_attention(forward_ad.make_dual(o_a, torch.ones_like(o_a)), *others)
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------
