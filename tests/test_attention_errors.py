@@ -61,6 +61,7 @@ MODIFIER_ERRORS = [
     ("softmax_scale", "1", TypeError, "softmax_scale must be a number, got str."),
     ("softmax_scale", math.nan, ValueError, "softmax_scale must be finite in float32, got nan."),
     ("softmax_scale", -math.inf, ValueError, "softmax_scale must be finite in float32, got -inf."),
+    ("softmax_scale", -3e38, ValueError, "softmax_scale must be at most 2**127 in magnitude, got -3e+38."),
     ("softcap", None, TypeError, "softcap must be a number, got NoneType."),
     ("softcap", -1.0, ValueError, "softcap must not be negative, got -1.0."),
     ("softcap", math.inf, ValueError, "softcap must be finite in float32, got inf."),
@@ -287,7 +288,7 @@ def test_the_ops_refuse_a_tensor_whose_storage_was_shrunk(op):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
 def test_the_ops_refuse_factors_that_are_not_finite(name, value):
     for op, arguments in (("attention_forward", DIRECT), ("attention_varlen_forward", DIRECT_PACKED)):
-        with pytest.raises(RuntimeError, match="finite in float32"):
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
             getattr(torch.ops.fmkernels, op)(**{**arguments, name: value})
 
 
