@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // merge_attention_cpu.cpp: the CPU kernels of merge_attention, forward and backward.
 //
-// Work       Tasks of kTokens tokens; a row (token, head) is one pass over its vectors.
+// Work       Tasks of kTaskRows rows; a row (token, head) is one pass over its vectors.
 // Numerics   float32; weights at most 1. Deterministic.
 // Cost       3 * dim elements of memory a row forward, 5 * dim backward: bound by memory.
 
@@ -16,7 +16,7 @@
 namespace fmkernels {
 namespace {
 
-constexpr int64_t kTokens = 16;  // tokens of a task
+constexpr int64_t kTaskRows = 256;
 
 struct Row {
   int64_t batch, token, head;
@@ -33,13 +33,15 @@ float* lse_of(const MergeSide& side, Row r) {
 // f(row) for every (batch, token, head).
 template <class Params, class F>
 void for_each_row(const Params& p, F&& f) {
-  const int64_t tasks_per_batch = (p.num_tokens + kTokens - 1) / kTokens;
+  const int64_t rows_per_batch = p.num_tokens * p.heads, tasks_per_batch = (rows_per_batch + kTaskRows - 1) / kTaskRows;
   const int workers = workers_for(p.batch * p.num_tokens * p.heads * p.dim * 3 * element_bytes(p.dtype));
   parallel_for(p.batch * tasks_per_batch, workers, [&](int64_t task, int) {
-    const int64_t batch = task / tasks_per_batch, begin = task % tasks_per_batch * kTokens;
-    const int64_t end = begin + kTokens < p.num_tokens ? begin + kTokens : p.num_tokens;
-    for (int64_t token = begin; token < end; ++token) {
-      for (int64_t head = 0; head < p.heads; ++head) f(Row{batch, token, head});
+    const int64_t batch = task / tasks_per_batch, begin = task % tasks_per_batch * kTaskRows;
+    const int64_t end = begin + kTaskRows < rows_per_batch ? begin + kTaskRows : rows_per_batch;
+    int64_t token = begin / p.heads, head = begin % p.heads;
+    for (int64_t row = begin; row < end; ++row) {
+      f(Row{batch, token, head});
+      if (++head == p.heads) head = 0, ++token;
     }
   });
 }
