@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def test_wheel_is_for_every_python_from_3_10():
 # ---- The sources -----------------------------------------------------------------------------------------------------
 
 KERNEL_FILES = sorted([*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*_cpu.cpp")])
+
+
+def test_source_archive_holds_everything_that_the_build_reads(tmp_path):
+    tree = tmp_path / "tree"
+    kept = shutil.ignore_patterns("build", ".*", "*.so", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=kept)
+    output_of(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=tree)
+    names = {name.partition("/")[2] for name in tarfile.open(next(tmp_path.glob("*.tar.gz"))).getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= names
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
 
 
 @pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda path: path.name)
