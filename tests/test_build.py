@@ -120,7 +120,8 @@ def test_source_archive_holds_everything_that_the_build_reads(tmp_path):
     kept = shutil.ignore_patterns("build", ".*", "*.so", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, tree, ignore=kept)
     output_of(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=tree)
-    names = {name.partition("/")[2] for name in tarfile.open(next(tmp_path.glob("*.tar.gz"))).getnames()}
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= names
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
 
