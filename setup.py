@@ -15,11 +15,21 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+import setuptools
+
+MIN_SETUPTOOLS = 77
+if 0 < int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:  # the imports below may fail; 0: not known
+    sys.exit(
+        f"fmkernels: setuptools {MIN_SETUPTOOLS} or newer is needed, this is {setuptools.__version__}; "
+        f'run: pip install "setuptools>={MIN_SETUPTOOLS}"'
+    )
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "80;90a"
@@ -96,10 +106,12 @@ def cuda_options(nvcc: Path) -> list[str]:
 
 class CMakeBuild(build_ext):
     def run(self) -> None:
+        torch = torch_dir()  # first: where it is missing, no tool helps
+        # What pip installed for this Python comes first, also where its environment is not activated.
+        os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         for tool in ("cmake", "ninja"):
             if shutil.which(tool) is None:
                 sys.exit(f"fmkernels: {tool} is missing; run: pip install {tool}")
-        torch = torch_dir()
         output = ROOT / "fmkernels" if self.inplace else Path(self.build_lib).resolve() / "fmkernels"
         nvcc = find_nvcc()
         build_dir = ROOT / "build" / ("cuda" if nvcc else "cpu")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels for foundation models: attention, caches, sparsity, experts and collectives, on the CPU and on CUDA."""
 
+from . import nn
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
 
-__all__ = ["__version__", "attention", "attention_varlen", "merge_attention"]
+__all__ = ["__version__", "attention", "attention_varlen", "merge_attention", "nn"]

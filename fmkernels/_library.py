@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula as _register_flop_formula
 
 MIN_TORCH = (2, 11)
@@ -126,10 +127,15 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], check_tensors: Callable[
         return op(*args)
     except (RuntimeError, TypeError) as error:
         failure = error
-    check_tensors(*args)
-    raise failure
+    try:
+        check_tensors(*args)
+        raise failure
+    finally:
+        del failure  # its traceback holds this frame: without the cycle a caught failure frees the tensors at once
 
 
 def needs_grad(*tensors: Any) -> bool:
-    """Whether autograd has to record a call with these inputs."""
+    """Whether autograd has to record a call with these inputs, or refuse it: forward mode would lose tangents."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

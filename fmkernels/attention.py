@@ -193,6 +193,8 @@ def _check_scalars(
     check.window(op, "window", window)
     if softmax_scale is not None:
         check.number(op, "softmax_scale", softmax_scale)
+        if abs(softmax_scale) > 2.0**127:  # the kernels work in units of log2
+            raise ValueError(f"{op}: softmax_scale must be at most 2**127 in magnitude, got {softmax_scale}.")
     check.number(op, "softcap", softcap, non_negative=True)
     largest_scale = 1.0 if softmax_scale is None else abs(softmax_scale)
     vanishes = softcap <= 2.0**-150  # in float32

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -178,6 +179,37 @@ def test_a_sink_of_minus_infinity_is_no_sink():
     assert all(map(torch.equal, without, with_sink))
 
 
+@pytest.mark.parametrize("seq_q", [1, 50])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_lowest_finite_bias_is_a_number(bias_dtype, seq_q):
+    """Many masks are made of it. A row that has nothing else averages its values; in units of log2 it became -inf."""
+    (q, k, v), _ = Case("lowest", seq_q=seq_q, dtype=bias_dtype).inputs()
+    bias = torch.full((1, 1, 1, 65), torch.finfo(bias_dtype).min, dtype=bias_dtype)
+    assert_as_good_as_torch(
+        attention(q, k, v, bias=bias), lambda *a, **b: reference.attention(*a, **b)[0], q, k, v, bias=bias
+    )
+    bias[..., 7] = -bias[..., 7]
+    assert torch.equal(attention(q, k, v, bias=bias), v[:, 7:8].repeat_interleave(2, 2).expand(-1, seq_q, -1, -1))
+
+
+@pytest.mark.parametrize("seq_q", [1, 50])
+def test_the_largest_finite_sink_and_slope_are_numbers(seq_q):
+    args, _ = Case("largest", seq_q=seq_q).inputs()
+    largest = torch.full((4,), torch.finfo(torch.float32).max)
+    o, lse = attention(*args, sinks=largest, return_lse=True)
+    assert (o == 0).all()
+    assert (lse.isfinite() & (lse > 1e38)).all()
+    o = attention(*args, alibi_slopes=largest)  # the key at distance 0 alone counts
+    assert torch.equal(o, args[2][:, 65 - seq_q :].repeat_interleave(2, 2))
+
+
+def test_a_window_costs_what_it_shows():
+    """The keys outside it take no memory, however many they are."""
+    q, k, v = (torch.randn(1, seq, 1, 8) for seq in (2, 1, 1))
+    many = [t.expand(-1, 2**40, -1, -1) for t in (k, v)]
+    assert torch.equal(attention(q, *many, window=(3, 0)), v.expand(-1, 2, -1, -1))
+
+
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(8, 3), (100, 40), (3, 0), (30, 0)])
 def test_rows_without_a_key_are_zero_and_minus_infinity(seq_q, seq_k):
     """Never a large finite lse, and never the NaN of 0 / 0."""
@@ -275,6 +307,15 @@ def test_backward_is_refused_and_not_zero(name):
         o.sum().backward()
     with torch.no_grad():
         assert not attention(**arguments).requires_grad
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    (q, k, v), _ = Case("tangent").inputs()
+    tangent = torch.ones_like(q)
+    with pytest.raises(RuntimeError, match="jvp"), forward_ad.dual_level():
+        attention(forward_ad.make_dual(q, tangent), k, v)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda q: attention(q, k, v), (q,), (tangent,))
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------

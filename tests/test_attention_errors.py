@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """attention and attention_varlen: every wrong argument has its sentence, and the ops themselves guard memory."""
 
+import contextlib
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 
 from fmkernels import attention, attention_varlen
+from fmkernels._library import ops
 
 Q, K = torch.zeros(2, 3, 4, 16), torch.zeros(2, 5, 2, 16)
 V = torch.zeros(2, 5, 2, 8)
@@ -57,6 +61,7 @@ MODIFIER_ERRORS = [
     ("softmax_scale", "1", TypeError, "softmax_scale must be a number, got str."),
     ("softmax_scale", math.nan, ValueError, "softmax_scale must be finite in float32, got nan."),
     ("softmax_scale", -math.inf, ValueError, "softmax_scale must be finite in float32, got -inf."),
+    ("softmax_scale", -3e38, ValueError, "softmax_scale must be at most 2**127 in magnitude, got -3e+38."),
     ("softcap", None, TypeError, "softcap must be a number, got NoneType."),
     ("softcap", -1.0, ValueError, "softcap must not be negative, got -1.0."),
     ("softcap", math.inf, ValueError, "softcap must be finite in float32, got inf."),
@@ -123,6 +128,25 @@ def test_wrong_arguments(name, value, error, sentence):
     with pytest.raises(error) as raised:
         attention(**arguments)
     assert str(raised.value) == f"attention: {sentence}"
+
+
+@pytest.mark.parametrize("argument", ["v", "q"])
+def test_a_caught_failure_keeps_no_tensor_alive(argument, monkeypatch):
+    """On a GPU that ran out of memory the inputs of the failed call must be gone when the next one is tried."""
+    tensors = {"q": Q.clone(), "k": K.clone(), "v": V.clone()}
+    if argument == "v":
+        tensors["v"] = V[:, :4].clone()  # refused with a sentence; q: the op fails although all arguments are right
+    else:
+        monkeypatch.setattr(ops, "attention_forward", lambda *args: torch.empty(-1))
+    left = weakref.ref(tensors["q"])
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError, RuntimeError):
+            attention(**tensors)
+        tensors.clear()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 # ---- packed sequences ------------------------------------------------------------------------------------------------
@@ -247,12 +271,33 @@ def test_the_packed_op_itself_refuses(wrong):
         torch.ops.fmkernels.attention_varlen_forward(**{**DIRECT_PACKED, **wrong})
 
 
+@pytest.mark.parametrize("op", ["attention_forward", "attention_varlen_forward"])
+def test_the_ops_refuse_a_tensor_whose_storage_was_shrunk(op):
+    right = DIRECT if op == "attention_forward" else DIRECT_PACKED
+    right = {**right, "alibi_slopes": torch.zeros(4), "sinks": torch.zeros(4)}
+    if op == "attention_forward":
+        right["bias"] = torch.zeros(2, 1, 3, 5)
+    for name in [name for name, value in right.items() if isinstance(value, torch.Tensor)]:
+        shrunk = right[name].clone()
+        shrunk.untyped_storage().resize_(shrunk.nbytes - 1)
+        with pytest.raises(RuntimeError, match=r"storage of \d+ bytes, which does not hold its elements"):
+            getattr(torch.ops.fmkernels, op)(**{**right, name: shrunk})
+
+
 @pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
 def test_the_ops_refuse_factors_that_are_not_finite(name, value):
     for op, arguments in (("attention_forward", DIRECT), ("attention_varlen_forward", DIRECT_PACKED)):
-        with pytest.raises(RuntimeError, match="finite in float32"):
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
             getattr(torch.ops.fmkernels, op)(**{**arguments, name: value})
+
+
+@pytest.mark.parametrize("seq_q", [1, 30])  # the direct path, the tiled one
+def test_the_largest_softcap_bounds_nothing(seq_q):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, seq, 2, 16, generator=generator) for seq in (seq_q, 40, 40))
+    capped = attention(q, k, v, softcap=torch.finfo(torch.float32).max, return_lse=True)
+    torch.testing.assert_close(capped, attention(q, k, v, return_lse=True))
 
 
 def test_a_huge_max_seqlen_is_only_a_bound():

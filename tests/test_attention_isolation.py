@@ -104,6 +104,13 @@ def test_a_row_has_the_same_bits_in_every_tile(dropped):
     assert torch.equal(whole[1][:, :, dropped:], part[1])
 
 
+def test_the_portable_kernels_keep_subnormal_halves_where_subnormal_floats_are_flushed():
+    program = "import torch; from fmkernels import attention; torch.set_flush_denormal(True); "
+    program += "v = torch.full((1, 1, 1, 8), 1e-6, dtype=torch.float16); assert torch.equal(attention(v, v, v), v)"
+    environment = {**os.environ, "FMKERNELS_CPU_ISA": "generic"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+
+
 @pytest.mark.skipif("FMKERNELS_CPU_ISA" in os.environ, reason="this is that run")
 def test_the_portable_kernels():
     """The generic instruction set is chosen when the library is loaded, hence another process."""

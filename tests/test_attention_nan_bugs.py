@@ -38,7 +38,7 @@ def test_flash_attention_443_packed_with_more_queries_than_keys(dtype, backend):
 
 @pytest.mark.parametrize("seq_k", [513, 1024, 4100])
 def test_torchtitan_3235_splits_that_see_no_key(seq_k, backend):
-    """Decoding splits the keys; a window leaves whole splits without a visible one, and two such merge to -inf - -inf."""
+    """Decoding splits the keys; a window leaves some without a visible one, and two such merge to -inf - -inf."""
     args, _ = Case("3235", seq_q=1, seq_k=seq_k, heads=8, head_dim=64).inputs(backend.device)
     for window in ((10, 0), (0, 0)):
         actual = backend.run(attention, *args, window=window, return_lse=True)

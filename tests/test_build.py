@@ -11,6 +11,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import time
 from pathlib import Path
 
@@ -113,6 +115,17 @@ def test_wheel_is_for_every_python_from_3_10():
 KERNEL_FILES = sorted([*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*_cpu.cpp")])
 
 
+def test_source_archive_holds_everything_that_the_build_reads(tmp_path):
+    tree = tmp_path / "tree"
+    kept = shutil.ignore_patterns("build", ".*", "*.so", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=kept)
+    output_of(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=tree)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= names
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
+
+
 @pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda path: path.name)
 def test_kernel_file_includes_no_torch_header(source):
     _, headers = load_cuda_report().include_closure(source)
@@ -134,12 +147,66 @@ def test_avx2_objects_lend_no_code_to_the_portable_kernels():
         assert not [name for name in functions if not re.match(entry_point, name)]
 
 
+RUNTIME = """
+#pragma once
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+typedef struct CUstream_st* cudaStream_t;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t last = cudaSuccess;
+inline int launched = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline cudaError_t cudaGetLastError() { cudaError_t e = last; last = cudaSuccess; return e; }
+template <class F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return last = cudaErrorInvalidValue; }
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; decltype(sizeof 0) dynamicSmemBytes; cudaStream_t stream; };
+inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void** arguments) {
+  if (config->gridDim.x == 0) return last = cudaErrorInvalidValue;
+  launched = **reinterpret_cast<int**>(arguments);
+  return cudaSuccess;
+}
+"""
+LAUNCHES = """
+#include "common/launch.h"
+#include <iostream>
+int main() {
+  auto kernel = +[](int) {};
+  auto launch = [&](unsigned blocks, int smem_bytes, int argument) {
+    try {
+      fmkernels::launch<int>("scale", kernel, dim3{blocks}, dim3{32}, smem_bytes, nullptr, argument);
+      std::cout << "launched " << launched << "\\n";
+    } catch (const std::exception& error) {
+      std::cout << error.what() << "\\n";
+    }
+  };
+  launch(1, 65536, 1);
+  launch(1, 0, 2);
+  launch(0, 0, 3);
+  launch(1, 0, 4);
+}
+"""
+
+
+def test_launch_reports_its_own_failure_and_no_earlier_one(tmp_path):
+    """launch.h over a CUDA runtime that has no large shared memory and refuses a grid without blocks."""
+    (tmp_path / "cuda_runtime.h").write_text(RUNTIME)
+    (tmp_path / "main.cpp").write_text(LAUNCHES)
+    output_of(
+        "g++", "-std=c++20", f"-I{tmp_path}", f"-I{ROOT / 'csrc'}", tmp_path / "main.cpp", "-o", tmp_path / "main"
+    )
+    assert output_of(tmp_path / "main").splitlines() == [
+        "scale: this GPU cannot give a block 65536 bytes of shared memory (invalid argument)",
+        "launched 2",
+        "scale: the launch of 0 x 1 x 1 blocks of 32 threads failed: invalid argument",
+        "launched 4",
+    ]
+
+
 # ---- The build -------------------------------------------------------------------------------------------------------
 
 
 def build_ext(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """`setup.py build_ext` in a folder of its own, with the given environment variables set or changed."""
-    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables)
+    environment = dict(os.environ, **variables)
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     (folder / "fmkernels").mkdir()
@@ -157,13 +224,39 @@ def test_build_that_sees_no_torch_says_what_to_do(tmp_path):
         assert spec is not None
         (site / name).symlink_to(Path(spec.origin).parent)
     (tmp_path / "source").mkdir()
-    result = build_ext(tmp_path / "source", PYTHONPATH=str(site))
+    result = build_ext(tmp_path / "source", PYTHONPATH=str(site), PATH=str(tmp_path))  # and no tool on the PATH
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-2:] == [
         "fmkernels: torch is not visible to this build, and it is built against the torch you already use.",
         "Install torch 2.11 or newer, then: pip install --no-build-isolation .",
     ]
+
+
+def test_build_by_a_setuptools_that_is_too_old_says_what_to_do(tmp_path):
+    site = tmp_path / "site"  # as Python 3.10 and 3.11 put into a new environment, and torch 2.11 leaves it
+    (site / "setuptools").mkdir(parents=True)
+    (site / "setuptools" / "__init__.py").write_text("__version__ = '65.5.0'\n")
+    (tmp_path / "source").mkdir()
+    result = build_ext(tmp_path / "source", PYTHONPATH=str(site))
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        'fmkernels: setuptools 77 or newer is needed, this is 65.5.0; run: pip install "setuptools>=77"'
+    )
+
+
+def test_cmake_of_this_python_is_used_where_its_environment_is_not_activated(tmp_path):
+    if not (Path(sysconfig.get_path("scripts")) / "cmake").exists():
+        pytest.skip("the cmake here is not of the package index")
+    other = tmp_path / "bin"  # as Debian 12 has it: a cmake that is too old
+    other.mkdir()
+    for tool in ("cmake", "ninja"):
+        (other / tool).write_text("#!/bin/sh\necho the other cmake >&2\nexit 1\n")
+        (other / tool).chmod(0o755)
+    (tmp_path / "source").mkdir()
+    result = build_ext(tmp_path / "source", FMKERNELS_CUDA="off", PATH=f"{other}{os.pathsep}{os.defpath}")
+    assert "the other cmake" not in result.stderr
+    assert "CMakeLists.txt" in result.stderr  # the real one misses it in this folder
 
 
 def test_unknown_choice_of_cuda_is_named(tmp_path):

@@ -65,6 +65,7 @@ def test_kernel_within_its_budget_is_silent():
         ({"opcodes": {"LDG.E": 8}}, "has no instruction LDG.E.128*, which its budget requires"),
         ({"spill_bytes": 16}, "spills 16 bytes of registers"),
         ({"opcodes": {"LDG.E.128": 2, "LDL.64": 2, "STL": 1}}, "has 3 local memory instructions"),
+        ({"stack_bytes": 64}, "has 64 bytes of local memory"),
     ],
 )
 def test_kernel_over_its_budget_fails(changes, sentence):
@@ -193,6 +194,17 @@ def test_loop_budget_without_a_loop_or_a_kernel_or_beside_another_fails():
     assert "must have one budget in csrc/scale/budget.toml, has 2" in found
     (found,) = check_loops(LOOP, budgets=[dataclasses.replace(LOOP_BUDGET, name="gone*")])
     assert found == "csrc/scale/budget.toml: gone* matches no kernel for sm_80"
+
+
+def test_source_that_the_build_does_not_know_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
+    known, unknown = (tmp_path / "csrc" / "scale" / name for name in ("scale.cu", "unknown.cu"))
+    known.parent.mkdir(parents=True)
+    known.touch()
+    unknown.touch()
+    tools = cuda_report.Toolchain(Path("nvcc"), Path("nvdisasm"), "13.0", {known: ["nvcc"]})
+    expected = "csrc/scale/unknown.cu is not part of the CUDA build; run: python3 run.py setup"
+    assert cuda_report.check_sources(tools) == [expected]
 
 
 def budget_text(kind: str = "kernel", budget: Budget | LoopBudget = BUDGET, **changes) -> str:
@@ -331,6 +343,29 @@ def test_instruction_mix_tells_widths_and_tensor_cores():
     }
     expected = {"HGMMA": 1, "HMMA": 8, "LDG.128": 2, "LDG.16": 3, "LDG.32": 1, "LDGSTS.128": 4, "LDSM": 5, "STG.64": 1}
     assert cuda_report.instruction_mix(opcodes) == expected
+
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'kernel_a' for 'sm_80'
+ptxas info    : Function properties for kernel_a
+    64 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 31 registers, used 1 barriers, 80 bytes cumulative stack size, 1024 bytes smem, 368 bytes cmem[0]
+ptxas info    : Compile time = 65.848 ms
+ptxas info    : Function properties for called_by_a
+    16 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+ptxas info    : Compiling entry function 'kernel_b' for 'sm_80'
+ptxas info    : Function properties for kernel_b
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers, 368 bytes cmem[0]
+"""
+
+
+def test_resources_of_a_kernel_hold_those_of_the_functions_that_it_calls():
+    names = ("registers", "barriers", "stack_bytes", "spill_bytes", "static_smem_bytes")
+    found = cuda_report.parse_ptxas(PTXAS)
+    assert found["kernel_a"] == dict(zip(names, (31, 1, 80, 28, 1024), strict=True))
+    assert found["kernel_b"] == dict(zip(names, (8, 0, 0, 0, 0), strict=True))
 
 
 @pytest.mark.parametrize(

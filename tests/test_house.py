@@ -5,6 +5,7 @@ import inspect
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,20 @@ def test_every_public_function_is_documented(name):
     assert "Returns:" in documentation
     described = documentation[documentation.index("Args:") : documentation.index("Returns:")]
     assert [p for p in inspect.signature(function).parameters if not re.search(rf"\b{p}\b", described)] == []
+
+
+def test_the_examples_import_what_they_use():
+    """Seen from another process, where no test has imported a submodule before."""
+    command = [sys.executable, "-c", "import fmkernels, sys; print(*sys.modules)"]
+    loaded = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            imported = " ".join(re.findall(r"^(?:import|from) (fmkernels[\w.]*)", block, re.MULTILINE))
+            for name in re.findall(r"(?<![\w.\"])fmkernels(?:\.\w+)+", block):
+                for module in (name.rsplit(".", count)[0] for count in range(name.count("."))):
+                    path = ROOT / module.replace(".", "/")
+                    if path.is_dir() or path.with_suffix(".py").exists():
+                        assert module in loaded or module in imported, f"{page.name} does not import {module}"
 
 
 # ---- the places of things --------------------------------------------------------------------------------------------

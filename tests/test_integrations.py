@@ -175,6 +175,17 @@ def test_sdpa_raises_the_error_of_torch_for_an_argument_of_another_type(wrong, s
     assert served == []
 
 
+def test_sdpa_leaves_forward_mode_to_torch(served):
+    def jvp(function):
+        return torch.func.jvp(lambda q: function(q, k, v), (q,), (torch.ones_like(q),))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = jvp(torch_sdpa)
+        assert all(map(torch.equal, jvp(sdpa.scaled_dot_product_attention), expected))
+    assert served == []
+    assert expected[1].abs().max() > 0
+
+
 def test_sdpa_override_ends_with_its_block_and_disable_with_all():
     with sdpa.override():
         with sdpa.override():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from fmkernels import _library, attention, merge_attention, reference
@@ -85,6 +86,26 @@ def test_nan_stays_in_its_row(backend):
     assert lse.isnan().sum() == 1
     assert torch.equal(o[~o.isnan()], clean[0][~o.isnan()])
     assert torch.equal(lse[~lse.isnan()], clean[1][~lse.isnan()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)  # whole and partial vectors
+def test_nan_of_a_side_with_a_vanishing_weight_is_not_lost(shape, backend):
+    """exp(-200) is 0 in float32, but the side has seen keys: attention over all of them gives NaN there too."""
+    o_a, lse_a, o_b, lse_b = inputs(shape, device=backend.device)
+    o_b[0, 5, 1, 3] = math.nan
+    expected = torch.zeros(shape, dtype=torch.bool, device=backend.device)
+    expected[0, 5, 1, 3] = True
+    for low, high in ((0.0, 200.0), (200.0, 0.0)):
+        o, lse = backend.run(merge_attention, o_a, lse_a - low, o_b, lse_b - high)
+        assert torch.equal(o.isnan(), expected)
+        assert lse.isfinite().all()
+    grad_o = torch.ones_like(o_a)
+    grad_o[0, 5, 1, 2] = math.nan
+    sides = (o_a, lse_a, o_b.nan_to_num(), lse_b - 200)
+    grad_o_a, _, grad_o_b, _ = backend.run(gradients, merge_attention, sides, (grad_o, None))
+    assert torch.equal(grad_o_a.isnan(), grad_o.isnan())
+    assert torch.equal(grad_o_b.isnan(), grad_o.isnan())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,6 +214,12 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     (grad,) = torch.autograd.grad(o.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    o_a, *others = inputs(SHAPES[1])
+    with pytest.raises(RuntimeError, match="jvp"), forward_ad.dual_level():
+        merge_attention(forward_ad.make_dual(o_a, torch.ones_like(o_a)), *others)
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------
@@ -317,6 +344,15 @@ def test_the_ops_themselves_refuse(name):
         if name in names:
             with pytest.raises(RuntimeError):
                 torch.ops.fmkernels.merge_attention_forward(**{k: {**right, name: value}[k] for k in names})
+
+
+@pytest.mark.parametrize("name", ["grad_o", "grad_lse", "o_a", "lse_a", "o_b", "lse_b"])
+def test_the_ops_refuse_a_tensor_whose_storage_was_shrunk(name):
+    right = {"grad_o": OUT, "grad_lse": LSE, "o_a": OUT, "lse_a": LSE, "o_b": OUT, "lse_b": LSE}
+    shrunk = right[name].clone()
+    shrunk.untyped_storage().resize_(shrunk.nbytes - 1)
+    with pytest.raises(RuntimeError, match=r"storage of \d+ bytes, which does not hold its elements"):
+        torch.ops.fmkernels.merge_attention_backward(**{**right, name: shrunk})
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------

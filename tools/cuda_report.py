@@ -175,6 +175,8 @@ def check_kernel(kernel: Kernel, budgets: list[Budget]) -> list[str]:
         found.append(f"{which} spills {kernel.spill_bytes} bytes of registers")
     if kernel.num_local:
         found.append(f"{which} has {kernel.num_local} local memory instructions")
+    if kernel.stack_bytes and not kernel.num_local:  # read or written through generic addresses
+        found.append(f"{which} has {kernel.stack_bytes} bytes of local memory")
     matching = budgets_of(kernel, budgets)
     if len(matching) != 1:
         return [*found, f"{which} must have one budget in csrc/{kernel.room}/budget.toml, has {len(matching)}"]
@@ -238,6 +240,14 @@ def check_report(
         if peak_bytes > MAX_COMPILE_BYTES:
             found.append(f"{source} takes {peak_bytes >> 20} MiB to compile, over {MAX_COMPILE_BYTES >> 20}")
     return found
+
+
+def check_sources(tools: Toolchain) -> list[str]:
+    """A sentence for every CUDA source that the build does not know, and the report thus does not hold."""
+    unknown = sorted(set(ROOT.glob("csrc/*/*.cu")) - set(tools.commands))
+    return [
+        f"{source.relative_to(ROOT)} is not part of the CUDA build; run: python3 run.py setup" for source in unknown
+    ]
 
 
 # ---- Compiler and disassembler ---------------------------------------------------------------------------------------
@@ -409,7 +419,7 @@ def main() -> int:
     if tools is None:
         sys.exit(f"cuda-report: {NO_COMPILER}")
     compilations = compile_all(tools, ROOT / "build" / "cuda_report", console)
-    violations = check_report(compilations, budgets, loop_budgets)
+    violations = check_sources(tools) + check_report(compilations, budgets, loop_budgets)
     (ROOT / "build" / "cuda_report.json").write_text(as_json(tools, compilations, budgets, violations))
     print_report(console, compilations, budgets)
     for violation in violations:

@@ -33,18 +33,18 @@ def demangle(symbols: list[str]) -> list[str]:
 def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
     """Resources of each kernel, by symbol, of what `ptxas -v` prints."""
 
-    def number(pattern: str, part: str) -> int:
-        found = re.search(pattern, part)
-        return int(found[1]) if found else 0
+    def numbers(pattern: str, part: str) -> list[int]:
+        return [int(number) for number in re.findall(pattern, part)] or [0]
 
     resources = {}
     for part in text.split("Compiling entry function '")[1:]:
         resources[part.split("'")[0]] = {
-            "registers": number(r"Used (\d+) registers", part),
-            "barriers": number(r"used (\d+) barriers", part),
-            "stack_bytes": number(r"(\d+) bytes stack frame", part),
-            "spill_bytes": number(r"(\d+) bytes spill stores", part) + number(r"(\d+) bytes spill loads", part),
-            "static_smem_bytes": number(r"(\d+) bytes smem", part),
+            "registers": numbers(r"Used (\d+) registers", part)[0],
+            "barriers": numbers(r"used (\d+) barriers", part)[0],
+            # The functions that a kernel calls have a line of their own behind it.
+            "stack_bytes": sum(numbers(r"(\d+) bytes stack frame", part)),
+            "spill_bytes": sum(numbers(r"(\d+) bytes spill (?:stores|loads)", part)),
+            "static_smem_bytes": numbers(r"(\d+) bytes smem", part)[0],
         }
     return resources
 

@@ -98,7 +98,7 @@ struct DirectBlock {
 template <int kRows, class T>
 void run_direct_rows(const AttentionForwardParams& p, const Sequence& s, const DirectBlock& d, int64_t first_row,
                      const float* q, int64_t ahead_k, int64_t ahead_v, const Partial& partial) {
-  alignas(64) float scores[kRows * kDirectBlock];
+  alignas(64) float scores[kLanes * kDirectBlock];  // softmax_step takes kLanes rows, of which kRows are there
   direct_scores<kRows>(q, token<T>(p.k, s, s.k_start, d.block + d.keys.begin, s.kv_head), p.k.token_stride, ahead_k,
                        static_cast<int>(d.keys.end - d.keys.begin), p.head_dim, scores + d.keys.begin);
   Range visible[kLanes] = {};  // the rows past kRows see no key

@@ -29,6 +29,7 @@ constexpr int64_t kPackedBytes = 48 << 20;  // packed blocks that all workers to
 struct SequencePlan {
   int64_t first_task, first_partial;  // over all sequences before this one
   int64_t units;                      // tiles per kv head, or chunks
+  int64_t first_chunk;                // of kChunk keys; of a direct sequence
   bool direct;
 };
 
@@ -44,7 +45,11 @@ void run_forward(const AttentionForwardParams& p) {
   const int64_t columns = round_up(p.v_head_dim, kPanel);
 
   auto uses_direct = [](const Sequence& s) { return s.num_rows <= kDirectRows; };
-  auto num_chunks = [](const Sequence& s) { return max(1, ceil_div(s.seq_k, kChunk)); };
+  auto chunks_of = [&](const Sequence& s) {  // those that any of its rows sees; one where none sees any
+    if (s.num_rows == 0) return Range{0, 0};
+    const int64_t first = visible_keys(p, s, 0).begin / kChunk;
+    return Range{first, max(first + 1, ceil_div(visible_keys(p, s, s.num_rows - 1).end, kChunk))};
+  };
   int64_t total_rows = 0, total_pairs = 0, total_chunks = 0, max_blocks = 1;
   bool has_chunks = false;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -52,8 +57,9 @@ void run_forward(const AttentionForwardParams& p) {
     total_rows += s.num_rows;
     total_pairs += s.num_rows * s.seq_k;
     if (uses_direct(s)) {
-      total_chunks += num_chunks(s);
-      has_chunks = has_chunks || num_chunks(s) > 1;
+      const Range chunks = chunks_of(s);
+      total_chunks += chunks.end - chunks.begin;
+      has_chunks = has_chunks || chunks.end - chunks.begin > 1;
     } else {  // decode alone asks for no packed blocks beyond the one of an empty scratch
       max_blocks = max(max_blocks, ceil_div(s.seq_k, kBlockK));
     }
@@ -91,8 +97,9 @@ void run_forward(const AttentionForwardParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence s = sequence_of(p, b, 0);
     const bool direct = uses_direct(s);
-    const int64_t units = direct ? (s.num_rows == 0 ? 0 : num_chunks(s)) : ceil_div(s.num_rows, tile_rows);
-    plan[b] = {num_tasks, first_partial, units, direct};
+    const Range chunks = direct ? chunks_of(s) : Range{0, 0};
+    const int64_t units = direct ? chunks.end - chunks.begin : ceil_div(s.num_rows, tile_rows);
+    plan[b] = {num_tasks, first_partial, units, chunks.begin, direct};
     num_tasks += units * (direct ? ceil_div(p.kv_heads, direct_heads) : p.kv_heads);
     if (direct) first_partial += units * p.kv_heads;
   }
@@ -132,8 +139,9 @@ void run_forward(const AttentionForwardParams& p) {
       const int64_t chunk = local % unit.units, first = local / unit.units * direct_heads;
       const int64_t last = min(first + direct_heads, p.kv_heads);
       const Sequence s = sequence_of(p, b, first);
-      run_direct<T>(p, s, last - first, chunk * kChunk, min((chunk + 1) * kChunk, s.seq_k),
-                    direct_q + worker * direct_floats, &partial_of(unit, first, chunk));
+      const int64_t key = (unit.first_chunk + chunk) * kChunk;
+      run_direct<T>(p, s, last - first, key, min(key + kChunk, s.seq_k), direct_q + worker * direct_floats,
+                    &partial_of(unit, first, chunk));
       for (int64_t head = first; unit.units == 1 && head < last; ++head) finish_direct(sequence_of(p, b, head), unit);
     } else {
       const Sequence s = sequence_of(p, b, local / unit.units);

@@ -88,10 +88,14 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   p.window_right = causal ? 0 : window_right < kWidest ? window_right : kWidest;
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.softcap = static_cast<float>(softcap);
-  FM_CHECK(std::isfinite(p.softmax_scale) && std::isfinite(p.softcap) && p.softcap >= 0.0f,
-           "softmax_scale and softcap must be finite in float32, softcap not negative");
+  FM_CHECK(std::fabs(p.softmax_scale) <= 0x1p127f, "softmax_scale must be at most 2**127 in magnitude, got ",
+           softmax_scale);
+  FM_CHECK(std::isfinite(p.softcap) && p.softcap >= 0.0f, "softcap must be finite in float32 and not negative, got ",
+           softcap);
   FM_CHECK(softcap == 0.0 || (p.softcap > 0.0f && std::isfinite(p.softmax_scale / p.softcap)),
            "softcap must be 0 or leave softmax_scale / softcap finite in float32, got ", softcap);
+  p.softcap =
+      std::fmin(p.softcap, 0x1p127f);  // finite in the log2 units of the kernels too, and no bound in either case
   if (alibi_slopes.has_value()) {
     const Tensor& t = *alibi_slopes;
     check_same_device("alibi_slopes", t, q);

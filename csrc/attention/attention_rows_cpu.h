@@ -67,6 +67,14 @@ bool has_modifiers(const AttentionForwardParams& p) {
   return p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
 }
 
+// x in log2 units. What is finite stays finite: a mask may be the lowest finite number, and means its order, not -inf.
+FM_INLINE VecF to_log2(VecF x) {
+  const VecF limit = broadcast(0x1.fp127f), scaled = x * kLog2E;
+  const VecF clamped = scaled > limit ? limit : (scaled < -limit ? -limit : scaled);
+  return x - x == VecF{} ? clamped : scaled;  // infinities and NaN pass
+}
+FM_INLINE float to_log2(float x) { return to_log2(broadcast(x))[0]; }
+
 // What q is multiplied with while it is copied, so that products are scores: log2 units, or the argument of tanh.
 float query_scale(const AttentionForwardParams& p) {
   return p.softcap != 0.0f ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2E;
@@ -116,11 +124,11 @@ void apply_modifiers(const AttentionForwardParams& p, const Sequence& s, int64_t
       const B* bias = static_cast<const B*>(p.bias) + s.batch * p.bias_stride[0] + head * p.bias_stride[1] +
                       query * p.bias_stride[2] + key * stride;
       transform(scores, count,
-                [&](VecF x, int j) { return x + load_bias(bias + j * stride, stride, count - j) * kLog2E; });
+                [&](VecF x, int j) { return x + to_log2(load_bias(bias + j * stride, stride, count - j)); });
     });
   }
   if (p.alibi_slopes != nullptr) {
-    const float slope_log2 = p.alibi_slopes[s.batch * p.alibi_batch_stride + head] * kLog2E;
+    const float slope_log2 = to_log2(p.alibi_slopes[s.batch * p.alibi_batch_stride + head]);
     const int64_t diagonal = query + s.seq_k - s.seq_q - key;
     const VecF lane = __builtin_convertvector(lane_indices(), VecF);
     transform(scores, count, [&](VecF x, int j) {
@@ -204,7 +212,7 @@ void finish_row(const AttentionForwardParams& p, const Sequence& s, int64_t row,
   const int64_t head = s.head(row), query = s.query(row);
   float scale = 1.0f;
   if (p.sinks != nullptr) {
-    const float sink_log2 = p.sinks[head] * kLog2E;
+    const float sink_log2 = to_log2(p.sinks[head]);
     const float new_max = state.max_log2 > sink_log2 ? state.max_log2 : sink_log2;
     const float safe_max = new_max == -kInfinity ? 0.0f : new_max;
     scale = std::exp2(state.max_log2 - safe_max);

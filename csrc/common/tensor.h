@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,7 +21,6 @@
 #if defined(FM_EMULATED)
 #include "emulated_memory.h"
 #elif defined(FM_CUDA)
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 struct CUstream_st;
@@ -66,11 +66,18 @@ inline DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-// Op files read and write through Params of plain pointers; which of them are written is the contract of the op.
+// Op files read and write through Params of plain pointers; which of them are written is the contract of the op. Torch
+// lets the storage below a tensor be shrunk or freed (`untyped_storage().resize_(0)`, as sharded training does).
 inline void* data_of(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t end = t.storage_offset() + 1, storage_bytes = 0;  // end: elements up to the last one of the tensor
+  for (size_t dim = 0; dim < sizes.size(); ++dim) end += (sizes[dim] - 1) * strides[dim];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage_bytes));
+  FM_CHECK(end * static_cast<int64_t>(t.element_size()) <= storage_bytes || t.numel() == 0,
+           "a tensor has a storage of ", storage_bytes, " bytes, which does not hold its elements");
   void* data = const_cast<void*>(t.const_data_ptr());
 #ifdef FM_EMULATED
-  note_view(data, t.sizes(), t.strides(), static_cast<int64_t>(t.element_size()));
+  note_view(data, sizes, strides, static_cast<int64_t>(t.element_size()));
 #endif
   return data;
 }

@@ -69,6 +69,10 @@ struct Weights {
   float a, b, lse;
 };
 
+// A side whose lse is -infinity has seen no key: its o may hold anything and is not read. A side whose weight is too
+// small for a float is read like any other, so that its NaN reaches what depends on it.
+__device__ __forceinline__ bool has_keys(float lse) { return lse != -INFINITY; }
+
 // The weights of both sides, 0 for a side without keys, and the merged lse. NaN on either side makes all of them NaN.
 __device__ __forceinline__ Weights merge_weights(float lse_a, float lse_b) {
   if (lse_a == -INFINITY && lse_b == -INFINITY) return {0.0f, 0.0f, -INFINITY};
@@ -86,16 +90,17 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(MergeAttentio
   const Row r = row_of(index / vectors_per_row, p.num_tokens, p.heads);
   const int64_t column = index % vectors_per_row * kVec;
 
-  const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
+  const float lse_a = *lse_of(p.a, r), lse_b = *lse_of(p.b, r);
+  const Weights weights = merge_weights(lse_a, lse_b);
 
   float sum[kVec] = {};
-  auto add = [&](const MergeSide& side, float w) {
-    if (w == 0.0f) return;  // a side without keys is not read: its o may hold anything
+  auto add = [&](const MergeSide& side, float lse, float w) {
+    if (!has_keys(lse)) return;
     const auto part = load_vector<T, kVec>(o_row<T>(side, r) + column);
     for (int i = 0; i < kVec; ++i) sum[i] += to_float(part.lane[i]) * w;
   };
-  add(p.a, weights.a);
-  add(p.b, weights.b);
+  add(p.a, lse_a, weights.a);
+  add(p.b, lse_b, weights.b);
   Vector<T, kVec> o;
   for (int i = 0; i < kVec; ++i) o.lane[i] = from_float<T>(sum[i]);
   store_vector<T, kVec>(o_row<T>(p.merged, r) + column, o);
@@ -115,8 +120,9 @@ __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(Merg
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (index >= p.batch * p.num_tokens * p.heads) return;  // whole warps: the shuffles below need all lanes of one
   const Row r = row_of(index, p.num_tokens, p.heads);
-  const Weights weights = merge_weights(*lse_of(p.a, r), *lse_of(p.b, r));
-  const bool both = weights.a != 0.0f && weights.b != 0.0f;  // a side without keys was not read, and is not read here
+  const float lse_a = *lse_of(p.a, r), lse_b = *lse_of(p.b, r);
+  const Weights weights = merge_weights(lse_a, lse_b);
+  const bool has_a = has_keys(lse_a), has_b = has_keys(lse_b);
 
   float sum = 0.0f;
   for (int64_t column = lane * kVec; column < p.dim; column += kWarp * kVec) {
@@ -124,12 +130,12 @@ __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(Merg
     Vec grad_a, grad_b;
     for (int i = 0; i < kVec; ++i) {
       const float g = to_float(grad.lane[i]);
-      grad_a.lane[i] = from_float<T>(weights.a == 0.0f ? 0.0f : g * weights.a);
-      grad_b.lane[i] = from_float<T>(weights.b == 0.0f ? 0.0f : g * weights.b);
+      grad_a.lane[i] = from_float<T>(has_a ? g * weights.a : 0.0f);
+      grad_b.lane[i] = from_float<T>(has_b ? g * weights.b : 0.0f);
     }
     store_vector<T, kVec>(o_row<T>(p.grad_a, r) + column, grad_a);
     store_vector<T, kVec>(o_row<T>(p.grad_b, r) + column, grad_b);
-    if (both) {
+    if (has_a && has_b) {
       const Vec a = load_vector<T, kVec>(o_row<T>(p.a, r) + column);
       const Vec b = load_vector<T, kVec>(o_row<T>(p.b, r) + column);
       for (int i = 0; i < kVec; ++i) sum += to_float(grad.lane[i]) * (to_float(a.lane[i]) - to_float(b.lane[i]));
@@ -138,8 +144,8 @@ __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(Merg
   const float dot = warp_sum(sum);
   if (lane == 0) {
     const float grad_lse = p.grad.lse == nullptr ? 0.0f : *lse_of(p.grad, r);
-    *lse_of(p.grad_a, r) = weights.a == 0.0f ? 0.0f : weights.a * (grad_lse + weights.b * dot);
-    *lse_of(p.grad_b, r) = weights.b == 0.0f ? 0.0f : weights.b * (grad_lse - weights.a * dot);
+    *lse_of(p.grad_a, r) = has_a ? weights.a * (grad_lse + weights.b * dot) : 0.0f;
+    *lse_of(p.grad_b, r) = has_b ? weights.b * (grad_lse - weights.a * dot) : 0.0f;
   }
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // execute_convert.cpp: cvt and cvt.pack. What compilers emit in inner loops has a function of its own; everything else
 // goes lane by lane through numerics::convert and its like, guided by a Conversion.
+#include "execute_float.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <optional>
+#include <memory>
 #include <utility>
-
-#include "execute_float.h"
 
 namespace emulator {
 

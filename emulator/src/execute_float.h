@@ -2,8 +2,9 @@
 // What the files of the floating-point family share.
 #pragma once
 
-#include "machine.h"
 #include "numerics.h"
+
+#include "machine.h"
 #include "program.h"
 
 namespace emulator {

@@ -2,9 +2,10 @@
 // execute_matrix.cpp: mma.sync, ldmatrix, stmatrix and movmatrix. All are collectives of the whole warp.
 #include "matrix.h"
 
-#include <cstdio>
+#include <bit>
 #include <cstring>
 
+#include "access.h"
 #include "machine.h"
 #include "program.h"
 
@@ -107,64 +108,16 @@ struct MatrixAccess {
   bool transpose;
 };
 
-std::string hex(uint64_t value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(value));
-  return text;
-}
-
-void report_finding(Warp& warp, const Instruction& in, const Finding& finding, bool write) {
+// A finding of the shadow, in the words of access.cpp.
+void report_finding(Warp& warp, const Instruction& in, const Finding& finding, const char* verb) {
   warp.fault(finding.fault, in, finding.lane, [&] {
-    const std::string what = std::string(write ? "stmatrix writes" : "ldmatrix reads") + " shared address " +
-                             hex(finding.address);
-    if (finding.fault == Fault::kUnwrittenShared) return what + ", which nobody has written";
-    std::string text = what;
-    if (finding.fault == Fault::kInFlight) {
-      text += ", to which a copy is in flight";
-    } else {
-      text += finding.other_is_write ? ", which another thread writes" : ", which another thread reads";
-      text += " without a barrier in between";
-    }
-    if (finding.other_warp >= 0) {
-      text += ": thread " + std::to_string(finding.other_warp * kWarpLanes + std::max(finding.other_lane, 0));
-    }
-    return text;
+    std::string text = std::string(verb) + " shared memory at " + hex(finding.address);
+    if (finding.fault == Fault::kUnwrittenShared) return text + ", which nobody wrote";
+    const std::string who = thread_name(warp, finding.other_warp, finding.other_lane) +
+                            (finding.other_pc == kUnknownPc ? "" : " by " + place(warp, finding.other_pc));
+    if (finding.fault == Fault::kInFlight) return text + ", where a copy of " + who + " is still in flight";
+    return text + (finding.other_is_write ? ", written by " : ", read by ") + who + ", and nothing orders the two";
   });
-}
-
-// The addresses of the rows, given by the first 8 * num_matrices lanes, checked. False: the launch ends.
-bool row_addresses(Warp& warp, const Instruction& in, const MatrixAccess& access, uint32_t* rows) {
-  const Address& address = access.address;
-  const Block& block = warp.block();
-  for (int lane = 0; lane < 8 * access.num_matrices; ++lane) {
-    const uint64_t base = address.base_bytes == 4 ? warp.lanes<uint32_t>(address.base)[lane]
-                                                  : warp.lanes<uint64_t>(address.base)[lane];
-    uint64_t at = base + static_cast<uint64_t>(address.offset);
-    if (address.space == Space::kGeneric) {
-      if (space_of(at) != Space::kShared) {
-        warp.fault(Fault::kOutOfBounds, in, lane,
-                   [&] { return "the address " + hex(at) + " of a matrix row is not in shared memory"; });
-        return warp.end_launch(), false;
-      }
-      at -= kSharedWindow;
-    } else if (address.base_bytes == 4) {
-      at = static_cast<uint32_t>(at);
-    }
-    if (at > block.shared_bytes() || block.shared_bytes() - at < 16) {
-      warp.fault(Fault::kOutOfBounds, in, lane, [&] {
-        return "a matrix row of 16 bytes at shared address " + hex(at) + " is outside the block's " +
-               std::to_string(block.shared_bytes()) + " bytes";
-      });
-      return warp.end_launch(), false;
-    }
-    if (at % 16 != 0) {
-      warp.fault(Fault::kMisaligned, in, lane,
-                 [&] { return "the address " + hex(at) + " of a matrix row is not a multiple of 16"; });
-      return warp.end_launch(), false;
-    }
-    rows[lane] = static_cast<uint32_t>(at);
-  }
-  return true;
 }
 
 template <bool kWrite>
@@ -172,14 +125,24 @@ void execute_matrix_access(Warp& warp, const Instruction& in) {
   if (!warp.collective_all(in)) return;
   const MatrixAccess& access = *static_cast<const MatrixAccess*>(in.data);
   Block& block = warp.block();
-  uint32_t rows[kWarpLanes] = {};
-  const int num_rows = 8 * access.num_matrices;
-  if (!row_addresses(warp, in, access, rows)) return;
+  const int num_rows = 8 * access.num_matrices;  // given by the first lanes
+  const uint32_t lanes_of_rows = num_rows == kWarpLanes ? kAllLanes : (1u << num_rows) - 1;
+  constexpr const char* kVerb = kWrite ? "writes" : "reads";
+  Targets targets;
+  if (!resolve(warp, in, access.address, 16, 16, kVerb, targets, lanes_of_rows)) return;
+  if (const uint32_t outside = targets.global | targets.local) {
+    const int lane = std::countr_zero(outside);
+    warp.fault(Fault::kOutOfBounds, in, lane, [&] {
+      return std::string(kVerb) + " a matrix row at " + hex(targets.address[lane]) + ", which is not in shared memory";
+    });
+    return warp.end_launch();
+  }
+  const uint32_t* rows = targets.offset;
   if (SharedShadow* shadow = block.shadow()) {
-    const uint32_t lanes = num_rows == kWarpLanes ? kAllLanes : (1u << num_rows) - 1;
     block.findings.clear();
-    shadow->access(kWrite ? Access::kWrite : Access::kRead, warp.index(), lanes, rows, 16, in.pc, true, block.findings);
-    for (const Finding& finding : block.findings) report_finding(warp, in, finding, kWrite);
+    shadow->access(kWrite ? Access::kWrite : Access::kRead, warp.index(), lanes_of_rows, rows, 16, in.pc, true,
+                   block.findings);
+    for (const Finding& finding : block.findings) report_finding(warp, in, finding, kVerb);
   }
   if (Counters* counters = warp.counters()) counters->matrix_access(in.pc, access.num_matrices, rows, kWrite);
 

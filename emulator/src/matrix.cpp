@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // See matrix.h. Fragments are expanded into small dense matrices; a row of the result is one vector of 8 columns.
+#include "numerics.h"
+
 #include "matrix.h"
 
 #include <array>
@@ -8,8 +10,6 @@
 #include <cstring>
 #include <map>
 #include <utility>
-
-#include "numerics.h"
 
 #ifdef __FMA__
 #include <immintrin.h>
@@ -111,24 +111,25 @@ inline void expand(const uint32_t* words, Number* out) {
   }
 }
 
-// A as dense rows: the four lanes of a group hold neighbours in k.
-template <Element E, int kRows, int kK, class Number>
-inline void expand_a(const void* const* a, Number (*dense)[kK]) {
+// A as dense rows of k numbers: the four lanes of a group hold neighbours in k.
+template <Element E, class Number>
+inline void expand_a(const void* const* a, int rows, int k, Number* dense) {
   constexpr int kStep = 4 * per_word(E);
-  static_assert(kK % kStep == 0);
-  for (int r = 0; r < kRows / 8 * (kK / kStep); ++r) {
+  const int row_registers = rows / 8;
+  for (int r = 0; r < row_registers * (k / kStep); ++r) {
     const auto* lanes = static_cast<const uint32_t*>(a[r]);
-    const int first_row = r % (kRows / 8) * 8, column = r / (kRows / 8) * kStep;
-    for (int g = 0; g < 8; ++g) expand<E>(lanes + 4 * g, &dense[first_row + g][column]);
+    Number* first = dense + r % row_registers * 8 * k + r / row_registers * kStep;
+    for (int g = 0; g < 8; ++g) expand<E>(lanes + 4 * g, first + g * k);
   }
 }
 
-template <Element E, int kK, class Number>
-inline void expand_b(const void* const* b, Number (*dense)[8]) {
+// B as k rows of 8 columns.
+template <Element E, class Number>
+inline void expand_b(const void* const* b, int k, Number (*dense)[8]) {
   constexpr int kStep = 4 * per_word(E);
-  if constexpr (per_word(E) == 2) {
-    for (int r = 0; r < kK / kStep; ++r) {
-      const auto* lanes = static_cast<const uint32_t*>(b[r]);
+  for (int r = 0; r < k / kStep; ++r) {
+    const auto* lanes = static_cast<const uint32_t*>(b[r]);
+    if constexpr (per_word(E) == 2) {
       const Word8 y0 = load<Word8>(lanes), y1 = load<Word8>(lanes + 8);
       const Word8 y2 = load<Word8>(lanes + 16), y3 = load<Word8>(lanes + 24);  // [column 2 i, column 2 i + 1][t]
       const Word8 u0 = __builtin_shufflevector(y0, y1, 0, 8, 1, 9, 4, 12, 5, 13);
@@ -149,16 +150,24 @@ inline void expand_b(const void* const* b, Number (*dense)[8]) {
           store(two_rows[1], floats_of_halves(pairs[t] >> 16));
         }
       }
-    }
-  } else {
-    for (int r = 0; r < kK / kStep; ++r) {
+    } else {
       for (int g = 0; g < 8; ++g) {
         Number column[kStep];
-        expand<E>(static_cast<const uint32_t*>(b[r]) + 4 * g, column);
-        for (int k = 0; k < kStep; ++k) dense[kStep * r + k][column_position(g)] = column[k];
+        expand<E>(lanes + 4 * g, column);
+        for (int i = 0; i < kStep; ++i) dense[kStep * r + i][column_position(g)] = column[i];
       }
     }
   }
+}
+
+// The same as functions, for the forms that are rare.
+template <Element E, class Number>
+__attribute__((noinline)) void expand_any_a(const void* const* a, int rows, int k, Number* dense) {
+  expand_a<E>(a, rows, k, dense);
+}
+template <Element E, class Number>
+__attribute__((noinline)) void expand_any_b(const void* const* b, int k, Number (*dense)[8]) {
+  expand_b<E>(b, k, dense);
 }
 
 // ---- accumulators ----------------------------------------------------------------------------------------------------
@@ -205,75 +214,105 @@ constexpr int metadata_bits_of_row(Element e, int k) {
 }
 constexpr int num_selectors(Element e, int k) { return 64 / metadata_bits_of_row(e, k); }
 
-template <Element E, int kK>
-inline void expand_metadata(const uint32_t* metadata, int selector, uint8_t (*position)[kK / 2]) {
-  constexpr int kBits = metadata_bits_of_row(E, kK);
-  for (int row = 0; row < 16; ++row) {
+// Where the k / 2 nonzeros of each row stand.
+void expand_metadata(Element e, int k, const uint32_t* metadata, int selector, uint8_t* position) {
+  const int bits_of_row = metadata_bits_of_row(e, k);
+  for (int row = 0; row < 16; ++row, position += k / 2) {
     const uint32_t* group = metadata + 4 * (row % 8);
     const int upper = row / 8;
+    const auto half = [&](int lane) { return uint64_t{group[lane]} >> (16 * upper) & 0xffff; };
     uint64_t bits;
-    if constexpr (kBits == 16) {
-      bits = group[selector] >> (16 * upper) & 0xffff;
-    } else if constexpr (kBits == 32 && per_word(E) <= 2) {
-      bits = (group[2 * selector] >> (16 * upper) & 0xffff) | (group[2 * selector + 1] >> (16 * upper) << 16);
-      bits &= 0xffffffff;
-    } else if constexpr (kBits == 32) {
+    if (bits_of_row == 16) {
+      bits = half(selector);
+    } else if (bits_of_row == 32 && per_word(e) <= 2) {
+      bits = half(2 * selector) | half(2 * selector + 1) << 16;
+    } else if (bits_of_row == 32) {
       bits = group[2 * selector + upper];
     } else {
-      bits = group[upper] | static_cast<uint64_t>(group[2 + upper]) << 32;
+      bits = group[upper] | uint64_t{group[2 + upper]} << 32;
     }
-    for (int j = 0; j < kK / 2; ++j) {
-      if constexpr (E == Element::kTf32) {
-        position[row][j] = static_cast<uint8_t>(2 * j + (bits >> (4 * j + 1) & 1));
-      } else if constexpr (per_word(E) == 8) {
-        position[row][j] = static_cast<uint8_t>(j / 4 * 8 + (bits >> (2 * (j / 2)) & 3) * 2 + j % 2);
+    for (int j = 0; j < k / 2; ++j) {
+      uint64_t at;
+      if (e == Element::kTf32) {
+        at = static_cast<uint64_t>(2 * j) + (bits >> (4 * j + 1) & 1);
+      } else if (per_word(e) == 8) {
+        at = static_cast<uint64_t>(j / 4 * 8 + j % 2) + 2 * (bits >> (j / 2 * 2) & 3);
       } else {
-        position[row][j] = static_cast<uint8_t>(j / 2 * 4 + (bits >> (2 * j) & 3));
+        at = static_cast<uint64_t>(j / 2 * 4) + (bits >> (2 * j) & 3);
       }
+      position[j] = static_cast<uint8_t>(at);
     }
   }
 }
 
 // ---- products --------------------------------------------------------------------------------------------------------
 
-template <int kK>
-struct FloatOperands {
-  alignas(32) float a[16][kK];
-  alignas(32) float b[kK][8];
-};
+constexpr int kMaxK = 128;  // of a sparse product of 4-bit elements; no more than 64 are multiplied for one sum
 
-template <Element A, Element B, int kK, bool kHalf>
+// The forms of f16, bf16 and tf32: everything is unrolled.
+template <Element E, int kK, bool kHalf>
 void run_float(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*, int) {
-  FloatOperands<kK> x;
-  expand_a<A, 16>(a, x.a);
-  expand_b<B, kK>(b, x.b);
+  alignas(32) float dense_a[16][kK];
+  alignas(32) float dense_b[kK][8];
+  expand_a<E>(a, 16, kK, &dense_a[0][0]);
+  expand_b<E>(b, kK, dense_b);
   for (int first = 0; first < 16; first += 8) {
     Row sum[8];
     for (int m = 0; m < 8; ++m) sum[m] = load_row<kHalf>(c, first + m);
     for (int k = 0; k < kK; ++k) {
-      const Row row = load<Row>(x.b[k]);
-      for (int m = 0; m < 8; ++m) sum[m] = multiply_add(x.a[first + m][k], row, sum[m]);
+      const Row row = load<Row>(dense_b[k]);
+      for (int m = 0; m < 8; ++m) sum[m] = multiply_add(dense_a[first + m][k], row, sum[m]);
     }
     for (int m = 0; m < 8; ++m) store_row<kHalf>(d, first + m, sum[m]);
   }
 }
 
-// What the metadata leave out is not multiplied: zero times infinity would be NaN.
+// a [16][num_terms]; of sparse products `position` says which row of b a term belongs to. What the metadata leave out is
+// not multiplied: zero times infinity would be NaN.
+template <bool kHalf>
+__attribute__((noinline)) void multiply_floats(void* const* d, const void* const* c, const float* a, int num_terms,
+                                               const float (*b)[8], const uint8_t* position) {
+  Row result[16];
+  for (int first = 0; first < 16; first += 4) {  // four chains of sums at a time, which hide their latency
+    Row sum[4];
+    for (int m = 0; m < 4; ++m) sum[m] = load_row<kHalf>(c, first + m);
+    const float* factors = a + first * num_terms;
+    if (position == nullptr) {
+      for (int j = 0; j < num_terms; ++j) {
+        const Row row = load<Row>(b[j]);
+        for (int m = 0; m < 4; ++m) sum[m] = multiply_add(factors[m * num_terms + j], row, sum[m]);
+      }
+    } else {
+      const uint8_t* rows = position + first * num_terms;
+      for (int j = 0; j < num_terms; ++j) {
+        for (int m = 0; m < 4; ++m) {
+          sum[m] = multiply_add(factors[m * num_terms + j], load<Row>(b[rows[m * num_terms + j]]), sum[m]);
+        }
+      }
+    }
+    for (int m = 0; m < 4; ++m) result[first + m] = sum[m];
+  }
+  for (int m = 0; m < 16; ++m) store_row<kHalf>(d, m, result[m]);
+}
+
+template <Element A, Element B, int kK, bool kHalf>
+void run_any_float(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*, int) {
+  alignas(32) float dense_a[16 * kMaxK / 4];
+  alignas(32) float dense_b[kMaxK / 4][8];
+  expand_any_a<A>(a, 16, kK, dense_a);
+  expand_any_b<B>(b, kK, dense_b);
+  multiply_floats<kHalf>(d, c, dense_a, kK, dense_b, nullptr);
+}
 template <Element A, Element B, int kK, bool kHalf>
 void run_sparse_float(void* const* d, const void* const* a, const void* const* b, const void* const* c,
                       const uint32_t* metadata, int selector) {
-  alignas(32) float nonzeros[16][kK / 2];
-  alignas(32) float dense_b[kK][8];
-  uint8_t position[16][kK / 2];
-  expand_a<A, 16>(a, nonzeros);
-  expand_b<B, kK>(b, dense_b);
-  expand_metadata<A, kK>(metadata, selector, position);
-  Row sum[16];
-  for (int m = 0; m < 16; ++m) {
-    sum[m] = load_row<kHalf>(c, m);
-    for (int j = 0; j < kK / 2; ++j) sum[m] = multiply_add(nonzeros[m][j], load<Row>(dense_b[position[m][j]]), sum[m]);
-  }
-  for (int m = 0; m < 16; ++m) store_row<kHalf>(d, m, sum[m]);
+  alignas(32) float nonzeros[16 * kMaxK / 4];
+  alignas(32) float dense_b[kMaxK / 2][8];
+  uint8_t position[16 * kMaxK / 4];
+  expand_any_a<A>(a, 16, kK / 2, nonzeros);
+  expand_any_b<B>(b, kK, dense_b);
+  expand_metadata(A, kK, metadata, selector, position);
+  multiply_floats<kHalf>(d, c, nonzeros, kK / 2, dense_b, position);
 }
 
 inline int32_t add_to(int32_t c, int32_t product, bool clamp) {
@@ -283,47 +322,57 @@ inline int32_t add_to(int32_t c, int32_t product, bool clamp) {
 }
 
 // products [rows][column_position] is added to c. Sums of products stay far below 2^31.
-template <int kRows, bool kClamp>
-void add_products(void* const* d, const void* const* c, const IntRow* products) {
-  int32_t result[kRows][8];
-  for (int m = 0; m < kRows; ++m) {
+void add_products(void* const* d, const void* const* c, const IntRow* products, int rows, bool clamp) {
+  int32_t result[16][8];
+  for (int m = 0; m < rows; ++m) {
     for (int n = 0; n < 8; ++n) {
       const int32_t old = static_cast<const int32_t*>(c[m / 8 * 2 + n % 2])[4 * (m % 8) + n / 2];
-      result[m][n] = add_to(old, products[m][column_position(n)], kClamp);
+      result[m][n] = add_to(old, products[m][column_position(n)], clamp);
     }
   }
-  for (int m = 0; m < kRows; ++m) {
+  for (int m = 0; m < rows; ++m) {
     for (int n = 0; n < 8; ++n) static_cast<int32_t*>(d[m / 8 * 2 + n % 2])[4 * (m % 8) + n / 2] = result[m][n];
   }
 }
 
+__attribute__((noinline)) void multiply_integers(void* const* d, const void* const* c, const int32_t* a, int rows,
+                                                 int num_terms, const int32_t (*b)[8], const uint8_t* position,
+                                                 bool clamp) {
+  IntRow products[16];
+  for (int first = 0; first < rows; first += 4) {
+    IntRow sum[4] = {};
+    const int32_t* factors = a + first * num_terms;
+    const uint8_t* positions = position + (position != nullptr ? first * num_terms : 0);
+    for (int j = 0; j < num_terms; ++j) {
+      for (int m = 0; m < 4; ++m) {
+        const int at = m * num_terms + j;
+        sum[m] += factors[at] * load<IntRow>(b[position != nullptr ? positions[at] : j]);
+      }
+    }
+    for (int m = 0; m < 4; ++m) products[first + m] = sum[m];
+  }
+  add_products(d, c, products, rows, clamp);
+}
+
 template <Element A, Element B, int kRows, int kK, bool kClamp>
 void run_integer(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*, int) {
-  alignas(32) int32_t dense_a[kRows][kK];
-  alignas(32) int32_t dense_b[kK][8];
-  expand_a<A, kRows>(a, dense_a);
-  expand_b<B, kK>(b, dense_b);
-  IntRow sum[kRows] = {};
-  for (int m = 0; m < kRows; ++m) {
-    for (int k = 0; k < kK; ++k) sum[m] += dense_a[m][k] * load<IntRow>(dense_b[k]);
-  }
-  add_products<kRows, kClamp>(d, c, sum);
+  alignas(32) int32_t dense_a[16 * kMaxK / 2];
+  alignas(32) int32_t dense_b[kMaxK / 2][8];
+  expand_any_a<A>(a, kRows, kK, dense_a);
+  expand_any_b<B>(b, kK, dense_b);
+  multiply_integers(d, c, dense_a, kRows, kK, dense_b, nullptr, kClamp);
 }
 
 template <Element A, Element B, int kK, bool kClamp>
 void run_sparse_integer(void* const* d, const void* const* a, const void* const* b, const void* const* c,
                         const uint32_t* metadata, int selector) {
-  alignas(32) int32_t nonzeros[16][kK / 2];
-  alignas(32) int32_t dense_b[kK][8];
-  uint8_t position[16][kK / 2];
-  expand_a<A, 16>(a, nonzeros);
-  expand_b<B, kK>(b, dense_b);
-  expand_metadata<A, kK>(metadata, selector, position);
-  IntRow sum[16] = {};
-  for (int m = 0; m < 16; ++m) {
-    for (int j = 0; j < kK / 2; ++j) sum[m] += nonzeros[m][j] * load<IntRow>(dense_b[position[m][j]]);
-  }
-  add_products<16, kClamp>(d, c, sum);
+  alignas(32) int32_t nonzeros[16 * kMaxK / 2];
+  alignas(32) int32_t dense_b[kMaxK][8];
+  uint8_t position[16 * kMaxK / 2];
+  expand_any_a<A>(a, 16, kK / 2, nonzeros);
+  expand_any_b<B>(b, kK, dense_b);
+  expand_metadata(A, kK, metadata, selector, position);
+  multiply_integers(d, c, nonzeros, 16, kK / 2, dense_b, position, kClamp);
 }
 
 template <int kRows, int kK, bool kXor>
@@ -339,22 +388,22 @@ void run_bits(void* const* d, const void* const* a, const void* const* b, const 
       }
     }
   }
-  add_products<kRows, false>(d, c, sum);
+  add_products(d, c, sum, kRows, false);
 }
 
 template <int kRows, int kK>
 void run_double(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*, int) {
-  double sum[kRows][8];
+  double dense_b[kK][8], sum[kRows][8];
+  for (int k = 0; k < kK; ++k) {
+    for (int n = 0; n < 8; ++n) dense_b[k][n] = static_cast<const double*>(b[k / 4])[4 * n + k % 4];
+  }
   for (int m = 0; m < kRows; ++m) {
-    for (int n = 0; n < 8; ++n) {
-      double total = static_cast<const double*>(c[m / 8 * 2 + n % 2])[4 * (m % 8) + n / 2];
-      for (int k = 0; k < kK; ++k) {
-        const double x = static_cast<const double*>(a[k / 4 * (kRows / 8) + m / 8])[4 * (m % 8) + k % 4];
-        const double y = static_cast<const double*>(b[k / 4])[4 * n + k % 4];
-        total = std::fma(x, y, total);
-      }
-      sum[m][n] = numerics::canonical(total);
+    for (int n = 0; n < 8; ++n) sum[m][n] = static_cast<const double*>(c[m / 8 * 2 + n % 2])[4 * (m % 8) + n / 2];
+    for (int k = 0; k < kK; ++k) {
+      const double x = static_cast<const double*>(a[k / 4 * (kRows / 8) + m / 8])[4 * (m % 8) + k % 4];
+      for (int n = 0; n < 8; ++n) sum[m][n] = std::fma(x, dense_b[k][n], sum[m][n]);
     }
+    for (int n = 0; n < 8; ++n) sum[m][n] = numerics::canonical(sum[m][n]);
   }
   for (int m = 0; m < kRows; ++m) {
     for (int n = 0; n < 8; ++n) static_cast<double*>(d[m / 8 * 2 + n % 2])[4 * (m % 8) + n / 2] = sum[m][n];
@@ -382,10 +431,16 @@ template <Element A, Element B, int kK, bool kHalf>
 void add_float(Table& table) {
   const std::string accumulator = kHalf ? "f16" : "f32";
   constexpr int kAccumulators = kHalf ? 2 : 4, kWordsB = kK / (4 * per_word(A));
-  table[key_of(false, 16, kK, "", accumulator, name_of(A), name_of(B), accumulator)] =
-      MatrixOp{kAccumulators, 2 * kWordsB, kWordsB, kAccumulators, 0, 0, flops_of(16, kK), 4, run_float<A, B, kK, kHalf>};
+  MatrixOp dense{kAccumulators, 2 * kWordsB, kWordsB, kAccumulators, 0, 0, flops_of(16, kK), 4, nullptr};
+  if constexpr (per_word(A) < 4) {
+    dense.run = run_float<A, kK, kHalf>;
+  } else {
+    dense.run = run_any_float<A, B, kK, kHalf>;
+  }
+  table[key_of(false, 16, kK, "", accumulator, name_of(A), name_of(B), accumulator)] = dense;
+
   constexpr int kSparseK = 2 * kK;  // the same registers of A
-  if constexpr (metadata_bits_of_row(A, kSparseK) >= 16 && (per_word(A) < 4 || kK == 32)) {
+  if constexpr (per_word(A) < 4 || kK == 32) {
     table[key_of(true, 16, kSparseK, "", accumulator, name_of(A), name_of(B), accumulator)] =
         MatrixOp{kAccumulators, 2 * kWordsB, 2 * kWordsB, kAccumulators, 1, num_selectors(A, kSparseK),
                  flops_of(16, kSparseK), 4, run_sparse_float<A, B, kSparseK, kHalf>};

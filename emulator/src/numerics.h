@@ -10,6 +10,12 @@
 // Must be compiled with -ffp-contract=off: a product and a sum that PTX rounds twice are never fused.
 #pragma once
 
+// Nobody reads the host's floating-point exceptions or errno. Without saying so, gcc does not vectorise a loop that selects
+// between two floats; so this header comes first in the files that have such loops.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math", "no-math-errno")
+#endif
+
 #include <bit>
 #include <cstdint>
 #include <cstring>

@@ -17,9 +17,9 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     total = exp_a + exp_b
     lse = largest + total.log()
 
-    def part(o: Tensor, exp: Tensor) -> Tensor:
+    def part(o: Tensor, lse: Tensor, exp: Tensor) -> Tensor:
         weight = torch.where(exp == 0, 0.0, exp / torch.where(total == 0, 1.0, total))
-        weight = weight.transpose(-1, -2).unsqueeze(-1)
-        return torch.where(weight == 0, 0.0, weight * o)
+        weight, is_blind = (t.transpose(-1, -2).unsqueeze(-1) for t in (weight, lse == -math.inf))
+        return torch.where(is_blind, 0.0, weight * o)  # a side without keys may hold anything
 
-    return part(o_a, exp_a) + part(o_b, exp_b), lse
+    return part(o_a, lse_a, exp_a) + part(o_b, lse_b, exp_b), lse
