@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+import emulator
 from emulator import Counters
 from emulator import counters as report
 
@@ -358,3 +360,61 @@ def test_kernels_of_a_call_get_a_row_for_their_sum():
 
 def test_nothing_launched_is_said():
     assert "no kernel was launched" in printed([report.Entry("case", [])])
+
+
+# ---- A compiled kernel -----------------------------------------------------------------------------------------------
+
+PROBE = """
+#include <cstdint>
+extern "C" __global__ void probe(const uint4* a, const float* columns, float* out) {
+  __shared__ float tile[32][32];
+  __shared__ alignas(128) uint4 rows[32];
+  rows[threadIdx.x] = a[threadIdx.x];
+  for (int i = 0; i < 32; ++i) tile[i][threadIdx.x] = columns[i * 32 + threadIdx.x];
+  __syncthreads();
+  float sum = 0;
+  for (int i = 0; i < 32; ++i) sum += tile[threadIdx.x][i];
+  uint32_t r[4];
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((uint32_t)__cvta_generic_to_shared(&rows[threadIdx.x])));
+  float d[4] = {sum, 0, 0, 0};
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "r"(r[0]), "r"(r[1]));
+  if (threadIdx.x < 8) out[threadIdx.x * 4] = d[0];
+}
+"""
+
+
+def on_a_sector(count: int, dtype) -> np.ndarray:
+    """Zeros that begin on a 64-byte boundary."""
+    array = np.zeros(count + 64 // np.dtype(dtype).itemsize, dtype)
+    skipped = -array.ctypes.data % 64 // array.itemsize
+    return array[skipped : skipped + count]
+
+
+def test_events_of_a_compiled_kernel(nvcc, tmp_path):
+    (tmp_path / "probe.cu").write_text(PROBE)
+    command = [nvcc, "-O3", "-arch=sm_80", "-lineinfo", "-ptx", "probe.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    module = emulator.Module((tmp_path / "probe.ptx").read_text())
+    arrays = [on_a_sector(128, np.uint32), on_a_sector(1024, np.float32), on_a_sector(32, np.float32)]
+    with emulator.watch(counters=True) as watched:
+        module.launch("probe", grid=1, block=32, args=arrays)
+    (launch,) = watched.launches
+    totals, classes = launch["totals"], launch["classes"]
+    assert (launch["name"], launch["grid"], launch["block"]) == ("probe", [1, 1, 1], [32, 1, 1])
+    assert totals["mma_flops"] == 4096
+    assert (totals["sectors_read"], totals["ideal_sectors_read"]) == (16 + 128, 16 + 128)
+    assert (totals["sectors_written"], totals["ideal_sectors_written"]) == (4, 1)
+    assert (totals["distinct_bytes_read"], totals["distinct_bytes_written"]) == (512 + 4096, 128)
+    assert (totals["wavefronts"], totals["ideal_wavefronts"]) == (4 + 32 + 1024 + 4, 4 + 32 + 32 + 4)
+    expected = {"mma": 1, "matrix_load": 1, "shared_store": 33, "shared_load": 32, "global_load": 33, "barrier": 1}
+    assert classes.items() >= expected.items()
+    assert sum(classes.values()) == totals["warp_instructions"] > totals["issue_slots"]
+    lines = {line["line"]: line for line in launch["lines"] if line["file"].endswith("probe.cu")}
+    assert (lines[10]["wavefronts"], lines[10]["ideal_wavefronts"]) == (1024, 32), "a column of the tile, unpadded"
+    stored = PROBE.splitlines().index("  if (threadIdx.x < 8) out[threadIdx.x * 4] = d[0];") + 1
+    assert (lines[stored]["sectors"], lines[stored]["ideal_sectors"]) == (4, 1)
