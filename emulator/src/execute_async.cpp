@@ -148,7 +148,7 @@ void decode_copy(Decoder& decoder, const ptx::Instruction& in, Instruction& out,
   auto op = std::make_shared<CopyOp>();
   const int level = mods.take_one_of({"ca", "cg"});
   if (level < 0) decoder.error("expected .ca or .cg");
-  if (take_space(mods) != Space::kShared || take_space(mods) != Space::kGlobal)
+  if (mods.take_one_of({"shared", "shared::cta"}) < 0 || !mods.take("global"))
     decoder.error("expected .shared.global");
   const bool has_policy = take_cache_hints(mods);
   mods.finish();
