@@ -228,7 +228,7 @@ struct Heap {
 constexpr uint64_t kHeapBytes = 1ull << 30;
 
 Heap& heap() {
-  static Heap the_heap;
+  static Heap& the_heap = *new Heap;  // outlives every module
   return the_heap;
 }
 

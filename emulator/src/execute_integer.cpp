@@ -142,7 +142,8 @@ struct Dp2a {
 };
 
 // ---- carries ---------------------------------------------------------------------------------------------------------
-// d = a + b + carry-in, or a - b - borrow-in; in.aux says which ends exist.
+// d = a + b + carry-in, or a - b - borrow-in; in.aux says which ends exist. The flag is the carry of a + ~b + 1 after a
+// subtraction, so set when there is no borrow: nvcc's 128-bit division mixes sub.cc with addc and relies on it.
 enum CarryFlag : uint32_t { kCarryIn = 1, kCarryOut = 2, kSubtract = 4 };
 
 template <typename T>
@@ -154,8 +155,10 @@ void execute_carry(Warp& warp, const Instruction& in) {
     T carry = static_cast<T>(in_bits >> i & 1), result;
     bool out;
     if (in.aux & kSubtract) {
+      T borrow = in.aux & kCarryIn ? static_cast<T>(1 - carry) : T{0};
       out = __builtin_sub_overflow(a[i], b[i], &result);
-      out |= __builtin_sub_overflow(result, carry, &result);
+      out |= __builtin_sub_overflow(result, borrow, &result);
+      out = !out;
     } else {
       out = __builtin_add_overflow(a[i], b[i], &result);
       out |= __builtin_add_overflow(result, carry, &result);

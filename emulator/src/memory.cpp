@@ -28,7 +28,7 @@ std::string bytes(uint64_t count) { return std::to_string(count) + (count == 1 ?
 thread_local constinit DeviceMemory::Hit DeviceMemory::last_hit_;
 
 DeviceMemory& device_memory() {
-  static DeviceMemory memory;
+  static DeviceMemory& memory = *new DeviceMemory;  // outlives every module, at the end of the process too
   return memory;
 }
 
