@@ -56,14 +56,15 @@ std::string triple(const uint32_t (&values)[3]) {
   return text;
 }
 
-// "scale<float, 4>" of a mangled kernel: without result type, parameters and anonymous namespaces.
-std::string short_name(const std::string& mangled) {
-  if (!mangled.starts_with("_Z")) return mangled;
-  int status = 0;
-  const std::unique_ptr<char, decltype(&std::free)> demangled(
-      abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status), &std::free);
-  if (status != 0) return mangled;
-  std::string name = demangled.get();
+// "scale<float, 4>" of a kernel's mangled or demangled name: without result, parameters and anonymous namespaces.
+std::string short_name(std::string name) {
+  if (name.starts_with("_Z")) {  // others are no mangled names, although "a" would be one of a type
+    int status = 0;
+    const std::unique_ptr<char, decltype(&std::free)> demangled(
+        abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status), &std::free);
+    if (status != 0) return name;
+    name = demangled.get();
+  }
   const std::string anonymous = "(anonymous namespace)::", no_result = "void ";
   for (size_t at; (at = name.find(anonymous)) != std::string::npos;) name.erase(at, anonymous.size());
   if (name.starts_with(no_result)) name.erase(0, no_result.size());
