@@ -76,7 +76,7 @@ def count(case: Case, architecture: int) -> list[Record]:
 
 
 def require_same(name: str, actual: Any, expected: Any) -> None:
-    """Raises AssertionError where a result is wrong, whose work is not worth counting; how exact it is, the tests say."""
+    """Raises AssertionError where a result is wrong: its work is not worth counting. How exact it is, the tests say."""
     pairs = zip(*([x] if isinstance(x, torch.Tensor) else x for x in (actual, expected)), strict=True)
     for result, truth in pairs:
         finite = truth[truth.isfinite()]
