@@ -55,7 +55,7 @@ void run_attention_forward(const AttentionForwardParams& p);
 
 // On CUDA the keys of a sequence with few rows are split into chunks of fixed length, whose results are merged in
 // order. A rule on the sequence alone: its bits depend neither on the batch nor on the GPU.
-constexpr int kSplitRows = 32, kSplitKeys = 512;
+constexpr int kSplitRows = 32, kSplitKeys = 576;
 FM_HOST_DEVICE constexpr bool is_split(int64_t num_rows, int64_t seq_k) {
   return num_rows <= kSplitRows && seq_k > kSplitKeys;
 }

@@ -24,6 +24,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../common/dispatch.h"
 #include "../common/launch.h"
@@ -40,6 +41,14 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr float kRescaleLog2 = 8.0f;     // growth of a maximum, in log2 units, from which on o is rescaled
 constexpr float kNoMax = 3.4028235e38f;  // shift of a row that has seen no finite score: larger than any growth
 
+// f.template operator()<i>() for i in [0, kCount): a loop whose index is a constant of the instructions in it.
+template <int kCount, class F>
+__device__ __forceinline__ void static_for(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (f.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
 struct Tile {
@@ -54,7 +63,7 @@ constexpr Tile tile_of(int smem_kib, int dim) {
   switch (dim) {
     case 64: return {128, 64, 4};
     case 96: return {128, 64, 4};
-    case 128: return small ? Tile{128, 32, 4} : Tile{128, 64, 4};
+    case 128: return small ? Tile{128, 32, 4} : Tile{128, 48, 4};
     case 192: return small ? Tile{128, 32, 8} : Tile{128, 64, 8};
     default: return small ? Tile{128, 32, 8} : Tile{128, 64, 8};  // 256
   }
@@ -78,6 +87,7 @@ struct Traits {
 
   static_assert(kWarpRows % 16 == 0 && kKeys % 16 == 0 && kDim % 32 == 0, "whole fragments");
   static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0, "whole passes of a load");
+  static_assert(kSplitKeys % kKeys == 0, "whole blocks in a chunk");
   static_assert(kPassRows % 8 == 0, "a pass keeps the swizzle of its rows");
 };
 
@@ -196,21 +206,21 @@ struct BlockCopy {
   static __device__ __forceinline__ uint32_t thread_offset() {
     return swizzled<T::kDim>(threadIdx.x / T::kRowThreads, threadIdx.x % T::kRowThreads);
   }
-  // Column pass `c` adds kRowThreads chunks, which leaves the swizzled bits alone.
-  __device__ __forceinline__ uint32_t smem_of(int pass, int c) const {
-    return smem + (kValues ? T::kValueBytes : 0) + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
+  // From `smem` to the same row and column of another pass; kRowThreads chunks leave the swizzled bits alone.
+  static constexpr int smem_bytes(int pass, int c) {
+    return (kValues ? T::kValueBytes : 0) + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
   }
   // A block that lies inside the sequence; with !wanted nothing is read.
   __device__ __forceinline__ void issue(bool wanted) {
     const char* from = next;
-#pragma unroll
-    for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
-#pragma unroll
-      for (int c = 0; c < T::kColumnPasses; ++c) {
-        ptx::cp_async_16_if(wanted && c * T::kRowThreads < columns, smem_of(pass, c), from + c * T::kRowThreads * 16);
-      }
+    const int wanted_columns = wanted ? columns : 0;
+    static_for<T::kKeys / T::kPassRows>([&]<int pass>() {
+      static_for<T::kColumnPasses>([&]<int c>() {
+        ptx::cp_async_16_if<smem_bytes(pass, c), c * T::kRowThreads * 16, c * T::kRowThreads>(wanted_columns, smem,
+                                                                                              from);
+      });
       from += pass_bytes;
-    }
+    });
     next += static_cast<int64_t>(pass_bytes) * -(T::kKeys / T::kPassRows);
   }
   // A block of which the sequence has `num_keys` keys: rows past them are zeros.
@@ -221,7 +231,7 @@ struct BlockCopy {
       const bool valid = row + pass * T::kPassRows < num_keys;
       for (int c = 0; c < T::kColumnPasses; ++c) {
         if (c * T::kRowThreads < columns) {
-          ptx::cp_async_16_or_zero(smem_of(pass, c), valid ? from + c * T::kRowThreads * 16 : from, valid);
+          ptx::cp_async_16_or_zero(smem + smem_bytes(pass, c), valid ? from + c * T::kRowThreads * 16 : from, valid);
         }
       }
       from += pass_bytes;
@@ -233,7 +243,7 @@ struct BlockCopy {
     for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
       for (int c = 0; c < T::kColumnPasses; ++c) {
         if (c * T::kRowThreads >= columns) {
-          *static_cast<uint4*>(__cvta_shared_to_generic(smem_of(pass, c))) = uint4{};
+          *static_cast<uint4*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c))) = uint4{};
         }
       }
     }
@@ -249,7 +259,7 @@ struct BlockCopy {
     for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
 #pragma unroll
       for (int c = 0; c < T::kColumnPasses; ++c) {
-        const uint4 x = *static_cast<const uint4*>(__cvta_shared_to_generic(smem_of(pass, c)));
+        const uint4 x = *static_cast<const uint4*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
         for (uint32_t word : {x.x, x.y, x.z, x.w}) found |= (word & kExponent) + kCarry;  // a full exponent carries
       }
     }
@@ -261,7 +271,7 @@ struct BlockCopy {
     constexpr uint32_t kExponent = kDType<Element> == DType::kFloat16 ? 0x7c00u : 0x7f80u;
     for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
       for (int c = 0; c < T::kColumnPasses; ++c) {
-        auto* element = static_cast<uint16_t*>(__cvta_shared_to_generic(smem_of(pass, c)));
+        auto* element = static_cast<uint16_t*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
         for (int i = 0; i < kChunkElements; ++i) {
           if ((element[i] & kExponent) == kExponent) element[i] = 0;
         }
@@ -292,18 +302,20 @@ __device__ __forceinline__ uint32_t lane_offset(bool by_column) {
                    : swizzled<T::kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
-// The address that a lane gives ldmatrix, of fragment row `row` and column step `step` (16 columns), from `first`, that
-// of the first fragment. Rows are whole multiples of what the swizzle permutes, so a step flips bits.
-template <class T>
-__device__ __forceinline__ uint32_t fragment_address(uint32_t first, int row, int step) {
+// ldmatrix.x4 of the fragment at row `row` and column step `step` (16 columns) from that at `first`. Rows are whole
+// multiples of what the swizzle permutes, so a step flips bits.
+template <class T, int row, int step, bool kTransposed = false>
+__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], uint32_t first) {
   constexpr int kSteps = T::kDim * 2 % 128 == 0 ? 4 : 2;
-  return (first ^ (step % kSteps * 32)) + row * T::kDim * 2 + step / kSteps * kSteps * 32;
+  constexpr int kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
+  const uint32_t column = first ^ (step % kSteps * 32);
+  if constexpr (kTransposed) ptx::ldmatrix_x4_trans<kOffset>(r, column);
+  else ptx::ldmatrix_x4<kOffset>(r, column);
 }
 
-template <class T>
-__device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][4], uint32_t at, int step) {
-#pragma unroll
-  for (int m = 0; m < T::kRowTiles; ++m) ptx::ldmatrix_x4(q[m], fragment_address<T>(at, m * 16, step));
+template <class T, int step>
+__device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][4], uint32_t at) {
+  static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, m * 16, step>(q[m], at); });
 }
 
 template <class T>
@@ -321,33 +333,31 @@ __device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>&
       for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
     }
   }
-#pragma unroll
-  for (int step = 0; step < T::kDim / 16; ++step) {
+  static_for<T::kDim / 16>([&]<int step>() {
     uint32_t loaded[T::kRowTiles][4];
-    if constexpr (!T::kKeepsQ) load_q<T>(loaded, q_at, step);
+    if constexpr (!T::kKeepsQ) load_q<T, step>(loaded, q_at);
     const auto& a = [&]() -> const uint32_t (&)[T::kRowTiles][4] {
       if constexpr (T::kKeepsQ) return q.kept[step];
       else return loaded;
     }();
-#pragma unroll
-    for (int n = 0; n < T::kKeyTiles; n += 2) {
+    static_for<T::kKeyTiles / 2>([&]<int pair>() {
+      constexpr int n = pair * 2;
       uint32_t b[4];
-      ptx::ldmatrix_x4(b, fragment_address<T>(k_at, n * 8, step));
+      load_fragment<T, n * 8, step>(b, k_at);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
         ptx::mma_m16n8k16<typename T::Element>(s[m][n], a[m], b[0], b[1]);
         ptx::mma_m16n8k16<typename T::Element>(s[m][n + 1], a[m], b[2], b[3]);
       }
-    }
-  }
+    });
+  });
 }
 
 // o += p v for one block, with the weights p in place of the scores.
 template <class T>
 __device__ __forceinline__ void multiply_values(WarpState<T>& w, const Scores<T>& s, uint32_t v_at) {
   using Element = typename T::Element;
-#pragma unroll
-  for (int step = 0; step < T::kKeys / 16; ++step) {
+  static_for<T::kKeys / 16>([&]<int step>() {
     uint32_t a[T::kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) {
@@ -357,17 +367,17 @@ __device__ __forceinline__ void multiply_values(WarpState<T>& w, const Scores<T>
       a[m][2] = ptx::pack<Element>(right[0], right[1]);
       a[m][3] = ptx::pack<Element>(right[2], right[3]);
     }
-#pragma unroll
-    for (int n = 0; n < T::kColumnTiles; n += 2) {
+    static_for<T::kColumnTiles / 2>([&]<int pair>() {
+      constexpr int n = pair * 2;
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, fragment_address<T>(v_at, step * 16, n / 2));
+      load_fragment<T, step * 16, pair, true>(b, v_at);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
         ptx::mma_m16n8k16<Element>(w.o[m][n], a[m], b[0], b[1]);
         ptx::mma_m16n8k16<Element>(w.o[m][n + 1], a[m], b[2], b[3]);
       }
-    }
-  }
+    });
+  });
 }
 
 // The largest of the four lanes that share a row; all four hold it.
@@ -714,8 +724,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   __syncthreads();  // every warp sees q, the unit and what is visible
   QFragments<T> q;
   if constexpr (T::kKeepsQ) {
-#pragma unroll
-    for (int i = 0; i < T::kDim / 16; ++i) load_q<T>(q.kept[i], Addresses<T>::of_q(smem), i);
+    static_for<T::kDim / 16>([&]<int step>() { load_q<T, step>(q.kept[step], Addresses<T>::of_q(smem)); });
   }
 
   // One block. With kGeneral it modifies, masks and may skip.

@@ -21,13 +21,15 @@ __device__ __forceinline__ uint32_t smem_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
 }
 
-// cp.async.cg: 16 bytes from global to shared memory where `wanted`, both addresses 16-byte aligned. They are there for
-// this thread after a cp_async_wait that covers them, for the others after a barrier that follows it.
-__device__ __forceinline__ void cp_async_16_if(bool wanted, uint32_t smem, const void* gmem) {
-  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %0, 0;\n @p cp.async.cg.shared.global [%1], [%2], 16;\n}" ::"r"(
-                   static_cast<int>(wanted)),
-               "r"(smem), "l"(gmem)
-               : "memory");
+// cp.async.cg: 16 bytes from gmem + kGmem to smem + kSmem where count > kCount, both 16-byte aligned. They are there
+// for this thread after a cp_async_wait that covers them, for the others after a barrier that follows it.
+template <int kSmem, int kGmem, int kCount>
+__device__ __forceinline__ void cp_async_16_if(int count, uint32_t smem, const void* gmem) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.gt.s32 p, %0, %1;\n @p cp.async.cg.shared.global [%2 + %3], [%4 + %5], 16;\n}" ::"r"(
+          count),
+      "n"(kCount), "r"(smem), "n"(kSmem), "l"(gmem), "n"(kGmem)
+      : "memory");
 }
 // The same, or 16 bytes of zeros where !valid; gmem is not read then.
 __device__ __forceinline__ void cp_async_16_or_zero(uint32_t smem, const void* gmem, bool valid) {
@@ -41,19 +43,21 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ldmatrix.x4: four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i+7 give the rows of matrix i, 16 bytes each. A
-// lane gets elements 2t, 2t+1 of row g of each. All lanes of the warp together.
+// ldmatrix.x4 at smem + kOffset: four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i+7 give the rows of matrix i, 16
+// bytes each. A lane gets elements 2t, 2t+1 of row g of each. All lanes of the warp together.
+template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem)
+               : "r"(smem), "n"(kOffset)
                : "memory");
 }
 // The same with each matrix transposed: a lane gets rows 2t, 2t+1 of column g.
+template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem)
+               : "r"(smem), "n"(kOffset)
                : "memory");
 }
 
