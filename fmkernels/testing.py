@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ._library import has_kernel, library_dir, ops
 
-
 EMULATED_NAMESPACE = "fmkernels_emulated"
 _root = Path(__file__).resolve().parent.parent
 _emulated_library = _root / "build" / "emulated" / "_C_emulated.abi3.so"

@@ -98,4 +98,7 @@ def build_program(nvcc):
 @pytest.fixture(scope="session")
 def program(build_program):
     """program("name"): the program of programs/name.cu."""
-    return lambda name: build_program(name, (PROGRAMS / f"{name}.cu").read_text())
+    header = (PROGRAMS / "program.h").read_text()
+    return lambda name, *flags: build_program(
+        name, (PROGRAMS / f"{name}.cu").read_text(), "-I", PROGRAMS, *flags, header
+    )
