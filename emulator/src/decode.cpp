@@ -46,6 +46,8 @@ constexpr SpecialName kSpecialNames[] = {
     {"%dynamic_smem_size", Special::kDynamicSmem, 4},
     {"%total_smem_size", Special::kTotalSmem, 4},
     {"%aggr_smem_size", Special::kTotalSmem, 4},
+    {"%envreg1", Special::kWorkspaceHigh, 4},  // as cooperative groups read them
+    {"%envreg2", Special::kWorkspaceLow, 4},
     {"%gridid", Special::kGridid, 8},
     {"%current_graph_exec", Special::kZero, 8},
     // A grid without clusters is one of clusters of one block.

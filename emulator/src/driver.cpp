@@ -75,12 +75,21 @@ std::string quoted(const std::string& text) {
   return result + '"';
 }
 
-__attribute__((destructor)) void leave() { Driver::instance().at_exit(); }
+void leave() { Driver::instance().at_exit(); }
 
 }  // namespace
 
-// ---- Options
-// ---------------------------------------------------------------------------------------------------------
+Accessible::Accessible(std::vector<AccessibleRange> ranges) : ranges_(std::move(ranges)) {
+  for (const auto& [address, num_bytes, name] : ranges_) {
+    device_memory().add(reinterpret_cast<const void*>(address), num_bytes, name);
+  }
+}
+
+Accessible::~Accessible() {
+  for (const auto& range : ranges_) device_memory().remove(reinterpret_cast<const void*>(std::get<0>(range)));
+}
+
+// ---- Options --------------------------------------------------------------------------------------------------------
 
 Driver& Driver::instance() {
   static auto* const driver = new Driver;  // never destroyed: objects unregister themselves when the process ends
@@ -88,6 +97,8 @@ Driver& Driver::instance() {
 }
 
 Driver::Driver() : device_(find_device(options_.architecture)) {
+  device_memory();  // made before what is registered here and by the first host object, so that it outlives both
+  std::atexit(leave);
   try {
     Options options;
     options.architecture = static_cast<int>(environment_number("EMULATOR_ARCHITECTURE", options.architecture));
@@ -119,8 +130,7 @@ const Device& Driver::device() const {
   return *device_;
 }
 
-// ---- What host objects register
-// --------------------------------------------------------------------------------------
+// ---- What host objects register -------------------------------------------------------------------------------------
 
 Image* Driver::add_image(const void* wrapper) {
   const std::lock_guard lock(mutex_);
@@ -217,8 +227,7 @@ const Function* Driver::load(const Kernel& kernel, Status* status) {
   }
 }
 
-// ---- Launches
-// --------------------------------------------------------------------------------------------------------
+// ---- Launches -------------------------------------------------------------------------------------------------------
 
 Status Driver::limits(const Function& function, const LaunchShape& shape, uint64_t max_dynamic_shared,
                       std::string* why) const {
@@ -315,6 +324,14 @@ Status Driver::launch(const Module& module, const Function& function, const Laun
   launch.dynamic_smem = static_cast<uint32_t>(shape.dynamic_shared);
   launch.params = params;
   launch.params_bytes = params_bytes;
+  // Where cooperative groups let the blocks of a grid wait: the size of this, and a counter.
+  uint32_t workspace[2] = {sizeof workspace, 0};
+  std::optional<Accessible> accessible;
+  if (shape.cooperative) {
+    launch.grid_workspace = reinterpret_cast<uint64_t>(workspace);
+    accessible.emplace(std::vector<AccessibleRange>{
+        {launch.grid_workspace, sizeof workspace, "the workspace of a cooperative launch"}});
+  }
   LaunchOutcome outcome;
   try {
     const std::lock_guard one_at_a_time(launch_mutex_);
@@ -332,8 +349,7 @@ Status Driver::launch(const Module& module, const Function& function, const Laun
   return status;
 }
 
-// ---- What is kept
-// ----------------------------------------------------------------------------------------------------
+// ---- What is kept ---------------------------------------------------------------------------------------------------
 
 Status Driver::refuse(Status status, const std::string& kernel, const std::string& why) {
   Report refused;

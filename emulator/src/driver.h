@@ -9,6 +9,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "device.h"
@@ -51,6 +52,20 @@ struct LaunchShape {
   uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1};
   uint64_t dynamic_shared = 0;
   bool cooperative = false;
+};
+
+using AccessibleRange = std::tuple<uint64_t, uint64_t, std::string>;  // address, bytes, name
+
+// Memory of the host that kernels may touch as long as this lives.
+class Accessible {
+ public:
+  explicit Accessible(std::vector<AccessibleRange> ranges);
+  ~Accessible();
+  Accessible(const Accessible&) = delete;
+  Accessible& operator=(const Accessible&) = delete;
+
+ private:
+  std::vector<AccessibleRange> ranges_;
 };
 
 // A launch that has been, with what its counters' instructions are.

@@ -108,6 +108,7 @@ struct Launch {
   uint32_t dynamic_smem = 0;
   const std::byte* params = nullptr;  // packed as FunctionInfo::params says
   uint64_t params_bytes = 0;
+  uint64_t grid_workspace = 0;  // of a cooperative launch: address of memory in which its blocks wait for each other
 };
 
 struct LaunchOutcome {

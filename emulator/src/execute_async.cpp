@@ -137,7 +137,7 @@ void execute_copy_arrive(Warp& warp, const Instruction& in) {
     rest &= ~arrival.lanes;
     if (in.immediate)
       barriers[first]->pending += static_cast<uint32_t>(std::popcount(arrival.lanes));  // without .noinc
-    if (SharedShadow* shadow = block.shadow()) shadow->release(warp.index(), arrival.clock, arrival.lanes);
+    if (SharedShadow* shadow = block.shadow()) shadow->release(warp.index(), arrival.clock, arrival.lanes, false);
     sync_of(block).arrivals.push_back(std::move(arrival));
     store_mbarrier(block, to.offset[first], *barriers[first]);
   }
@@ -148,8 +148,7 @@ void decode_copy(Decoder& decoder, const ptx::Instruction& in, Instruction& out,
   auto op = std::make_shared<CopyOp>();
   const int level = mods.take_one_of({"ca", "cg"});
   if (level < 0) decoder.error("expected .ca or .cg");
-  if (mods.take_one_of({"shared", "shared::cta"}) < 0 || !mods.take("global"))
-    decoder.error("expected .shared.global");
+  if (mods.take_one_of({"shared", "shared::cta"}) < 0 || !mods.take("global")) decoder.error("expected .shared.global");
   const bool has_policy = take_cache_hints(mods);
   mods.finish();
   decoder.expect_operands(in, 3 + has_policy, 4 + has_policy);
@@ -207,7 +206,7 @@ void settle_arrivals(Block& block, int64_t mbarrier) {
       MBarrier& barrier = sync.mbarriers[arrival.mbarrier];
       if (SharedShadow* shadow = block.shadow()) {
         shadow->join(barrier.clock, arrival.clock);
-        shadow->release(arrival.warp, barrier.clock, ready);  // the copies that have landed
+        shadow->release(arrival.warp, barrier.clock, ready, false);  // the copies that have landed
       }
       arrive(warp, *arrival.in, arrival.mbarrier, barrier, std::countr_zero(ready),
              static_cast<uint32_t>(std::popcount(ready)));

@@ -57,7 +57,7 @@ void execute_arrive(Warp& warp, const Instruction& in) {
       for (uint32_t others = rest; others; others &= others - 1)
         if (barriers[std::countr_zero(others)] == barriers[first]) same |= others & (0 - others);
       rest &= ~same;
-      shadow->release(warp.index(), barriers[first]->clock, same);
+      shadow->release(warp.index(), barriers[first]->clock, same, false);
     }
   }
   uint64_t state[kWarpLanes] = {};

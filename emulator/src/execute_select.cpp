@@ -268,7 +268,8 @@ bool decode_special_move(Decoder& decoder, const ptx::Instruction& in, Instructi
     decoder.set_operands(out, {decoder.destination(in.operands[0], type)});
     return true;
   }
-  if (name.starts_with("%envreg") || name.starts_with("%pm")) {  // of drivers and profilers: zeros
+  const bool workspace = name == "%envreg1" || name == "%envreg2";
+  if ((name.starts_with("%envreg") && !workspace) || name.starts_with("%pm")) {  // of drivers and profilers: zeros
     out.execute = bytes == 8 ? &execute_mov<uint64_t> : &execute_mov<uint32_t>;
     if (bytes != 4 && bytes != 8) decoder.error("special register " + name + " does not fit the type ." + name_of(type));
     decoder.set_operands(out, {decoder.destination(in.operands[0], type), decoder.constant(0, bytes)});

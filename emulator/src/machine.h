@@ -59,7 +59,7 @@ constexpr uint32_t kSpecialBytes = 256;
 enum class Special : uint8_t {
   kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY, kNctaidZ, kLaneid, kWarpid,
   kNwarpid, kSmid, kNsmid, kLanemaskEq, kLanemaskLe, kLanemaskLt, kLanemaskGe, kLanemaskGt, kDynamicSmem, kTotalSmem,
-  kZero, kOne, kGridid /* u64 */, kParamBase /* u64: host address of the parameters */, kCount
+  kWorkspaceHigh, kWorkspaceLow, kZero, kOne, kGridid /* u64 */, kParamBase /* u64: host address of the parameters */, kCount
 };
 
 // ---- Divergence ------------------------------------------------------------------------------------------------------

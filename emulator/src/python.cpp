@@ -15,7 +15,6 @@
 
 #include "driver.h"
 #include "fatbin.h"
-#include "memory.h"
 #include "ptx.h"
 
 namespace py = pybind11;
@@ -27,26 +26,6 @@ void bind_counters(py::module_& module);  // python_counters.cpp
 namespace {
 
 using Dim = std::array<uint32_t, 3>;
-using Range = std::tuple<uint64_t, uint64_t, std::string>;  // address, bytes, name
-
-// Ranges that kernels may touch as long as this lives.
-class Accessible {
- public:
-  explicit Accessible(const std::vector<Range>& ranges) : ranges_(ranges) {
-    for (const auto& [address, num_bytes, name] : ranges_) {
-      device_memory().add(reinterpret_cast<const void*>(address), num_bytes, name);
-    }
-  }
-  ~Accessible() {
-    for (const auto& range : ranges_) device_memory().remove(reinterpret_cast<const void*>(std::get<0>(range)));
-  }
-  Accessible(const Accessible&) = delete;
-  Accessible& operator=(const Accessible&) = delete;
-
- private:
-  const std::vector<Range>& ranges_;
-};
-
 py::dict dict_of(const Report& report) {
   py::dict result;
   result["fault"] = name_of(report.fault);
@@ -116,7 +95,7 @@ std::map<std::string, int> instructions(const Module& module, const std::string&
 }
 
 void launch_module(const Module& module, const std::string& kernel, const Dim& grid, const Dim& block,
-                   const py::bytes& params, uint64_t dynamic_smem, const std::vector<Range>& ranges) {
+                   const py::bytes& params, uint64_t dynamic_smem, const std::vector<AccessibleRange>& ranges) {
   Driver& driver = Driver::instance();
   const Function& function = find(module, kernel);
   LaunchShape shape;

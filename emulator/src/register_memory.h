@@ -1,6 +1,6 @@
-/* SPDX-License-Identifier: Apache-2.0 */
-/* Memory of this process that kernels may touch, for those who did not allocate it by cudaMalloc. C, like the runtime.
- * The same range may be registered more than once; each registration is taken back once. `name` is for messages. */
+// SPDX-License-Identifier: Apache-2.0
+// Memory of this process that kernels may touch, for those who did not allocate it by cudaMalloc. C, like the runtime.
+// The same range may be registered more than once; each registration is taken back once. `name` is for messages.
 #pragma once
 
 #include <stdint.h>

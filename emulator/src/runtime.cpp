@@ -190,8 +190,7 @@ using namespace emulator;
 
 extern "C" {
 
-// ---- What host objects of nvcc call
-// ----------------------------------------------------------------------------------
+// ---- What host objects of nvcc call ---------------------------------------------------------------------------------
 
 // The handle is an Image, and only this library reads it. Declared in no header of CUDA that a library may include.
 void** __cudaRegisterFatBinary(void* wrapper) {
@@ -259,8 +258,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block, void*
   return launch_stub(handle, grid, block, args, shared, false);
 }
 
-// ---- Launches
-// --------------------------------------------------------------------------------------------------------
+// ---- Launches -------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetKernel(cudaKernel_t* handle, const void* stub) { return __cudaGetKernel(handle, stub); }
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
@@ -284,8 +282,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
   return launch_stub(stub, config->gridDim, config->blockDim, args, config->dynamicSmemBytes, cooperative);
 }
 
-// ---- Kernels
-// ---------------------------------------------------------------------------------------------------------
+// ---- Kernels --------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
   Kernel* kernel = Driver::instance().find_kernel(stub);
@@ -345,8 +342,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, const
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(num_blocks, stub, block_threads, dynamic_shared, 0);
 }
 
-// ---- The device
-// ------------------------------------------------------------------------------------------------------
+// ---- The device -----------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -419,8 +415,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   return cudaSuccess;
 }
 
-// ---- Errors
-// ----------------------------------------------------------------------------------------------------------
+// ---- Errors ---------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaGetLastError() { return last_error(true); }
 cudaError_t cudaPeekAtLastError() { return last_error(false); }

@@ -139,8 +139,7 @@ using namespace emulator;
 
 extern "C" {
 
-// ---- Allocations
-// -----------------------------------------------------------------------------------------------------
+// ---- Allocations ----------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMalloc(void** pointer, size_t num_bytes) { return allocate(pointer, num_bytes, cudaMemoryTypeDevice); }
 cudaError_t cudaMallocAsync(void** pointer, size_t num_bytes, cudaStream_t) { return cudaMalloc(pointer, num_bytes); }
@@ -204,8 +203,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 cudaError_t cudaMemPrefetchAsync(const void*, size_t, cudaMemLocation, unsigned, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, cudaMemLocation) { return cudaSuccess; }
 
-// ---- Copies
-// ----------------------------------------------------------------------------------------------------------
+// ---- Copies ---------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind) {
   return copy(to, from, num_bytes, kind);
@@ -264,8 +262,7 @@ cudaError_t cudaGetSymbolSize(size_t* size, const void* symbol) {
   return cudaSuccess;
 }
 
-// ---- Streams and events
-// ----------------------------------------------------------------------------------------------
+// ---- Streams and events ---------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
   if (stream == nullptr) return set_error(cudaErrorInvalidValue);

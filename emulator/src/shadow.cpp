@@ -229,7 +229,7 @@ void SharedShadow::sync_lanes(int warp, uint32_t lanes) {
   me.interval = next_;
 }
 
-void SharedShadow::release(int warp, VectorClock& into, uint32_t lanes) {
+void SharedShadow::release(int warp, VectorClock& into, uint32_t lanes, bool with_absent) {
   const size_t w = static_cast<size_t>(warp);
   Warp& me = warps_[w];
   if (into.empty() || into[0] != era_) {
@@ -237,7 +237,7 @@ void SharedShadow::release(int warp, VectorClock& into, uint32_t lanes) {
     into[0] = era_;
   }
   join(into, me.all);
-  if ((lanes | me.absent) == kEveryLane) lanes = kEveryLane;
+  if (with_absent && (lanes | me.absent) == kEveryLane) lanes = kEveryLane;
   if ((me.accessed & ~lanes) == 0) {
     into[1 + w] = std::max(into[1 + w], me.last);
   } else {

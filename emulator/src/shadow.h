@@ -70,8 +70,9 @@ class SharedShadow {
   void set_absent(int warp, uint32_t lanes);
   // __syncwarp, shuffle, vote: orders these lanes' accesses among themselves.
   void sync_lanes(int warp, uint32_t lanes);
-  // into = max(into, what these lanes know and did).
-  void release(int warp, VectorClock& into, uint32_t lanes = ~0u);
+  // into = max(into, what these lanes know and did). `with_absent`: and what lanes that have exited did, if these are
+  // all others of the warp, as at a barrier, where to exit is to arrive.
+  void release(int warp, VectorClock& into, uint32_t lanes = ~0u, bool with_absent = true);
   // What `from` knows happened before the next accesses of these lanes.
   void acquire(int warp, const VectorClock& from, uint32_t lanes = ~0u);
   // into = max(into, from).

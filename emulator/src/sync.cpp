@@ -20,7 +20,7 @@ void order_before(Warp& warp, uint32_t lanes, std::byte* const* host, Order orde
     BlockSync& sync = sync_of(block);
     for (uint32_t rest = lanes; rest; rest &= rest - 1) {
       const int lane = std::countr_zero(rest);
-      shadow->release(warp.index(), sync.released[host[lane]], 1u << lane);
+      shadow->release(warp.index(), sync.released[host[lane]], 1u << lane, false);
     }
     if (gpu_scope && block.block_writes()) block.block_writes()->release(block.linear());
   } else if (warp.async && !sync_of(warp).fenced.empty()) {
@@ -57,7 +57,7 @@ void fence(Warp& warp, bool gpu_scope) {
     shadow->acquire(warp.index(), sync.pending, warp.active());
     sync.pending.clear();
   }
-  shadow->release(warp.index(), sync.fenced, warp.active());
+  shadow->release(warp.index(), sync.fenced, warp.active(), false);
   if (gpu_scope && block.block_writes()) {
     block.block_writes()->release(block.linear());
     block.block_writes()->acquire(block.linear());

@@ -97,6 +97,8 @@ void Warp::set_special_lanes(const uint32_t (&ntid)[3]) {
   each(Special::kLanemaskGe, [](uint32_t lane) { return ~((1u << lane) - 1); });
   all(Special::kDynamicSmem, launch.dynamic_smem);
   all(Special::kTotalSmem, block_->shared_bytes());
+  all(Special::kWorkspaceHigh, static_cast<uint32_t>(launch.grid_workspace >> 32));
+  all(Special::kWorkspaceLow, static_cast<uint32_t>(launch.grid_workspace));
   wide(Special::kZero, 0);
   all(Special::kOne, 1);
   wide(Special::kGridid, 1);

@@ -66,26 +66,27 @@ def run_quietly(*command: object, **options) -> None:
 
 
 PTX_FLAGS = [
-    *("-gencode", "arch=compute_80,code=compute_80", "-gencode", "arch=compute_90,code=compute_90"),
-    *("--no-compress", "-lineinfo", "-std=c++20", "-cudart", "none"),
+    *("-gencode", "arch=compute_80,code=compute_80", "--no-compress", "-lineinfo"),
+    *("-std=c++20", "-cudart", "none", "-diag-suppress", "20054"),
 ]
 
 
 @pytest.fixture(scope="session")
 def build_program(nvcc):
     """build_program("name", text, *flags): compiles a CUDA program against the emulator; kept while nothing changes."""
+    header = (PROGRAMS / "program.h").read_text()
 
     def build(name: str, text: str, *flags: str) -> Path:
         folder = emulator.library_dir / "programs"
         folder.mkdir(exist_ok=True)
-        key = hashlib.sha256("\0".join([text, str(nvcc), *PTX_FLAGS, *flags]).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\0".join([text, header, str(nvcc), *PTX_FLAGS, *flags]).encode()).hexdigest()[:16]
         program = folder / f"{name}-{key}"
         if not program.exists():
             source = folder / f"{name}.cu"
             source.write_text(text)
             partial = folder / f"{name}-{key}.{os.getpid()}"
             link = [f"-L{emulator.library_dir}", "-lemulator", "-Xlinker", "-rpath", "-Xlinker", emulator.library_dir]
-            run_quietly(nvcc, *PTX_FLAGS, *flags, source, "-o", partial, *link)
+            run_quietly(nvcc, *PTX_FLAGS, "-I", PROGRAMS, *flags, source, "-o", partial, *link)
             for old in folder.glob(f"{name}-*"):
                 if old != partial:
                     old.unlink()
@@ -98,4 +99,4 @@ def build_program(nvcc):
 @pytest.fixture(scope="session")
 def program(build_program):
     """program("name"): the program of programs/name.cu."""
-    return lambda name: build_program(name, (PROGRAMS / f"{name}.cu").read_text())
+    return lambda name, *flags: build_program(name, (PROGRAMS / f"{name}.cu").read_text(), *flags)

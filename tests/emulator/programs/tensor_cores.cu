@@ -1,26 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of matrices: the wmma API, and mma.sync fed by ldmatrix and cp.async.
+// A product of matrices: mma.sync fed by ldmatrix and cp.async.
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_pipeline.h>
-#include <mma.h>
 
 #include "program.h"
-
-using namespace nvcuda;
-
-__global__ void wmma_product(const __half* a, const __half* b, float* c) {
-  wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major> fa;
-  wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major> fb;
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> fc;
-  wmma::fill_fragment(fc, 1.0f);
-  for (int k = 0; k < 32; k += 16) {
-    wmma::load_matrix_sync(fa, a + k, 32);
-    wmma::load_matrix_sync(fb, b + k, 32);
-    wmma::mma_sync(fc, fa, fb, fc);
-  }
-  wmma::store_matrix_sync(c, fc, 16, wmma::mem_row_major);
-}
 
 // c[16, 8] = a[16, 64] b[8, 64]^T in bfloat16, two stages of 32 columns.
 __global__ void pipelined(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c) {
@@ -65,19 +48,6 @@ __global__ void pipelined(const __nv_bfloat16* a, const __nv_bfloat16* b, float*
 
 int main() {
   const auto small = [](size_t i) { return float(int(i * 7 % 13) - 6) / 4; };
-  {
-    Array<__half> a(generate<__half>(16 * 32, [&](size_t i) { return __float2half(small(i)); }));
-    Array<__half> b(generate<__half>(16 * 32, [&](size_t i) { return __float2half(small(3 * i + 1)); }));
-    Array<float> c(256);
-    wmma_product<<<1, 32>>>(a, b, c);
-    launched("wmma_product");
-    const auto truth = [&](size_t at) {
-      float sum = 1;
-      for (int k = 0; k < 32; ++k) sum += small(at / 16 * 32 + k) * small(3 * (at % 16 * 32 + k) + 1);
-      return sum;
-    };
-    expect_all(c, truth, "nvcuda::wmma");
-  }
   {
     Array<__nv_bfloat16> a(generate<__nv_bfloat16>(16 * 64, [&](size_t i) { return __float2bfloat16(small(i)); }));
     Array<__nv_bfloat16> b(generate<__nv_bfloat16>(8 * 64, [&](size_t i) { return __float2bfloat16(small(5 * i)); }));

@@ -69,6 +69,7 @@ __global__ void spin_lock(int* counter) {
   bool done = false;
   while (!done) {
     if (atomicCAS(&lock, 0, 1) == 0) {
+      __threadfence();
       *counter = *counter + 1;
       __threadfence();
       atomicExch(&lock, 0);

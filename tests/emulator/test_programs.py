@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA C++ programs of all kinds, compiled by nvcc and run over the emulator's runtime; each compares with the host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = sorted(path.stem for path in (Path(__file__).parent / "programs").glob("*.cu"))
+FLAGS = {"control": ("--extended-lambda",)}
+PRINTED = {"control": "-5 7  3.14|text  |z 1099511627776 ff %\n(nil) 1.235e+04 +9 no argument\n"}
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(name, threads, program):
+    variables = {**os.environ, "EMULATOR_THREADS": threads}
+    path = program(name, *FLAGS.get(name, ()))
+    result = subprocess.run([path], capture_output=True, text=True, env=variables, timeout=120)
+    assert "WRONG" not in result.stdout, result.stdout
+    assert result.stderr == "", "reports of the emulator"
+    assert result.returncode == 0
+    assert "ok: " in result.stdout
+    assert PRINTED.get(name, "") in result.stdout
