@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,7 @@ __all__ = [
     "Report",
     "Watch",
     "configure",
+    "edited",
     "launches",
     "library_dir",
     "options",
@@ -105,6 +106,19 @@ def configure(
 def options() -> dict[str, Any]:
     """The options in force, as `configure` takes them."""
     return _emulator.options()
+
+
+@contextmanager
+def edited(edit: Callable[[str], str]) -> Iterator[None]:
+    """Within it, the PTX text of CUDA programs in this process goes through `edit` before it runs.
+
+    A barrier that is taken out shows whether anything needs it.
+    """
+    _emulator.edit_images(edit)
+    try:
+        yield
+    finally:
+        _emulator.edit_images(None)
 
 
 def reports() -> list[Report]:

@@ -790,7 +790,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       step.template operator()<true>(at);
     }
   }
-  ptx::cp_async_wait<0>();
   store_results<T>(w, smem, a, smem.unit);
 }
 

@@ -125,6 +125,16 @@ void Driver::configure(const Options& options) {
   device_ = &device;
 }
 
+void Driver::edit_images(Edit edit) {
+  const std::lock_guard launches(launch_mutex_);
+  const std::lock_guard lock(mutex_);
+  edit_ = std::move(edit);
+  for (auto& [address, image] : images_) {
+    image->modules.clear();
+    image->failures.clear();
+  }
+}
+
 const Device& Driver::device() const {
   const std::lock_guard lock(mutex_);
   return *device_;
@@ -184,7 +194,7 @@ std::shared_ptr<Module> Driver::module_of(Image* image, Status* status) {
     const FatBinary binary = read_registered(image->wrapper);
     const PtxText& text = choose(binary, architecture);
     *status = Status::kInvalidImage;
-    return image->modules[architecture] = Module::parse(text.text, text.target, options_);
+    return image->modules[architecture] = Module::parse(edit_ ? edit_(text.text) : text.text, text.target, options_);
   } catch (const Error& error) {
     image->failures[architecture] = error.what();
     throw;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -83,6 +84,9 @@ class Driver {
   // Throws Error for what cannot be. Modules are loaded anew for another architecture.
   void configure(const Options& options);
   const Device& device() const;
+  // The PTX of registered images goes through `edit` when it is loaded, which all of it is anew; none: as it is.
+  using Edit = std::function<std::string(const std::string& text)>;
+  void edit_images(Edit edit);
 
   // ---- What host objects register
   Image* add_image(const void* wrapper);
@@ -130,6 +134,7 @@ class Driver {
   mutable std::mutex mutex_;  // everything below
   std::mutex launch_mutex_;   // one launch at a time
   Options options_;
+  Edit edit_;
   const Device* device_;
   std::map<const Image*, std::unique_ptr<Image>> images_;
   std::map<const void*, std::unique_ptr<Kernel>> kernels_;  // by host stub

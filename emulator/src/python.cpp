@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // python.cpp: the module emulator._emulator. Plain values in and out; emulator/__init__.py makes the API of them.
 
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -175,6 +176,7 @@ PYBIND11_MODULE(_emulator, m) {
 
   m.def("configure", &configure);
   m.def("options", &options);
+  m.def("edit_images", [](Driver::Edit edit) { Driver::instance().edit_images(std::move(edit)); });
   m.def("reports", [] { return list_of(Driver::instance().reports()); });
   m.def("take_reports", [] { return list_of(Driver::instance().take_reports()); });
   m.def("launches", [] { return json_of(Driver::instance().launches()); });

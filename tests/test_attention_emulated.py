@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention on emulated GPUs: the tiles of every architecture class, and whether the checks see what holds them up."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fmkernels import attention, reference
+from fmkernels.testing import Case, assert_attention, backends
+
+EMULATED = [backend for backend in backends("attention_forward") if backend.name == "emulated"]
+pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulated backend is not built")
+
+SMALL_SHARED_MEMORY = 86  # 99 KiB a block, where sm_80 gives 163 and more
+
+
+@pytest.mark.parametrize("architecture", [80, SMALL_SHARED_MEMORY, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 192, 256])
+def test_every_tile(head_dim, dtype, architecture):
+    """Blocks of keys that are plain, cut by the diagonal, by a window and by the end of the sequence."""
+    backend = replace(EMULATED[0], architecture=architecture)
+    case = Case("tile", batch=1, seq_q=150, seq_k=330, heads=2, kv_heads=1, head_dim=head_dim, dtype=dtype, causal=True)
+    for case in (case, replace(case, window=(100, 0)), replace(case, causal=False, v_head_dim=64)):
+        args, kwargs = case.inputs()
+        actual = backend.run(attention, *args, **kwargs, return_lse=True)
+        assert_attention(backend, actual, reference.attention, *args, **kwargs)
+
+
+# ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
+
+KERNEL = "attention_forward_kernel"
+SYNCHRONISATION = re.compile(
+    r"^\s*(?:bar(?:rier)?(?:\.cta)?\.sync|bar\.warp\.sync|cp\.async\.wait_group)\b.*;$"
+    r"|^\s*bar(?:rier)?(?:\.cta)?\.red\.or\.pred\s+(?P<result>%p\d+), 0, (?P<own>%p\d+);$",
+    re.MULTILINE,
+)
+# Masked and plain blocks, and a value that is not finite: every path of the kernel runs.
+CASE = Case("faulty", batch=1, seq_q=300, seq_k=300, heads=1, kv_heads=1, head_dim=64, dtype=torch.bfloat16, causal=True)
+
+
+def kernels_of(text: str) -> list[tuple[int, int]]:
+    """Where in a PTX text the bodies of the kernel's bfloat16 instances for head_dim 64 stand."""
+    starts = [m.start() for m in re.finditer(r"^(?:\.visible )?\.entry ", text, re.MULTILINE)] + [len(text)]
+    bodies = zip(starts, starts[1:], strict=False)
+    return [(a, b) for a, b in bodies if KERNEL in text[a : a + 400] and "BFloat16ELi64E" in text[a : a + 400]]
+
+
+def without(number: int):
+    """An edit that takes out one synchronisation of the kernel."""
+
+    def edit(text: str) -> str:
+        for begin, end in kernels_of(text):
+            found = list(SYNCHRONISATION.finditer(text, begin, end))
+            if number < len(found):
+                result, own = found[number]["result"], found[number]["own"]
+                instead = f"mov.pred {result}, {own};" if result else ""  # a warp's own answer for that of the block
+                text = text[: found[number].start()] + instead + text[found[number].end() :]
+        return text
+
+    return edit
+
+
+def count_synchronisations() -> int:
+    import emulator
+
+    counts = []
+
+    def count(text: str) -> str:
+        counts.extend(len(SYNCHRONISATION.findall(text, *body)) for body in kernels_of(text))
+        return text
+
+    with emulator.edited(count):
+        run_case()
+    return max(counts, default=0)
+
+
+def run_case() -> None:
+    (q, k, v), kwargs = CASE.inputs()
+    v[:, 290] = float("inf")
+    EMULATED[0].run(attention, q, k, v, **kwargs)
+
+
+def test_every_barrier_and_wait_that_is_taken_out_is_reported():
+    import emulator
+
+    total = count_synchronisations()
+    assert total >= 12
+    unseen = []
+    for number in range(total):
+        with emulator.edited(without(number)):
+            try:
+                run_case()
+                unseen.append(number)
+            except emulator.FaultError:
+                pass
+    assert unseen == []
