@@ -37,7 +37,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kChunkElements = 8;  // elements of a 16-byte chunk
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr double kLn2 = 0.6931471805599453;
+constexpr float kLn2 = 0.69314718f;
 constexpr float kRescaleLog2 = 8.0f;     // growth of a maximum, in log2 units, from which on o is rescaled
 constexpr float kNoMax = 3.4028235e38f;  // shift of a row that has seen no finite score: larger than any growth
 
@@ -618,7 +618,7 @@ __device__ __forceinline__ Total total_of(float largest, float sum, const float*
     largest = joint;
   }
   if (sum == 0.0f) return {0.0f, -INFINITY};
-  return {scale / sum, static_cast<float>((largest + log2f(sum)) * kLn2)};
+  return {scale * ptx::rcp(sum), (largest + ptx::lg2(sum)) * kLn2};
 }
 
 // A query row of o or q.
@@ -632,6 +632,8 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
   using Element = typename T::Element;
   const AttentionForwardParams& p = a.p;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t first_o =
+      ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
@@ -653,8 +655,10 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
       for (int n = 0; n < T::kColumnTiles; ++n) {
         const float x = w.o[m][n][2 * half] * total.factor, y = w.o[m][n][2 * half + 1] * total.factor;
         if (u.chunk < 0) {
-          const int at = swizzled<T::kDim>(warp * T::kWarpRows + m * 16 + half * 8 + lane / 4, n) / 2 + lane % 4 * 2;
-          *reinterpret_cast<uint32_t*>(&smem.q[0][0] + at) = ptx::pack<Element>(x, y);
+          constexpr int kPermuted = T::kDim * 2 % 128 == 0 ? 8 : 4;  // chunks that a swizzle permutes
+          const uint32_t at =
+              (first_o ^ (n % kPermuted * 16)) + (m * 16 + half * 8) * T::kDim * 2 + n / kPermuted * kPermuted * 16;
+          *static_cast<uint32_t*>(__cvta_shared_to_generic(at)) = ptx::pack<Element>(x, y);
         } else if (exists && n * 8 < p.v_head_dim) {
           *reinterpret_cast<float2*>(a.partials.o + partial * p.v_head_dim + n * 8 + lane % 4 * 2) = make_float2(x, y);
         }
@@ -695,14 +699,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   {
     const int q_chunks = static_cast<int>(p.head_dim) / kChunkElements;
     const int chunk = threadIdx.x % T::kRowThreads;
-    for (int r = threadIdx.x / T::kRowThreads; r < T::kRows; r += T::kPassRows) {
-      const int row = u.row_begin + r;
+    const int first = threadIdx.x / T::kRowThreads;
+    const uint32_t to = sQ + swizzled<T::kDim>(first, chunk);
+    for (int pass = 0; pass < T::kRows / T::kPassRows; ++pass) {
+      const int row = u.row_begin + first + pass * T::kPassRows;
       const Element* q = static_cast<const Element*>(p.q.data) + (row < u.num_rows ? row_offset(p.q, u, row) : 0);
 #pragma unroll
       for (int c = 0; c < T::kColumnPasses; ++c) {
         const int column = chunk + c * T::kRowThreads;
         const bool valid = row < u.num_rows && column < q_chunks;
-        ptx::cp_async_16_or_zero(sQ + swizzled<T::kDim>(r, column), valid ? q + column * kChunkElements : q, valid);
+        ptx::cp_async_16_or_zero(to + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16,
+                                 valid ? q + column * kChunkElements : q, valid);
       }
     }
   }

@@ -104,6 +104,12 @@ __device__ __forceinline__ float ex2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// lg2.approx.ftz: log2(x), absolute error below 2^-22; 0 gives -infinity.
+__device__ __forceinline__ float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // rcp.approx.ftz: 1 / x within 1 unit in the last place; infinity gives 0.
 __device__ __forceinline__ float rcp(float x) {
   float y;
