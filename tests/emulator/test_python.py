@@ -221,7 +221,7 @@ def test_equal_reports_are_counted(module):
     assert sum(report.count for report in emulator.take_reports()) == 3
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_info_of_a_ptx_file(tmp_path, capsys):

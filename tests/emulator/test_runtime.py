@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,19 @@ int main() {
   printf("%s\\n", cudaGetErrorName(cudaGetLastError()));
 }
 """
+
+
+def test_the_example_of_the_documentation(build_program):
+    page = (Path(__file__).parent.parent.parent / "docs" / "emulator.md").read_text()
+    text = re.search(r"```cuda\n(.*?)```", page, re.DOTALL)[1]
+    assert run(build_program("sum", text)) == (0, "64 no error\n", "")
+    without = text.replace("    __syncthreads();\n", "")
+    assert without != text
+    _, output, errors = run(build_program("sum_without_barrier", without))
+    assert output.endswith("unspecified launch failure\n")
+    where = r".*sum_without_barrier.cu:8: sum\(float const\*, float\*\), block \(0, 0, 0\), thread"
+    assert re.search(f"^emulator: unwritten shared memory: {where}", errors, re.MULTILINE)
+    assert re.search(f"^emulator: race: {where}", errors, re.MULTILINE)
 
 
 def targets(*names, flags=("--no-compress",)):
