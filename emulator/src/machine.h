@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// What executes: a launch, its blocks in flight, their warps, and in a warp the fragments into which divergence splits
-// it.
+// What executes: a launch, its blocks in flight, their warps, and the fragments into which divergence splits a warp.
 //
 // An execute function sees one Warp, positioned at one Instruction with the lanes active() (never none). It reads and
-// writes lane arrays, and may do nothing else to the outside than what Warp offers:
-//   values      warp.lanes<uint32_t>(in.operands[1])[lane]; warp.mask(op) of predicates; warp.write(...),
-//   warp.set_mask(...) faults      warp.fault(Fault::kRace, in, lane, [&] { return std::string("..."); }); the text is
-//   made only the first time end         warp.end_launch() after the fault, when nothing sensible can follow (wild
-//   access, trap) waiting     warp.retry(in, "mbarrier.wait") and return: not done, executed again when its turn comes;
-//               warp.spin(in, "mbarrier.try_wait"): done, but it found nothing, so others should run before the next
-//               try; warp.block().note_progress() when something that others may wait for has changed
-//   collectives if (!warp.collective(in, mask)) return;   see there
-//   memory      warp.block().shared(), warp.local(lane), params(); shadow(), block_writes(), counters() may be null:
-//   test
-// Bounds and alignment are checked always (the emulator must not crash), everything else only if the object is there.
+// writes lane arrays, and does nothing else to the outside than what Warp offers:
+//
+//   values       warp.lanes<uint32_t>(in.operands[1])[lane], warp.mask(op) of predicates; warp.write(), set_mask()
+//   faults       warp.fault(Fault::kRace, in, lane, [&] { return std::string("..."); }), text made the first time only
+//   end          warp.end_launch() after the fault, when nothing sensible can follow (wild access, trap)
+//   waiting      warp.retry(in, "mbarrier.wait") and return: not done, executed again when its turn comes;
+//                warp.spin(in, "mbarrier.try_wait"): done, but found nothing, so others run before the next try;
+//                warp.block().note_progress() when something that others may wait for has changed
+//   collectives  if (!warp.collective(in, mask)) return;
+//   memory       warp.block().shared(), warp.local(lane), params(); shadow(), block_writes(), counters(): maybe null
+//
+// Bounds and alignment are checked always (the emulator must not crash), the rest only if the object is there.
 #pragma once
 
 #include <atomic>
