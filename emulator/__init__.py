@@ -149,21 +149,36 @@ class Watch:
     launches: list[dict[str, Any]] = field(default_factory=list)
 
 
+_open_watches: list[Watch] = []
+
+
 @contextmanager
 def watch(**changed: Any) -> Iterator[Watch]:
     """Raises FaultError at the end of the block for faults in it, also where the block ended by another exception.
 
-    What was reported before and read by nobody is forgotten. `changed`: options for the block, as in `configure`.
+    What was reported before and read by nobody is forgotten, except by a watch around this one, which sees the launches
+    of this one too. `changed`: options for the block, as in `configure`.
     """
     before = options()
     configure(**changed)
-    take_reports()
-    take_launches()
+    _hand_over()
     watched = Watch()
+    _open_watches.append(watched)
     try:
         yield watched
     finally:
         configure(**before)
-        watched.reports, watched.launches = take_reports(), take_launches()
+        _hand_over()
+        _open_watches.pop()
+        if _open_watches:
+            _open_watches[-1].launches += watched.launches
         if watched.reports:
             raise FaultError(watched.reports)
+
+
+def _hand_over() -> None:
+    """What is kept goes to the innermost watch that is open, or is forgotten."""
+    reports, launches = take_reports(), take_launches()
+    if _open_watches:
+        _open_watches[-1].reports += reports
+        _open_watches[-1].launches += launches

@@ -119,8 +119,8 @@ def run(console: Console, command: list[str], options: argparse.Namespace) -> in
     for report in reports:
         print(f"emulator: {report['message']}", file=sys.stderr)
     blocks = sum(launch["grid"][0] * launch["grid"][1] * launch["grid"][2] for launch in launches)
-    what = f"{len(launches)} launches, {blocks:,} blocks on sm_{options.architecture}"
-    found = f"{len(reports)} faults" if reports else "no fault found"
+    what = f"launches: {len(launches)}, blocks: {blocks:,}, sm_{options.architecture}"
+    found = f"faults: {len(reports)}" if reports else "no fault found"
     print(f"emulator: {what}: {found}", file=sys.stderr)
     return status or (FAULTS_FOUND if reports else 0)
 

@@ -183,19 +183,19 @@ def _rows(entries: Sequence[Entry]) -> list[tuple[Entry, Record, Record | None, 
     """(entry, record, the same of the baseline, whether it is the whole call): the kernels, then their sum."""
     rows = []
     for entry in entries:
-        pairs = [(record, *_same(record, entry)) for record in entry.records]
+        pairs = [(record, _same(record, entry)) for record in entry.records]
         rows += [(entry, record, before, len(pairs) == 1) for record, before in pairs]
         if len(pairs) > 1:
             rows.append((entry, total(entry.records), total(entry.before) if entry.before else None, True))
     return rows
 
 
-def _same(record: Record, entry: Entry) -> tuple[Record | None]:
+def _same(record: Record, entry: Entry) -> Record | None:
     """The record of the baseline at the same place among those of the same name."""
     ours = [other for other in entry.records if other["name"] == record["name"]]
     theirs = [other for other in entry.before if other["name"] == record["name"]]
     index = next(i for i, other in enumerate(ours) if other is record)
-    return (theirs[index] if index < len(theirs) else None,)
+    return theirs[index] if index < len(theirs) else None
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:

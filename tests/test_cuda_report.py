@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/cuda_report.py: budgets on made-up kernels, occupancy, and what it reads from a real compilation."""
+"""tools/cuda_report.py: budgets on made-up kernels, and what it reads from a real compilation."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +16,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import cuda_report  # noqa: E402
 import device_code  # noqa: E402
 from cuda_report import Budget, Compilation, Kernel, LoopBudget, check_kernel, check_report  # noqa: E402
-from occupancy import LIMITS, occupancy  # noqa: E402
 from sass_loop import Loop  # noqa: E402
 
 KERNEL = Kernel(
@@ -239,93 +236,6 @@ def test_wrong_budget_file_is_named(tmp_path, changes, sentence):
         cuda_report.read_loop_budgets(path)
 
 
-# ---- Occupancy -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("arch", "blocks"), [("80", 2), ("90a", 2), ("100a", 2), ("89", 1), ("120a", 1)])
-def test_occupancy_of_a_measured_kernel(arch, blocks):
-    assert occupancy(arch, threads=256, registers=122, smem_bytes=60 << 10).blocks_per_sm == blocks
-
-
-def test_occupancy_names_what_runs_out():
-    assert occupancy("80", threads=256, registers=122, smem_bytes=0).limit == "registers"
-    assert occupancy("89", threads=256, registers=122, smem_bytes=60 << 10).limit == "smem"
-    assert occupancy("80", threads=1024, registers=16, smem_bytes=0).limit == "warps"
-    assert occupancy("80", threads=32, registers=16, smem_bytes=0).limit == "blocks"
-    assert occupancy("89", threads=128, registers=16, smem_bytes=0, barriers=8).limit == "barriers"
-    full = occupancy("80", threads=256, registers=32, smem_bytes=0)
-    assert (full.blocks_per_sm, full.warps) == (8, 1.0)
-
-
-def test_block_that_cannot_run_has_occupancy_zero():
-    assert occupancy("80", threads=1024, registers=128, smem_bytes=0).blocks_per_sm == 0
-    assert occupancy("80", threads=128, registers=64, smem_bytes=164 << 10).blocks_per_sm == 0
-
-
-def toolchain():
-    tools = cuda_report.Toolchain.of_build(ROOT / "build" / "cuda")
-    if tools is None:
-        pytest.skip("no nvcc here")
-    return tools
-
-
-ASK_HEADER = """
-#include <cuda_occupancy.h>
-#include <cstdio>
-int main() {
-  int major, minor, max_threads, threads, registers;
-  size_t sm_smem, smem;
-  while (scanf("%d %d %d %zu", &major, &minor, &max_threads, &sm_smem) == 4 &&
-         scanf("%d %d %zu", &threads, &registers, &smem) == 3) {
-    cudaOccDeviceProp device{};
-    device.computeMajor = major;
-    device.computeMinor = minor;
-    device.maxThreadsPerBlock = 1024;
-    device.maxThreadsPerMultiprocessor = max_threads;
-    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
-    device.warpSize = 32;
-    device.sharedMemPerBlock = 49152;
-    device.sharedMemPerMultiprocessor = sm_smem;
-    device.sharedMemPerBlockOptin = sm_smem - 1024;
-    device.reservedSharedMemPerBlock = 1024;
-    device.numSms = 1;
-    cudaOccFuncAttributes kernel{};
-    kernel.maxThreadsPerBlock = 1024;
-    kernel.numRegs = registers;
-    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
-    kernel.maxDynamicSharedSizeBytes = sm_smem - 1024;
-    cudaOccDeviceState state{};
-    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
-    cudaOccResult result{};
-    int status = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, smem);
-    printf("%d\\n", status == CUDA_OCC_SUCCESS ? result.activeBlocksPerMultiprocessor : -1);
-  }
-}
-"""
-
-
-def test_occupancy_agrees_with_the_header_of_the_toolkit(tmp_path):
-    """Every combination below, for every architecture, against cuda_occupancy.h, which is plain host code."""
-    places = [toolchain().nvcc.resolve().parent.parent / "include", Path("/usr/local/cuda/include")]
-    places += sorted(Path("/usr/local").glob("cuda-*/include"))
-    include = next((place for place in places if (place / "cuda_occupancy.h").exists()), None)
-    if include is None:
-        pytest.skip("this toolkit carries no cuda_occupancy.h")
-    grid = list(
-        itertools.product(LIMITS, (32, 96, 128, 256, 640, 1024), (16, 40, 65, 122, 255), (0, 5000, 60 << 10, 99 << 10))
-    )
-    lines = []
-    for arch, threads, registers, smem_bytes in grid:
-        limits, number = LIMITS[arch], int(arch)
-        device = [number // 10, number % 10, limits.max_warps * 32, limits.smem_kib << 10]
-        lines.append(" ".join(map(str, [*device, threads, registers, smem_bytes])))
-    (tmp_path / "ask.cpp").write_text(ASK_HEADER)
-    subprocess.run(["g++", f"-I{include}", "ask.cpp", "-o", "ask"], cwd=tmp_path, check=True)
-    answer = subprocess.run([tmp_path / "ask"], input="\n".join(lines), capture_output=True, text=True, check=True)
-    expected = [int(line) for line in answer.stdout.split()]
-    assert [occupancy(*case).blocks_per_sm for case in grid] == expected
-
-
 # ---- Reading the compiler --------------------------------------------------------------------------------------------
 
 
@@ -390,6 +300,13 @@ def test_command_of_the_build_loses_architecture_and_output():
 def test_report_without_a_cuda_build_says_how_to_get_a_compiler(tmp_path):
     assert cuda_report.Toolchain.of_build(tmp_path) is None
     assert "FMKERNELS_CUDA=pip python3 run.py setup" in cuda_report.NO_COMPILER
+
+
+def toolchain():
+    tools = cuda_report.Toolchain.of_build(ROOT / "build" / "cuda")
+    if tools is None:
+        pytest.skip("no nvcc here")
+    return tools
 
 
 SOURCE = """

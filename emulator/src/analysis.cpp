@@ -64,7 +64,8 @@ Graph make_graph(const Code& code) {
   return graph;
 }
 
-// ---- post-dominators -------------------------------------------------------------------------------------------------
+// ---- post-dominators
+// -------------------------------------------------------------------------------------------------
 constexpr uint32_t kUndefined = 0xffffffffu;
 
 // Marks the blocks from which the end can be reached, beginning with `from`.
@@ -151,7 +152,8 @@ std::vector<uint32_t> post_dominators(const Graph& graph) {
   return idom;
 }
 
-// ---- registers -------------------------------------------------------------------------------------------------------
+// ---- registers
+// -------------------------------------------------------------------------------------------------------
 class Assignment {
  public:
   Assignment(Code& code, const Graph& graph) : code_(code), graph_(graph) {}
@@ -174,7 +176,8 @@ class Assignment {
   void number_registers() {
     for (InstructionInfo& info : code_.info) {
       for (const RegisterUse& use : info.uses) {
-        if (number_.try_emplace(use.offset, static_cast<uint32_t>(offsets_.size())).second) offsets_.push_back(use.offset);
+        if (number_.try_emplace(use.offset, static_cast<uint32_t>(offsets_.size())).second)
+          offsets_.push_back(use.offset);
       }
     }
     words_ = offsets_.size() / 64 + 1;
@@ -261,7 +264,8 @@ class Assignment {
       for_each_instruction([&](uint32_t i, const Bits& state) {
         if (!(code_.instructions[i].flags & Instruction::kPropagates)) return;
         bool into_tracked = false;
-        for (const RegisterUse& use : code_.info[i].uses) into_tracked |= use.write && unsafe_.count(number_.at(use.offset));
+        for (const RegisterUse& use : code_.info[i].uses)
+          into_tracked |= use.write && unsafe_.count(number_.at(use.offset));
         if (!into_tracked) return;
         for (const RegisterUse& use : code_.info[i].uses)
           if (!use.write && !test(state, number_.at(use.offset))) unsafe_.insert(number_.at(use.offset));

@@ -11,8 +11,8 @@
 namespace emulator {
 namespace {
 
-constexpr uint32_t kMaxLocalBytes = 512 * 1024;      // of a thread, as on every GPU
-constexpr uint32_t kMaxSharedBytes = 1 << 24;        // far above any GPU; the launch checks the real limit
+constexpr uint32_t kMaxLocalBytes = 512 * 1024;  // of a thread, as on every GPU
+constexpr uint32_t kMaxSharedBytes = 1 << 24;    // far above any GPU; the launch checks the real limit
 constexpr uint32_t kLaneArrayAlign = 64;
 constexpr uint32_t kMaxBankBytes = Operand::kOffsetMask / 2;
 
@@ -61,7 +61,8 @@ ParamLayout layout_of(const std::vector<ptx::Variable>& params) {
   return layout;
 }
 
-// ---- program ---------------------------------------------------------------------------------------------------------
+// ---- program
+// ---------------------------------------------------------------------------------------------------------
 ProgramBuilder::ProgramBuilder(const Module& module, const ptx::Module& syntax, int architecture)
     : module_(module), syntax_(syntax), architecture_(architecture), program_(std::make_shared<Program>()) {
   for (const ptx::Function& function : syntax.functions) {
@@ -204,7 +205,8 @@ std::shared_ptr<const Program> ProgramBuilder::build(const std::string& kernel) 
   return program_;
 }
 
-// ---- code: declarations ----------------------------------------------------------------------------------------------
+// ---- code: declarations
+// ----------------------------------------------------------------------------------------------
 CodeBuilder::CodeBuilder(ProgramBuilder& program, const ptx::Function& function, Code& code)
     : program_(program), function_(function), code_(code) {
   code_.register_bytes = kWarpLanes * 8;  // the frame pointer
@@ -226,7 +228,8 @@ CodeBuilder::Register CodeBuilder::allocate(const ptx::Variable& variable) {
   Register out;
   out.type = type_of(variable.type);
   if (out.type == Type::kNone) error_at(variable.ptx_line, "unknown type ." + variable.type + " of " + variable.name);
-  if (variable.vector_elements != 1) error_at(variable.ptx_line, "vector register " + variable.name + " is not emulated");
+  if (variable.vector_elements != 1)
+    error_at(variable.ptx_line, "vector register " + variable.name + " is not emulated");
   bool is_pred = out.type == Type::kPred;
   uint32_t bytes = is_pred ? 4 : static_cast<uint32_t>(round_up(num_bytes(out.type) * kWarpLanes, kLaneArrayAlign));
   code_.register_bytes = static_cast<uint32_t>(round_up(code_.register_bytes, is_pred ? 4 : kLaneArrayAlign));
@@ -439,7 +442,7 @@ void CodeBuilder::append_end() {
   end.pc = code_.first_pc + static_cast<uint32_t>(code_.instructions.size());
   code_.instructions.push_back(end);
   SourceLine where = code_.info.empty() ? SourceLine{} : code_.info.back().where;
-  code_.info.push_back({"end of " + function_.name, where, function_.ptx_line, {}});
+  code_.info.push_back({"end of " + function_.name, where, {}, function_.ptx_line, {}});
 }
 
 std::shared_ptr<const Program> decode_program(const Module& module, const ptx::Module& syntax, const std::string& name,

@@ -44,7 +44,7 @@ class ProgramBuilder {
   std::map<std::string, const ptx::Function*> functions_;
   std::map<std::string, const ptx::Variable*> variables_;
   std::vector<const ptx::Function*> reached_;
-  std::set<std::string> names_;                // symbols that the reached functions mention
+  std::set<std::string> names_;  // symbols that the reached functions mention
   std::map<const ptx::Variable*, uint32_t> shared_offsets_;
   std::map<std::string, Code*> codes_;
 };
@@ -65,7 +65,7 @@ class CodeBuilder {
   struct Symbol {
     enum class Kind { kAddress, kShared, kLocal, kParam, kFunction };
     Kind kind = Kind::kAddress;
-    uint64_t value = 0;  // host address, offset, or function token
+    uint64_t value = 0;       // host address, offset, or function token
     bool call_param = false;  // a .param variable in local memory
   };
   [[noreturn]] void error_at(int ptx_line, const std::string& message) const;
@@ -89,6 +89,7 @@ class CodeBuilder {
   friend class Decoder;
   void index_variables();
   Register allocate(const ptx::Variable& variable);
+  void set_lines(const ptx::Locations& locations, InstructionInfo& info) const;
   void decode_one(const ptx::Instruction& in);
   void append_end();
   void fill_constants();
@@ -101,10 +102,11 @@ class CodeBuilder {
   ProgramBuilder& program_;
   const ptx::Function& function_;
   Code& code_;
-  std::map<std::pair<int, std::string>, Place> variables_;        // of this function, by scope and name
+  std::map<std::pair<int, std::string>, Place> variables_;              // of this function, by scope and name
   std::map<std::pair<int, std::string>, const ptx::Variable*> ranges_;  // %r<n>, by scope and prefix
   std::map<std::pair<int, std::string>, Register> registers_;
-  std::map<std::string, std::pair<ParamSlot, uint32_t>> params_;  // params and results of a .func: slot; of an entry: offset
+  std::map<std::string, std::pair<ParamSlot, uint32_t>>
+      params_;  // params and results of a .func: slot; of an entry: offset
   std::map<std::pair<std::pair<uint64_t, uint64_t>, uint32_t>, uint32_t> constant_offsets_;
   std::vector<std::pair<uint64_t, uint64_t>> constant_values_;  // with its width in constant_bytes_
   std::vector<uint32_t> constant_bytes_;

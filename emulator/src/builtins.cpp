@@ -23,7 +23,8 @@ T argument(Warp& warp, const CallSite& site, size_t i, int lane) {
   T value{};
   const ParamSlot& slot = site.arguments[i];
   size_t bytes = std::min<size_t>(sizeof value, slot.num_bytes);
-  if (slot.in_register) std::memcpy(&value, warp.lanes<std::byte>(slot.reg) + static_cast<size_t>(lane) * slot.num_bytes, bytes);
+  if (slot.in_register)
+    std::memcpy(&value, warp.lanes<std::byte>(slot.reg) + static_cast<size_t>(lane) * slot.num_bytes, bytes);
   else std::memcpy(&value, warp.local(lane) + warp.frame().local_base + slot.local_offset, bytes);
   return value;
 }
@@ -33,7 +34,8 @@ void set_result(Warp& warp, const CallSite& site, int lane, T value) {
   if (site.results.empty()) return;
   const ParamSlot& slot = site.results[0];
   size_t bytes = std::min<size_t>(sizeof value, slot.num_bytes);
-  if (slot.in_register) std::memcpy(warp.lanes<std::byte>(slot.reg) + static_cast<size_t>(lane) * slot.num_bytes, &value, bytes);
+  if (slot.in_register)
+    std::memcpy(warp.lanes<std::byte>(slot.reg) + static_cast<size_t>(lane) * slot.num_bytes, &value, bytes);
   else std::memcpy(warp.local(lane) + warp.frame().local_base + slot.local_offset, &value, bytes);
 }
 
@@ -60,7 +62,8 @@ bool read_string(Warp& warp, int lane, uint64_t address, std::string& out) {
   return true;
 }
 
-// ---- printf ----------------------------------------------------------------------------------------------------------
+// ---- printf
+// ----------------------------------------------------------------------------------------------------------
 class Formatter {
  public:
   Formatter(Warp& warp, int lane, uint64_t arguments) : warp_(warp), lane_(lane), address_(arguments) {}
@@ -192,7 +195,8 @@ void run_vprintf(Warp& warp, const Instruction& in, const CallSite& site) {
     Formatter formatter(warp, lane, arguments);
     bool read = read_string(warp, lane, argument<uint64_t>(warp, site, 0, lane), format);
     if (!read || !formatter.run(format, out)) {
-      warp.fault(Fault::kOutOfBounds, in, lane, [] { return std::string("printf of a format or an argument that cannot be read"); });
+      warp.fault(Fault::kOutOfBounds, in, lane,
+                 [] { return std::string("printf of a format or an argument that cannot be read"); });
       set_result(warp, site, lane, int32_t{-1});
       return;
     }
@@ -210,12 +214,14 @@ void run_assertfail(Warp& warp, const Instruction& in, const CallSite& site) {
     read_string(warp, lane, argument<uint64_t>(warp, site, 0, lane), message);
     read_string(warp, lane, argument<uint64_t>(warp, site, 1, lane), file);
     read_string(warp, lane, argument<uint64_t>(warp, site, 3, lane), function);
-    return file + ":" + std::to_string(argument<uint32_t>(warp, site, 2, lane)) + ": " + function + ": assertion `" + message + "` failed";
+    return file + ":" + std::to_string(argument<uint32_t>(warp, site, 2, lane)) + ": " + function + ": assertion `" +
+           message + "` failed";
   });
   warp.end_launch();
 }
 
-// ---- the heap of the device ------------------------------------------------------------------------------------------
+// ---- the heap of the device
+// ------------------------------------------------------------------------------------------
 struct Heap {
   std::mutex mutex;
   struct Block {
@@ -256,7 +262,8 @@ void run_free(Warp& warp, const Instruction& in, const CallSite& site) {
     std::lock_guard lock(all.mutex);
     auto block = all.blocks.find(address);
     if (block == all.blocks.end()) {
-      warp.fault(Fault::kOutOfBounds, in, lane, [] { return std::string("free of what malloc has not given, or twice"); });
+      warp.fault(Fault::kOutOfBounds, in, lane,
+                 [] { return std::string("free of what malloc has not given, or twice"); });
       return;
     }
     device_memory().remove(block->second.storage.get());

@@ -98,7 +98,8 @@ bool is_number(const ptx::Operand& operand) {
 
 }  // namespace
 
-// ---- Decoder ---------------------------------------------------------------------------------------------------------
+// ---- Decoder
+// ---------------------------------------------------------------------------------------------------------
 void Decoder::error(const std::string& message) const {
   builder_.error_at(current_->ptx_line, message + " in '" + current_->text() + "'");
 }
@@ -141,7 +142,8 @@ Operand Decoder::source(const ptx::Operand& operand, Type type, uint32_t* regist
     if (operand.negated && !is_pred) error("expected a predicate behind '!', found " + operand.name);
     uint32_t declared = num_bytes(reg->type);
     if (register_bytes ? declared < bytes : declared != bytes)
-      error("register " + operand.name + " of type ." + name_of(reg->type) + " does not fit an operand of type ." + name_of(type));
+      error("register " + operand.name + " of type ." + name_of(reg->type) + " does not fit an operand of type ." +
+            name_of(type));
     if (register_bytes) *register_bytes = declared;
     uses_.push_back({reg->offset, is_pred ? 0 : declared, false});
     Operand out = Operand::at(Operand::kRegisters, reg->offset);
@@ -178,7 +180,8 @@ Operand Decoder::destination(const ptx::Operand& operand, Type type, uint32_t* r
   bool is_pred = reg->type == Type::kPred;
   uint32_t declared = num_bytes(reg->type);
   if (is_pred != (type == Type::kPred) || (register_bytes ? declared < bytes : declared != bytes))
-    error("register " + operand.name + " of type ." + name_of(reg->type) + " cannot take a result of type ." + name_of(type));
+    error("register " + operand.name + " of type ." + name_of(reg->type) + " cannot take a result of type ." +
+          name_of(type));
   if (register_bytes) *register_bytes = declared;
   uses_.push_back({reg->offset, is_pred ? 0 : declared, true});
   return Operand::at(Operand::kRegisters, reg->offset);
@@ -265,9 +268,7 @@ Address Decoder::address(const ptx::Operand& operand, Space space) {
   bool fits = space == Space::kGeneric;
   switch (symbol->kind) {
     case SymbolKind::kFunction: error(base.name + " is a function, no memory");
-    case SymbolKind::kAddress:
-      fits |= space == Space::kGlobal || space == Space::kConst;
-      break;
+    case SymbolKind::kAddress: fits |= space == Space::kGlobal || space == Space::kConst; break;
     case SymbolKind::kShared:
       fits |= space == Space::kShared || space == Space::kSharedCluster;
       if (space == Space::kGeneric) out.offset += static_cast<int64_t>(kSharedWindow);
@@ -316,7 +317,8 @@ const void* Decoder::keep(std::shared_ptr<const void> object) {
   return object.get();
 }
 
-// ---- Modifiers -------------------------------------------------------------------------------------------------------
+// ---- Modifiers
+// -------------------------------------------------------------------------------------------------------
 bool Modifiers::take(std::string_view part) {
   auto it = std::find(parts_.begin(), parts_.end(), part);
   if (it == parts_.end()) return false;
@@ -353,7 +355,27 @@ void Modifiers::finish() const {
   if (!parts_.empty()) decoder_.error("unknown modifier ." + parts_.front());
 }
 
-// ---- one instruction -------------------------------------------------------------------------------------------------
+// ---- source lines
+// ----------------------------------------------------------------------------------------------------
+void CodeBuilder::set_lines(const ptx::Locations& locations, InstructionInfo& info) const {
+  auto line_of = [&](const ptx::Location& location) {
+    auto file = program_.syntax().files.find(location.file);
+    return SourceLine{file == program_.syntax().files.end() ? "" : file->second, location.line};
+  };
+  for (const ptx::Location& location : locations) {
+    SourceLine line = line_of(location);
+    bool toolkit = line.file.find("/targets/") != std::string::npos && line.file.find("/include/") != std::string::npos;
+    if (info.where.line > 0) {
+      info.caller = line;
+    } else if (!toolkit) {
+      info.where = line;
+    }
+  }
+  if (info.where.line == 0 && !locations.empty()) info.where = line_of(locations[0]);
+}
+
+// ---- one instruction
+// -------------------------------------------------------------------------------------------------
 void CodeBuilder::decode_one(const ptx::Instruction& in) {
   Decoder decoder(*this);
   decoder.current_ = &in;
@@ -377,9 +399,9 @@ void CodeBuilder::decode_one(const ptx::Instruction& in) {
     }
     out.pc = code_.first_pc + static_cast<uint32_t>(code_.instructions.size());
     code_.instructions.push_back(out);
-    auto file = program_.syntax().files.find(in.location.file);
-    code_.info.push_back({in.text(), {file == program_.syntax().files.end() ? "" : file->second, in.location.line},
-                          in.ptx_line, std::move(decoder.uses_)});
+    InstructionInfo info{in.text(), {}, {}, in.ptx_line, std::move(decoder.uses_)};
+    set_lines(function_.locations[in.locations], info);
+    code_.info.push_back(std::move(info));
     return;
   }
   decoder.error("unknown instruction");

@@ -16,17 +16,17 @@ struct Comparison {
   Compare how;
   BoolOp combine;
   bool ftz;
-  Type type;       // of the operands
-  Result result;   // set only
-  Type to;         // set only
+  Type type;      // of the operands
+  Result result;  // set only
+  Type to;        // set only
 
   uint32_t pack() const {
     return static_cast<uint32_t>(how) | static_cast<uint32_t>(combine) << 4 | (ftz ? 1u << 6 : 0) |
            static_cast<uint32_t>(type) << 8 | static_cast<uint32_t>(result) << 16 | static_cast<uint32_t>(to) << 24;
   }
   static Comparison unpack(uint32_t aux) {
-    return {static_cast<Compare>(aux & 15),       static_cast<BoolOp>(aux >> 4 & 3),        (aux & 1u << 6) != 0,
-            static_cast<Type>(aux >> 8 & 0xff),   static_cast<Result>(aux >> 16 & 0xff),    static_cast<Type>(aux >> 24)};
+    return {static_cast<Compare>(aux & 15),     static_cast<BoolOp>(aux >> 4 & 3),     (aux & 1u << 6) != 0,
+            static_cast<Type>(aux >> 8 & 0xff), static_cast<Result>(aux >> 16 & 0xff), static_cast<Type>(aux >> 24)};
   }
 };
 
@@ -87,7 +87,8 @@ void execute_setp(Warp& warp, const Instruction& in) {
   const uint32_t low = compare_operands(warp, comparison, a, b, false);
   const uint32_t second = is_pair(comparison.type) ? compare_operands(warp, comparison, a, b, true) : ~low;
   warp.set_mask(in.operands[0], combine(comparison.combine, low, other));
-  if (in.operands[1].bank() != Operand::kSink) warp.set_mask(in.operands[1], combine(comparison.combine, second, other));
+  if (in.operands[1].bank() != Operand::kSink)
+    warp.set_mask(in.operands[1], combine(comparison.combine, second, other));
 }
 
 // setp.lt.f32 p, a, b and its like, without modifiers.
@@ -142,8 +143,8 @@ InstructionClass class_of(Type type) {
 
 // Takes .CmpOp, .BoolOp and .ftz.
 Comparison take_comparison(const Decoder& decoder, Modifiers& mods, Type type) {
-  const int how = mods.take_one_of(
-      {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
+  const int how =
+      mods.take_one_of({"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
   if (how < 0) decoder.error("expected a comparison such as .lt");
   const int combine = mods.take_one_of({"and", "or", "xor"});
   const bool ftz = mods.take("ftz");
@@ -179,11 +180,17 @@ void decode_set(Decoder& decoder, const ptx::Instruction& in, Instruction& out, 
   mods.take_type();
   mods.finish();
   switch (comparison.to) {
-    case Type::kU32: case Type::kS32: case Type::kB32:
-    case Type::kU16: case Type::kS16: case Type::kB16: comparison.result = Result::kInteger; break;
+    case Type::kU32:
+    case Type::kS32:
+    case Type::kB32:
+    case Type::kU16:
+    case Type::kS16:
+    case Type::kB16: comparison.result = Result::kInteger; break;
     case Type::kF32: comparison.result = Result::kFloat; break;
-    case Type::kF16: case Type::kF16x2: comparison.result = Result::kHalf; break;
-    case Type::kBF16: case Type::kBF16x2: comparison.result = Result::kBf16; break;
+    case Type::kF16:
+    case Type::kF16x2: comparison.result = Result::kHalf; break;
+    case Type::kBF16:
+    case Type::kBF16x2: comparison.result = Result::kBf16; break;
     default: decoder.error(std::string("no result of type .") + name_of(comparison.to));
   }
   if (is_pair(type) && num_bytes(comparison.to) != 4) decoder.error("a comparison of pairs has a 32-bit result");

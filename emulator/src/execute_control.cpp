@@ -11,7 +11,8 @@
 namespace emulator {
 namespace {
 
-// ---- branches and ends -----------------------------------------------------------------------------------------------
+// ---- branches and ends
+// -----------------------------------------------------------------------------------------------
 void execute_bra(Warp& warp, const Instruction& in) { warp.jump(in, warp.active()); }
 
 void execute_brx(Warp& warp, const Instruction& in) {
@@ -68,7 +69,8 @@ void execute_builtin(Warp& warp, const Instruction& in) {
 }
 
 void execute_trap(Warp& warp, const Instruction& in) {
-  warp.fault(Fault::kTrap, in, std::countr_zero(warp.active()), [] { return std::string("the kernel executed a trap"); });
+  warp.fault(Fault::kTrap, in, std::countr_zero(warp.active()),
+             [] { return std::string("the kernel executed a trap"); });
   warp.end_launch();
 }
 
@@ -98,7 +100,8 @@ void execute_stackrestore(Warp& warp, const Instruction& in) {
   if (inside && warp.active() == warp.current().lanes) frame.local_top = static_cast<uint32_t>(top);
 }
 
-// ---- barriers of a block ---------------------------------------------------------------------------------------------
+// ---- barriers of a block
+// ---------------------------------------------------------------------------------------------
 enum BarrierFlag : uint32_t { kArrive = 1, kAligned = 2, kCounted = 4, kPopc = 8, kAnd = 16, kOr = 32 };
 constexpr uint32_t kReduction = kPopc | kAnd | kOr;
 
@@ -128,25 +131,32 @@ void execute_barrier(Warp& warp, const Instruction& in) {
   Block& block = warp.block();
   uint32_t id = warp.lanes<uint32_t>(in.operands[0])[first];
   uint32_t count = in.aux & kCounted ? warp.lanes<uint32_t>(in.operands[1])[first] : Barrier::kAllThreads;
-  bool wrong_count = count != Barrier::kAllThreads && (count == 0 || count % kWarpLanes || count > static_cast<uint32_t>(block.num_warps() * kWarpLanes));
+  bool wrong_count = count != Barrier::kAllThreads && (count == 0 || count % kWarpLanes ||
+                                                       count > static_cast<uint32_t>(block.num_warps() * kWarpLanes));
   if (id >= kNumBarriers || wrong_count) {
     warp.fault(Fault::kBarrier, in, first, [&] {
-      return id >= kNumBarriers ? "there is no barrier " + std::to_string(id)
-                                : "barrier " + std::to_string(id) + " with " + std::to_string(count) + " threads, in a block of " +
-                                      std::to_string(block.num_threads()) + ": a multiple of 32 is needed";
+      return id >= kNumBarriers
+                 ? "there is no barrier " + std::to_string(id)
+                 : "barrier " + std::to_string(id) + " with " + std::to_string(count) + " threads, in a block of " +
+                       std::to_string(block.num_threads()) + ": a multiple of 32 is needed";
     });
     warp.end_launch();
     return;
   }
-  if (count == static_cast<uint32_t>(block.num_warps() * kWarpLanes)) count = Barrier::kAllThreads;
   Barrier& barrier = block.barrier(static_cast<int>(id));
-  if (barrier.arrived == 0) {
-    barrier.expected = count;
+  // No count and a count of all threads may be mixed. They differ when threads have ended: a count still waits for
+  // them.
+  uint32_t all = static_cast<uint32_t>(block.num_warps() * kWarpLanes);
+  bool both_all = (count == all && barrier.expected == Barrier::kAllThreads) ||
+                  (count == Barrier::kAllThreads && barrier.expected == all);
+  if (barrier.arrived == 0 || both_all) {
+    barrier.expected = both_all && barrier.arrived ? all : count;
   } else if (barrier.expected != count) {
     auto number = [&](uint32_t n) { return n == Barrier::kAllThreads ? std::string("all") : std::to_string(n); };
     uint32_t earlier = barrier.expected;
     warp.fault(Fault::kBarrier, in, first, [&] {
-      return "barrier " + std::to_string(id) + " with " + number(count) + " threads, others wait there for " + number(earlier);
+      return "barrier " + std::to_string(id) + " with " + number(count) + " threads, others wait there for " +
+             number(earlier);
     });
   }
   bool whole = (lanes | warp.exited()) == kAllLanes;
@@ -156,7 +166,8 @@ void execute_barrier(Warp& warp, const Instruction& in) {
   block.arrive_at_barrier(static_cast<int>(id), warp, lanes, counted, lanes_true);
 }
 
-// ---- decoding --------------------------------------------------------------------------------------------------------
+// ---- decoding
+// --------------------------------------------------------------------------------------------------------
 namespace {
 
 bool decode_barrier(Decoder& decoder, const ptx::Instruction& in, Instruction& out) {
@@ -174,7 +185,10 @@ bool decode_barrier(Decoder& decoder, const ptx::Instruction& in, Instruction& o
   decoder.expect_operands(in, first + (kind == 1 ? 2 : 1) + last, first + 2 + last);
   bool counted = count == first + 2 + last;
   out.aux = (kind == 1 ? kArrive : 0u) | (aligned ? kAligned : 0u) | (counted ? kCounted : 0u) |
-            (op == 0 ? kPopc : op == 1 ? kAnd : op == 2 ? kOr : 0u);
+            (op == 0   ? kPopc
+             : op == 1 ? kAnd
+             : op == 2 ? kOr
+                       : 0u);
   std::vector<Operand> operands = {decoder.source(in.operands[first], Type::kU32)};
   operands.push_back(counted ? decoder.source(in.operands[first + 1], Type::kU32) : decoder.constant(0, 4));
   if (kind == 2) {
@@ -218,7 +232,8 @@ void decode_brx(Decoder& decoder, const ptx::Instruction& in, Instruction& out) 
   decoder.set_operands(out, {decoder.source(in.operands[0], Type::kU32)});
 }
 
-ParamSlot argument_slot(Decoder& decoder, const ptx::Instruction& in, const ptx::Operand& operand, uint32_t bytes, bool result) {
+ParamSlot argument_slot(Decoder& decoder, const ptx::Instruction& in, const ptx::Operand& operand, uint32_t bytes,
+                        bool result) {
   using Kind = ptx::Operand::Kind;
   CodeBuilder& builder = decoder.builder();
   bool named = operand.kind == Kind::kSymbol || operand.kind == Kind::kRegister;
@@ -253,13 +268,15 @@ std::vector<ParamSlot> argument_slots(Decoder& decoder, const ptx::Instruction& 
   std::vector<ParamSlot> slots;
   size_t count = list ? list->elements.size() : 0;
   if (count != formals.size())
-    decoder.error("expected " + std::to_string(formals.size()) + (result ? " results" : " arguments") + ", found " + std::to_string(count));
+    decoder.error("expected " + std::to_string(formals.size()) + (result ? " results" : " arguments") + ", found " +
+                  std::to_string(count));
   for (size_t i = 0; i < count; i++) {
     uint32_t bytes = static_cast<uint32_t>(bytes_of(formals[i]));
     slots.push_back(argument_slot(decoder, in, list->elements[i], bytes, result));
     if (slots.back().num_bytes != bytes)
-      decoder.error(std::string(result ? "result " : "argument ") + std::to_string(i) + " has " + std::to_string(slots.back().num_bytes) +
-                    " bytes, not the " + std::to_string(bytes) + " of the declaration");
+      decoder.error(std::string(result ? "result " : "argument ") + std::to_string(i) + " has " +
+                    std::to_string(slots.back().num_bytes) + " bytes, not the " + std::to_string(bytes) +
+                    " of the declaration");
   }
   return slots;
 }

@@ -15,29 +15,30 @@ using namespace numerics;
 
 namespace {
 
-// ---- types -----------------------------------------------------------------------------------------------------------
+// ---- types
+// -----------------------------------------------------------------------------------------------------------
 
 // One of the types that cvt knows. Integers have no format.
 struct CvtType {
   const char* name;
-  Type reg;               // what the register must hold at least
+  Type reg;  // what the register must hold at least
   const Format* format;
-  int bits;               // of an element, as it is packed
+  int bits;  // of an element, as it is packed
   int elements;
   bool is_signed;
 };
 
 constexpr CvtType kTypes[] = {
-    {"u8", Type::kU8, nullptr, 8, 1, false},       {"u16", Type::kU16, nullptr, 16, 1, false},
-    {"u32", Type::kU32, nullptr, 32, 1, false},    {"u64", Type::kU64, nullptr, 64, 1, false},
-    {"s8", Type::kS8, nullptr, 8, 1, true},        {"s16", Type::kS16, nullptr, 16, 1, true},
-    {"s32", Type::kS32, nullptr, 32, 1, true},     {"s64", Type::kS64, nullptr, 64, 1, true},
-    {"f16", Type::kF16, &kF16, 16, 1, false},      {"bf16", Type::kBF16, &kBf16, 16, 1, false},
-    {"f32", Type::kF32, &kF32, 32, 1, false},      {"f64", Type::kF64, &kF64, 64, 1, false},
-    {"tf32", Type::kB32, &kTf32, 32, 1, false},    {"f16x2", Type::kF16x2, &kF16, 16, 2, false},
+    {"u8", Type::kU8, nullptr, 8, 1, false},         {"u16", Type::kU16, nullptr, 16, 1, false},
+    {"u32", Type::kU32, nullptr, 32, 1, false},      {"u64", Type::kU64, nullptr, 64, 1, false},
+    {"s8", Type::kS8, nullptr, 8, 1, true},          {"s16", Type::kS16, nullptr, 16, 1, true},
+    {"s32", Type::kS32, nullptr, 32, 1, true},       {"s64", Type::kS64, nullptr, 64, 1, true},
+    {"f16", Type::kF16, &kF16, 16, 1, false},        {"bf16", Type::kBF16, &kBf16, 16, 1, false},
+    {"f32", Type::kF32, &kF32, 32, 1, false},        {"f64", Type::kF64, &kF64, 64, 1, false},
+    {"tf32", Type::kB32, &kTf32, 32, 1, false},      {"f16x2", Type::kF16x2, &kF16, 16, 2, false},
     {"bf16x2", Type::kBF16x2, &kBf16, 16, 2, false}, {"e4m3x2", Type::kB16, &kE4m3, 8, 2, false},
-    {"e5m2x2", Type::kB16, &kE5m2, 8, 2, false},   {"e2m3x2", Type::kB16, &kE2m3, 8, 2, false},
-    {"e3m2x2", Type::kB16, &kE3m2, 8, 2, false},   {"e2m1x2", Type::kB8, &kE2m1, 4, 2, false},
+    {"e5m2x2", Type::kB16, &kE5m2, 8, 2, false},     {"e2m3x2", Type::kB16, &kE2m3, 8, 2, false},
+    {"e3m2x2", Type::kB16, &kE3m2, 8, 2, false},     {"e2m1x2", Type::kB8, &kE2m1, 4, 2, false},
 };
 
 const CvtType& take_cvt_type(const Decoder& decoder, Modifiers& mods) {
@@ -59,7 +60,8 @@ struct Conversion {
 };
 const Conversion& conversion_of(const Instruction& in) { return *static_cast<const Conversion*>(in.data); }
 
-// ---- any conversion --------------------------------------------------------------------------------------------------
+// ---- any conversion
+// --------------------------------------------------------------------------------------------------
 
 void load_lanes(const Warp& warp, Operand from, uint32_t bytes, uint64_t* out) {
   const auto load = [&]<class T>(const T* lanes) {
@@ -116,7 +118,8 @@ void execute_pair(Warp& warp, const Instruction& in) {
   }
   const int width = c.from->format->width(), shift = c.to->bits;
   warp.for_each([&](int i) {
-    high[i] = convert_element(c, extend(high[i], width, false)) << shift | convert_element(c, extend(low[i], width, false));
+    high[i] =
+        convert_element(c, extend(high[i], width, false)) << shift | convert_element(c, extend(low[i], width, false));
   });
   store_lanes(warp, in.operands[0], c.to_bytes, high);
 }
@@ -133,7 +136,8 @@ void execute_integers(Warp& warp, const Instruction& in) {
   store_lanes(warp, in.operands[0], c.to_bytes, values);
 }
 
-// ---- conversions of inner loops --------------------------------------------------------------------------------------
+// ---- conversions of inner loops
+// --------------------------------------------------------------------------------------
 
 // Registers exactly as wide as the types.
 template <class To, class From>
@@ -178,8 +182,7 @@ void execute_to_pair(Warp& warp, const Instruction& in) {
 template <bool kBf16>
 void execute_from_half(Warp& warp, const Instruction& in) {
   const uint16_t* a = warp.lanes<uint16_t>(in.operands[1]);
-  warp.write<float>(in.operands[0],
-                    [=](int i) { return kBf16 ? float_from_bf16(a[i]) : float_from_f16(a[i]); });
+  warp.write<float>(in.operands[0], [=](int i) { return kBf16 ? float_from_bf16(a[i]) : float_from_f16(a[i]); });
 }
 
 // To tf32, ties away: what the hardware does in two integer operations.
@@ -330,7 +333,8 @@ Execute find_fast(const Conversion& c) {
   return nullptr;
 }
 
-// ---- cvt -------------------------------------------------------------------------------------------------------------
+// ---- cvt
+// -------------------------------------------------------------------------------------------------------------
 
 void check_types(Decoder& decoder, const Conversion& c, bool integral, bool rounds) {
   const CvtType &to = *c.to, &from = *c.from;
@@ -345,7 +349,8 @@ void check_types(Decoder& decoder, const Conversion& c, bool integral, bool roun
   if ((to_integer || from_integer) && (o.relu || o.saturate_finite)) decoder.error("no such conversion");
   if (from_integer && integral) decoder.error("expected a rounding such as .rn");
   if (to_integer && from_integer && rounds) decoder.error("expected no rounding between integers");
-  if (!to_integer && !from_integer && integral && to.format != from.format) decoder.error("expected a rounding such as .rn");
+  if (!to_integer && !from_integer && integral && to.format != from.format)
+    decoder.error("expected a rounding such as .rn");
   if ((o.relu || o.saturate_finite) && !narrow) decoder.error("no .relu or .satfinite with this type");
   const bool loses = !to_integer && !from_integer && to.format->mantissa_bits < from.format->mantissa_bits;
   if ((loses || (from_integer && !to_integer)) && !rounds) decoder.error("expected a rounding such as .rn");
@@ -383,7 +388,8 @@ void decode_cvt(Decoder& decoder, const ptx::Instruction& in, Instruction& out, 
   out.data = decoder.keep(std::move(c));
 }
 
-// ---- cvt.pack --------------------------------------------------------------------------------------------------------
+// ---- cvt.pack
+// --------------------------------------------------------------------------------------------------------
 
 // d = c shifted left by two elements | sat(a) in the upper | sat(b) in the lower element. aux: bits | signed << 8.
 void execute_pack(Warp& warp, const Instruction& in) {

@@ -16,23 +16,32 @@ constexpr InstructionClass class_of(Type type) {
   return type == Type::kF64 ? InstructionClass::kFp64 : InstructionClass::kFma;
 }
 
-// ---- add sub mul fma, to nearest even --------------------------------------------------------------------------------
+// ---- add sub mul fma, to nearest even
+// --------------------------------------------------------------------------------
 
 struct Add {
   template <class T>
-  static T run(T a, T b, T) { return a + b; }
+  static T run(T a, T b, T) {
+    return a + b;
+  }
 };
 struct Sub {
   template <class T>
-  static T run(T a, T b, T) { return a - b; }
+  static T run(T a, T b, T) {
+    return a - b;
+  }
 };
 struct Mul {
   template <class T>
-  static T run(T a, T b, T) { return a * b; }
+  static T run(T a, T b, T) {
+    return a * b;
+  }
 };
 struct Fma {
   template <class T>
-  static T run(T a, T b, T c) { return std::fma(a, b, c); }
+  static T run(T a, T b, T c) {
+    return std::fma(a, b, c);
+  }
 };
 
 // For two operands decode passes the second again as the third.
@@ -57,7 +66,8 @@ Execute choose_arithmetic(bool ftz, bool sat) {
   return sat ? execute_arithmetic<T, Op, false, true> : execute_arithmetic<T, Op, false, false>;
 }
 
-// ---- any operation, any rounding -------------------------------------------------------------------------------------
+// ---- any operation, any rounding
+// -------------------------------------------------------------------------------------
 
 constexpr uint32_t pack(FloatOp op, FloatControl control) {
   return static_cast<uint32_t>(op) | static_cast<uint32_t>(control.rounding) << 8 | (control.ftz ? 1u << 16 : 0) |
@@ -116,7 +126,8 @@ void decode_arithmetic(Decoder& decoder, const ptx::Instruction& in, Instruction
   }
 }
 
-// ---- min max abs neg copysign ----------------------------------------------------------------------------------------
+// ---- min max abs neg copysign
+// ----------------------------------------------------------------------------------------
 
 template <bool kMax, bool kNan, bool kFtz, bool kXorsign>
 void execute_min_max(Warp& warp, const Instruction& in) {
@@ -213,7 +224,8 @@ void decode_copysign(Decoder& decoder, const ptx::Instruction& in, Instruction& 
                              decoder.source(in.operands[2], type)});
 }
 
-// ---- approximations --------------------------------------------------------------------------------------------------
+// ---- approximations
+// --------------------------------------------------------------------------------------------------
 
 void lanes_rcp(float* d, const float* a) {
   for (int i = 0; i < kWarpLanes; ++i) d[i] = canonical(1.0f / a[i]);

@@ -20,7 +20,8 @@ constexpr int kBits = 8 * sizeof(T);
 template <typename T>
 auto wide_product(T a, T b) {
   if constexpr (sizeof(T) == 2) {
-    return static_cast<std::conditional_t<kSigned<T>, int32_t, uint32_t>>(static_cast<int64_t>(a) * static_cast<int64_t>(b));
+    return static_cast<std::conditional_t<kSigned<T>, int32_t, uint32_t>>(static_cast<int64_t>(a) *
+                                                                          static_cast<int64_t>(b));
   } else if constexpr (sizeof(T) == 4) {
     using W = std::conditional_t<kSigned<T>, int64_t, uint64_t>;
     return static_cast<W>(a) * static_cast<W>(b);
@@ -48,20 +49,67 @@ T high_product(T a, T b) {
   return static_cast<T>(wide_product(a, b) >> kBits<T>);
 }
 int32_t saturate(int64_t value) {
-  return static_cast<int32_t>(std::clamp<int64_t>(value, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()));
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(value, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()));
 }
 
-struct Add { template <typename T> static T apply(T a, T b) { return wrap_add(a, b); } };
-struct Sub { template <typename T> static T apply(T a, T b) { return wrap_sub(a, b); } };
-struct AddSat { static int32_t apply(int32_t a, int32_t b) { return saturate(int64_t{a} + b); } };
-struct SubSat { static int32_t apply(int32_t a, int32_t b) { return saturate(int64_t{a} - b); } };
-struct MulLo { template <typename T> static T apply(T a, T b) { return low_product(a, b); } };
-struct MulHi { template <typename T> static T apply(T a, T b) { return high_product(a, b); } };
-struct MulWide { template <typename T> static auto apply(T a, T b) { return wide_product(a, b); } };
-struct MadLo { template <typename T> static T apply(T a, T b, T c) { return wrap_add(low_product(a, b), c); } };
-struct MadHi { template <typename T> static T apply(T a, T b, T c) { return wrap_add(high_product(a, b), c); } };
-struct MadWide { template <typename T, typename C> static C apply(T a, T b, C c) { return wrap_add(static_cast<C>(wide_product(a, b)), c); } };
-struct MadHiSat { static int32_t apply(int32_t a, int32_t b, int32_t c) { return saturate(int64_t{high_product(a, b)} + c); } };
+struct Add {
+  template <typename T>
+  static T apply(T a, T b) {
+    return wrap_add(a, b);
+  }
+};
+struct Sub {
+  template <typename T>
+  static T apply(T a, T b) {
+    return wrap_sub(a, b);
+  }
+};
+struct AddSat {
+  static int32_t apply(int32_t a, int32_t b) { return saturate(int64_t{a} + b); }
+};
+struct SubSat {
+  static int32_t apply(int32_t a, int32_t b) { return saturate(int64_t{a} - b); }
+};
+struct MulLo {
+  template <typename T>
+  static T apply(T a, T b) {
+    return low_product(a, b);
+  }
+};
+struct MulHi {
+  template <typename T>
+  static T apply(T a, T b) {
+    return high_product(a, b);
+  }
+};
+struct MulWide {
+  template <typename T>
+  static auto apply(T a, T b) {
+    return wide_product(a, b);
+  }
+};
+struct MadLo {
+  template <typename T>
+  static T apply(T a, T b, T c) {
+    return wrap_add(low_product(a, b), c);
+  }
+};
+struct MadHi {
+  template <typename T>
+  static T apply(T a, T b, T c) {
+    return wrap_add(high_product(a, b), c);
+  }
+};
+struct MadWide {
+  template <typename T, typename C>
+  static C apply(T a, T b, C c) {
+    return wrap_add(static_cast<C>(wide_product(a, b)), c);
+  }
+};
+struct MadHiSat {
+  static int32_t apply(int32_t a, int32_t b, int32_t c) { return saturate(int64_t{high_product(a, b)} + c); }
+};
 // Division by zero has no defined result in PTX; GPUs give all ones and the dividend.
 struct Div {
   template <typename T>
@@ -83,13 +131,42 @@ struct Rem {
     return static_cast<T>(a % b);
   }
 };
-struct Min { template <typename T> static T apply(T a, T b) { return a < b ? a : b; } };
-struct Max { template <typename T> static T apply(T a, T b) { return a < b ? b : a; } };
-struct MinRelu { static int32_t apply(int32_t a, int32_t b) { return std::max(std::min(a, b), 0); } };
-struct MaxRelu { static int32_t apply(int32_t a, int32_t b) { return std::max(std::max(a, b), 0); } };
-struct Abs { template <typename T> static T apply(T a) { return a < 0 ? wrap_sub(T{0}, a) : a; } };
-struct Neg { template <typename T> static T apply(T a) { return wrap_sub(T{0}, a); } };
-struct Sad { template <typename T> static T apply(T a, T b, T c) { return wrap_add(c, a < b ? wrap_sub(b, a) : wrap_sub(a, b)); } };
+struct Min {
+  template <typename T>
+  static T apply(T a, T b) {
+    return a < b ? a : b;
+  }
+};
+struct Max {
+  template <typename T>
+  static T apply(T a, T b) {
+    return a < b ? b : a;
+  }
+};
+struct MinRelu {
+  static int32_t apply(int32_t a, int32_t b) { return std::max(std::min(a, b), 0); }
+};
+struct MaxRelu {
+  static int32_t apply(int32_t a, int32_t b) { return std::max(std::max(a, b), 0); }
+};
+struct Abs {
+  template <typename T>
+  static T apply(T a) {
+    return a < 0 ? wrap_sub(T{0}, a) : a;
+  }
+};
+struct Neg {
+  template <typename T>
+  static T apply(T a) {
+    return wrap_sub(T{0}, a);
+  }
+};
+struct Sad {
+  template <typename T>
+  static T apply(T a, T b, T c) {
+    return wrap_add(c, a < b ? wrap_sub(b, a) : wrap_sub(a, b));
+  }
+};
 
 // mul24: the low 24 bits of both, sign-extended when signed; .hi takes bits 47..16 of the product.
 template <typename T>
@@ -97,17 +174,40 @@ int64_t low24(T a) {
   int64_t value = static_cast<int64_t>(a) & 0xffffff;
   return kSigned<T> && (value & 0x800000) ? value - 0x1000000 : value;
 }
-struct Mul24Lo { template <typename T> static T apply(T a, T b) { return static_cast<T>(low24(a) * low24(b)); } };
-struct Mul24Hi { template <typename T> static T apply(T a, T b) { return static_cast<T>((low24(a) * low24(b)) >> 16); } };
-struct Mad24Lo { template <typename T> static T apply(T a, T b, T c) { return wrap_add(Mul24Lo::apply(a, b), c); } };
-struct Mad24Hi { template <typename T> static T apply(T a, T b, T c) { return wrap_add(Mul24Hi::apply(a, b), c); } };
-struct Mad24HiSat { static int32_t apply(int32_t a, int32_t b, int32_t c) { return saturate(int64_t{Mul24Hi::apply(a, b)} + c); } };
+struct Mul24Lo {
+  template <typename T>
+  static T apply(T a, T b) {
+    return static_cast<T>(low24(a) * low24(b));
+  }
+};
+struct Mul24Hi {
+  template <typename T>
+  static T apply(T a, T b) {
+    return static_cast<T>((low24(a) * low24(b)) >> 16);
+  }
+};
+struct Mad24Lo {
+  template <typename T>
+  static T apply(T a, T b, T c) {
+    return wrap_add(Mul24Lo::apply(a, b), c);
+  }
+};
+struct Mad24Hi {
+  template <typename T>
+  static T apply(T a, T b, T c) {
+    return wrap_add(Mul24Hi::apply(a, b), c);
+  }
+};
+struct Mad24HiSat {
+  static int32_t apply(int32_t a, int32_t b, int32_t c) { return saturate(int64_t{Mul24Hi::apply(a, b)} + c); }
+};
 
 // Two 16-bit values in a register.
 template <typename T, typename Op>
 struct Packed {
   static uint32_t apply(uint32_t a, uint32_t b) {
-    T low = Op::apply(static_cast<T>(a), static_cast<T>(b)), high = Op::apply(static_cast<T>(a >> 16), static_cast<T>(b >> 16));
+    T low = Op::apply(static_cast<T>(a), static_cast<T>(b)),
+      high = Op::apply(static_cast<T>(a >> 16), static_cast<T>(b >> 16));
     return static_cast<uint32_t>(static_cast<uint16_t>(low)) | static_cast<uint32_t>(static_cast<uint16_t>(high)) << 16;
   }
 };
@@ -141,8 +241,9 @@ struct Dp2a {
   }
 };
 
-// ---- carries ---------------------------------------------------------------------------------------------------------
-// d = a + b + carry-in, or a - b - borrow-in; in.aux says which ends exist. The flag is the carry of a + ~b + 1 after a
+// ---- carries
+// --------------------------------------------------------------------------------------------------------- d = a + b +
+// carry-in, or a - b - borrow-in; in.aux says which ends exist. The flag is the carry of a + ~b + 1 after a
 // subtraction, so set when there is no borrow: nvcc's 128-bit division mixes sub.cc with addc and relies on it.
 enum CarryFlag : uint32_t { kCarryIn = 1, kCarryOut = 2, kSubtract = 4 };
 
@@ -186,7 +287,8 @@ void execute_mad_carry(Warp& warp, const Instruction& in) {
   if (in.aux & kCarryOut) warp.set_carry(out_bits);
 }
 
-// ---- decoding --------------------------------------------------------------------------------------------------------
+// ---- decoding
+// --------------------------------------------------------------------------------------------------------
 bool is_16x2(Type type) { return type == Type::kU16x2 || type == Type::kS16x2; }
 
 Type last_type(const ptx::Instruction& in) { return type_of(in.parts.back()); }
@@ -208,8 +310,10 @@ bool decode_add(Decoder& decoder, const ptx::Instruction& in, Instruction& out) 
   bool sat = mods.take("sat");
   mods.finish();
   Execute execute = sub ? binary_of<Sub>(type) : binary_of<Add>(type);
-  if (sat) execute = type != Type::kS32 ? nullptr : sub ? &execute_binary<int32_t, int32_t, int32_t, SubSat>
-                                                        : &execute_binary<int32_t, int32_t, int32_t, AddSat>;
+  if (sat)
+    execute = type != Type::kS32 ? nullptr
+              : sub              ? &execute_binary<int32_t, int32_t, int32_t, SubSat>
+                                 : &execute_binary<int32_t, int32_t, int32_t, AddSat>;
   if (is_16x2(type)) execute = sub || sat ? nullptr : packed_of<Add>(type);
   decode_plain(decoder, in, out, type, 2, execute, InstructionClass::kIntAlu);
   return true;
@@ -246,10 +350,22 @@ bool decode_multiply(Decoder& decoder, const ptx::Instruction& in, Instruction& 
     decoder.expect_operands(in, sources + 1);
     out.cls = cls;
     switch (type) {
-      case Type::kU16: out.execute = mad ? &execute_ternary<uint32_t, uint16_t, uint16_t, uint32_t, MadWide> : &execute_binary<uint32_t, uint16_t, uint16_t, MulWide>; break;
-      case Type::kS16: out.execute = mad ? &execute_ternary<int32_t, int16_t, int16_t, int32_t, MadWide> : &execute_binary<int32_t, int16_t, int16_t, MulWide>; break;
-      case Type::kU32: out.execute = mad ? &execute_ternary<uint64_t, uint32_t, uint32_t, uint64_t, MadWide> : &execute_binary<uint64_t, uint32_t, uint32_t, MulWide>; break;
-      default: out.execute = mad ? &execute_ternary<int64_t, int32_t, int32_t, int64_t, MadWide> : &execute_binary<int64_t, int32_t, int32_t, MulWide>; break;
+      case Type::kU16:
+        out.execute = mad ? &execute_ternary<uint32_t, uint16_t, uint16_t, uint32_t, MadWide>
+                          : &execute_binary<uint32_t, uint16_t, uint16_t, MulWide>;
+        break;
+      case Type::kS16:
+        out.execute = mad ? &execute_ternary<int32_t, int16_t, int16_t, int32_t, MadWide>
+                          : &execute_binary<int32_t, int16_t, int16_t, MulWide>;
+        break;
+      case Type::kU32:
+        out.execute = mad ? &execute_ternary<uint64_t, uint32_t, uint32_t, uint64_t, MadWide>
+                          : &execute_binary<uint64_t, uint32_t, uint32_t, MulWide>;
+        break;
+      default:
+        out.execute = mad ? &execute_ternary<int64_t, int32_t, int32_t, int64_t, MadWide>
+                          : &execute_binary<int64_t, int32_t, int32_t, MulWide>;
+        break;
     }
     std::vector<Operand> operands = {decoder.destination(in.operands[0], wide), decoder.source(in.operands[1], type),
                                      decoder.source(in.operands[2], type)};
@@ -258,7 +374,9 @@ bool decode_multiply(Decoder& decoder, const ptx::Instruction& in, Instruction& 
     return true;
   }
   Execute execute;
-  if (sat) execute = mad && form == 1 && type == Type::kS32 ? &execute_ternary<int32_t, int32_t, int32_t, int32_t, MadHiSat> : nullptr;
+  if (sat)
+    execute = mad && form == 1 && type == Type::kS32 ? &execute_ternary<int32_t, int32_t, int32_t, int32_t, MadHiSat>
+                                                     : nullptr;
   else if (mad) execute = form == 1 ? ternary_of<MadHi>(type) : ternary_of<MadLo>(type);
   else execute = form == 1 ? binary_of<MulHi>(type) : binary_of<MulLo>(type);
   decode_plain(decoder, in, out, type, sources, execute, cls);
@@ -272,9 +390,12 @@ bool decode_multiply24(Decoder& decoder, const ptx::Instruction& in, Instruction
   int form = mods.take_one_of({"lo", "hi"});
   bool sat = mods.take("sat");
   mods.finish();
-  if (form < 0 || (type != Type::kU32 && type != Type::kS32)) decoder.error("expected .lo or .hi and a type of 32 bits");
+  if (form < 0 || (type != Type::kU32 && type != Type::kS32))
+    decoder.error("expected .lo or .hi and a type of 32 bits");
   Execute execute;
-  if (sat) execute = mad && form == 1 && type == Type::kS32 ? &execute_ternary<int32_t, int32_t, int32_t, int32_t, Mad24HiSat> : nullptr;
+  if (sat)
+    execute = mad && form == 1 && type == Type::kS32 ? &execute_ternary<int32_t, int32_t, int32_t, int32_t, Mad24HiSat>
+                                                     : nullptr;
   else if (mad) execute = form == 1 ? ternary_of<Mad24Hi>(type) : ternary_of<Mad24Lo>(type);
   else execute = form == 1 ? binary_of<Mul24Hi>(type) : binary_of<Mul24Lo>(type);
   decode_plain(decoder, in, out, type, mad ? 3 : 2, execute, InstructionClass::kIntMul);
@@ -288,8 +409,10 @@ bool decode_min_max(Decoder& decoder, const ptx::Instruction& in, Instruction& o
   bool relu = mods.take("relu");
   mods.finish();
   Execute execute = max ? binary_of<Max>(type) : binary_of<Min>(type);
-  if (relu) execute = type != Type::kS32 ? nullptr : max ? &execute_binary<int32_t, int32_t, int32_t, MaxRelu>
-                                                         : &execute_binary<int32_t, int32_t, int32_t, MinRelu>;
+  if (relu)
+    execute = type != Type::kS32 ? nullptr
+              : max              ? &execute_binary<int32_t, int32_t, int32_t, MaxRelu>
+                                 : &execute_binary<int32_t, int32_t, int32_t, MinRelu>;
   if (is_16x2(type)) execute = relu ? nullptr : max ? packed_of<Max>(type) : packed_of<Min>(type);
   decode_plain(decoder, in, out, type, 2, execute, InstructionClass::kIntAlu);
   return true;
@@ -302,18 +425,22 @@ bool decode_dot(Decoder& decoder, const ptx::Instruction& in, Instruction& out) 
   bool a_signed = mods.take_type() == Type::kS32, b_signed = mods.take_type() == Type::kS32;
   mods.finish();
   if (form < 0) decoder.error("expected .lo or .hi");
-  auto pick = [&](Execute uu, Execute us, Execute su, Execute ss) { return a_signed ? (b_signed ? ss : su) : (b_signed ? us : uu); };
+  auto pick = [&](Execute uu, Execute us, Execute su, Execute ss) {
+    return a_signed ? (b_signed ? ss : su) : (b_signed ? us : uu);
+  };
   using U = uint32_t;
   Execute execute;
   if (four)
     execute = pick(&execute_ternary<U, U, U, U, Dp4a<false, false>>, &execute_ternary<U, U, U, U, Dp4a<false, true>>,
                    &execute_ternary<U, U, U, U, Dp4a<true, false>>, &execute_ternary<U, U, U, U, Dp4a<true, true>>);
   else if (form == 1)
-    execute = pick(&execute_ternary<U, U, U, U, Dp2a<false, false, true>>, &execute_ternary<U, U, U, U, Dp2a<false, true, true>>,
-                   &execute_ternary<U, U, U, U, Dp2a<true, false, true>>, &execute_ternary<U, U, U, U, Dp2a<true, true, true>>);
+    execute = pick(
+        &execute_ternary<U, U, U, U, Dp2a<false, false, true>>, &execute_ternary<U, U, U, U, Dp2a<false, true, true>>,
+        &execute_ternary<U, U, U, U, Dp2a<true, false, true>>, &execute_ternary<U, U, U, U, Dp2a<true, true, true>>);
   else
-    execute = pick(&execute_ternary<U, U, U, U, Dp2a<false, false, false>>, &execute_ternary<U, U, U, U, Dp2a<false, true, false>>,
-                   &execute_ternary<U, U, U, U, Dp2a<true, false, false>>, &execute_ternary<U, U, U, U, Dp2a<true, true, false>>);
+    execute = pick(
+        &execute_ternary<U, U, U, U, Dp2a<false, false, false>>, &execute_ternary<U, U, U, U, Dp2a<false, true, false>>,
+        &execute_ternary<U, U, U, U, Dp2a<true, false, false>>, &execute_ternary<U, U, U, U, Dp2a<true, true, false>>);
   decode_plain(decoder, in, out, Type::kB32, 3, execute, InstructionClass::kIntMul);
   return true;
 }

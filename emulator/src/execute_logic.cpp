@@ -12,11 +12,36 @@ namespace {
 template <typename T>
 constexpr uint32_t kBits = 8 * sizeof(T);
 
-struct And { template <typename T> static T apply(T a, T b) { return static_cast<T>(a & b); } };
-struct Or { template <typename T> static T apply(T a, T b) { return static_cast<T>(a | b); } };
-struct Xor { template <typename T> static T apply(T a, T b) { return static_cast<T>(a ^ b); } };
-struct Not { template <typename T> static T apply(T a) { return static_cast<T>(~a); } };
-struct Cnot { template <typename T> static T apply(T a) { return a == 0 ? T{1} : T{0}; } };
+struct And {
+  template <typename T>
+  static T apply(T a, T b) {
+    return static_cast<T>(a & b);
+  }
+};
+struct Or {
+  template <typename T>
+  static T apply(T a, T b) {
+    return static_cast<T>(a | b);
+  }
+};
+struct Xor {
+  template <typename T>
+  static T apply(T a, T b) {
+    return static_cast<T>(a ^ b);
+  }
+};
+struct Not {
+  template <typename T>
+  static T apply(T a) {
+    return static_cast<T>(~a);
+  }
+};
+struct Cnot {
+  template <typename T>
+  static T apply(T a) {
+    return a == 0 ? T{1} : T{0};
+  }
+};
 
 // Shifts by more than the width shift everything out.
 struct Shl {
@@ -43,8 +68,18 @@ struct Funnel {
   }
 };
 
-struct Popc { template <typename T> static uint32_t apply(T a) { return static_cast<uint32_t>(std::popcount(a)); } };
-struct Clz { template <typename T> static uint32_t apply(T a) { return static_cast<uint32_t>(std::countl_zero(a)); } };
+struct Popc {
+  template <typename T>
+  static uint32_t apply(T a) {
+    return static_cast<uint32_t>(std::popcount(a));
+  }
+};
+struct Clz {
+  template <typename T>
+  static uint32_t apply(T a) {
+    return static_cast<uint32_t>(std::countl_zero(a));
+  }
+};
 struct Brev {
   template <typename T>
   static T apply(T a) {
@@ -159,7 +194,8 @@ void execute_bfi(Warp& warp, const Instruction& in) {
   warp.write<T>(in.operands[0], [=](int i) { return Op::apply(a[i], b[i], c[i], d[i]); });
 }
 
-// ---- lop3 ------------------------------------------------------------------------------------------------------------
+// ---- lop3
+// ------------------------------------------------------------------------------------------------------------
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
   uint32_t out = 0;
   for (uint32_t i = 0; i < 8; i++) {
@@ -221,8 +257,9 @@ bool decode_lop3(Decoder& decoder, const ptx::Instruction& in, Instruction& out)
   bool pair = d.kind == ptx::Operand::Kind::kPair;
   if (pair != (op >= 0)) decoder.error(pair ? "expected .or or .and" : "expected d|p");
   Type type = Type::kB32;
-  std::vector<Operand> operands = {decoder.destination(pair ? d.elements[0] : d, type), decoder.source(in.operands[1], type),
-                                   decoder.source(in.operands[2], type), decoder.source(in.operands[3], type)};
+  std::vector<Operand> operands = {decoder.destination(pair ? d.elements[0] : d, type),
+                                   decoder.source(in.operands[1], type), decoder.source(in.operands[2], type),
+                                   decoder.source(in.operands[3], type)};
   if (pair) {
     operands.push_back(decoder.destination(d.elements[1], Type::kPred));
     operands.push_back(decoder.source(in.operands[5], Type::kPred));
@@ -234,12 +271,16 @@ bool decode_lop3(Decoder& decoder, const ptx::Instruction& in, Instruction& out)
   return true;
 }
 
-// ---- predicates ------------------------------------------------------------------------------------------------------
+// ---- predicates
+// ------------------------------------------------------------------------------------------------------
 enum class PredicateOp { kAnd, kOr, kXor, kNot };
 template <PredicateOp kOp>
 void execute_predicate(Warp& warp, const Instruction& in) {
   uint32_t a = warp.mask(in.operands[1]), b = kOp == PredicateOp::kNot ? 0 : warp.mask(in.operands[2]);
-  uint32_t result = kOp == PredicateOp::kAnd ? a & b : kOp == PredicateOp::kOr ? a | b : kOp == PredicateOp::kXor ? a ^ b : ~a;
+  uint32_t result = kOp == PredicateOp::kAnd   ? a & b
+                    : kOp == PredicateOp::kOr  ? a | b
+                    : kOp == PredicateOp::kXor ? a ^ b
+                                               : ~a;
   warp.set_mask(in.operands[0], result);
 }
 
@@ -250,7 +291,8 @@ Execute bits_to_u32(Type type) {
 }
 
 // d and the sources after the types given; kNone ends them.
-void decode_mixed(Decoder& decoder, const ptx::Instruction& in, Instruction& out, Execute execute, std::initializer_list<Type> types) {
+void decode_mixed(Decoder& decoder, const ptx::Instruction& in, Instruction& out, Execute execute,
+                  std::initializer_list<Type> types) {
   Type first = *types.begin();
   if (!execute) decoder.error(std::string("the type .") + name_of(first) + " does not go with this instruction");
   decoder.expect_operands(in, types.size());
@@ -285,23 +327,28 @@ bool decode_bit_field(Decoder& decoder, const ptx::Instruction& in, Instruction&
     bool shift = mods.take("shiftamt");
     mods.finish();
     Execute execute = with_integer(type, [&]<typename T>() -> Execute {
-      if constexpr (sizeof(T) >= 4) return shift ? &execute_unary<uint32_t, T, Bfind<true>> : &execute_unary<uint32_t, T, Bfind<false>>;
+      if constexpr (sizeof(T) >= 4)
+        return shift ? &execute_unary<uint32_t, T, Bfind<true>> : &execute_unary<uint32_t, T, Bfind<false>>;
       return nullptr;
     });
     decode_mixed(decoder, in, out, execute, {u32, type});
   } else if (name == "fns") {
     mods.finish();
-    decode_mixed(decoder, in, out, &execute_ternary<uint32_t, uint32_t, uint32_t, int32_t, Fns>, {u32, u32, u32, Type::kS32});
+    decode_mixed(decoder, in, out, &execute_ternary<uint32_t, uint32_t, uint32_t, int32_t, Fns>,
+                 {u32, u32, u32, Type::kS32});
   } else if (name == "bmsk") {
     bool clamp = mods.take_one_of({"clamp", "wrap"}) == 0;
     mods.finish();
-    Execute execute = clamp ? &execute_binary<uint32_t, uint32_t, uint32_t, Bmsk<true>> : &execute_binary<uint32_t, uint32_t, uint32_t, Bmsk<false>>;
+    Execute execute = clamp ? &execute_binary<uint32_t, uint32_t, uint32_t, Bmsk<true>>
+                            : &execute_binary<uint32_t, uint32_t, uint32_t, Bmsk<false>>;
     decode_mixed(decoder, in, out, execute, {u32, u32, u32});
   } else {
     bool clamp = mods.take_one_of({"clamp", "wrap"}) == 0, sign = type == Type::kS32;
     mods.finish();
-    Execute with_clamp = sign ? &execute_binary<uint32_t, uint32_t, uint32_t, Szext<true, true>> : &execute_binary<uint32_t, uint32_t, uint32_t, Szext<true, false>>;
-    Execute with_wrap = sign ? &execute_binary<uint32_t, uint32_t, uint32_t, Szext<false, true>> : &execute_binary<uint32_t, uint32_t, uint32_t, Szext<false, false>>;
+    Execute with_clamp = sign ? &execute_binary<uint32_t, uint32_t, uint32_t, Szext<true, true>>
+                              : &execute_binary<uint32_t, uint32_t, uint32_t, Szext<true, false>>;
+    Execute with_wrap = sign ? &execute_binary<uint32_t, uint32_t, uint32_t, Szext<false, true>>
+                             : &execute_binary<uint32_t, uint32_t, uint32_t, Szext<false, false>>;
     decode_mixed(decoder, in, out, clamp ? with_clamp : with_wrap, {u32, u32, u32});
   }
   return true;
@@ -316,8 +363,10 @@ bool decode_shift(Decoder& decoder, const ptx::Instruction& in, Instruction& out
     mods.finish();
     if (left == right || mode < 0) decoder.error("expected .l or .r and .clamp or .wrap");
     using U = uint32_t;
-    Execute execute = left ? (mode == 1 ? &execute_ternary<U, U, U, U, Funnel<true, true>> : &execute_ternary<U, U, U, U, Funnel<true, false>>)
-                           : (mode == 1 ? &execute_ternary<U, U, U, U, Funnel<false, true>> : &execute_ternary<U, U, U, U, Funnel<false, false>>);
+    Execute execute = left ? (mode == 1 ? &execute_ternary<U, U, U, U, Funnel<true, true>>
+                                        : &execute_ternary<U, U, U, U, Funnel<true, false>>)
+                           : (mode == 1 ? &execute_ternary<U, U, U, U, Funnel<false, true>>
+                                        : &execute_ternary<U, U, U, U, Funnel<false, false>>);
     decode_plain(decoder, in, out, Type::kB32, 3, execute, InstructionClass::kIntAlu);
     return true;
   }
@@ -337,10 +386,14 @@ bool decode_prmt(Decoder& decoder, const ptx::Instruction& in, Instruction& out)
   int mode = mods.take_one_of({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"});
   mods.finish();
   using U = uint32_t;
-  constexpr Execute kModes[] = {&execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kF4e>>, &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kB4e>>,
-                                &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kRc8>>, &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kEcl>>,
-                                &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kEcr>>, &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kRc16>>};
-  decode_plain(decoder, in, out, Type::kB32, 3, mode < 0 ? &execute_ternary<U, U, U, U, Prmt> : kModes[mode], InstructionClass::kIntAlu);
+  constexpr Execute kModes[] = {&execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kF4e>>,
+                                &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kB4e>>,
+                                &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kRc8>>,
+                                &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kEcl>>,
+                                &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kEcr>>,
+                                &execute_ternary<U, U, U, U, PrmtSpecial<PrmtMode::kRc16>>};
+  decode_plain(decoder, in, out, Type::kB32, 3, mode < 0 ? &execute_ternary<U, U, U, U, Prmt> : kModes[mode],
+               InstructionClass::kIntAlu);
   return true;
 }
 
@@ -369,7 +422,8 @@ bool decode_logic(Decoder& decoder, const ptx::Instruction& in, Instruction& out
     return true;
   }
   if (name == "popc" || name == "clz") {
-    decode_mixed(decoder, in, out, name == "clz" ? bits_to_u32<Clz>(type) : bits_to_u32<Popc>(type), {Type::kU32, type});
+    decode_mixed(decoder, in, out, name == "clz" ? bits_to_u32<Clz>(type) : bits_to_u32<Popc>(type),
+                 {Type::kU32, type});
     return true;
   }
   Execute execute = nullptr;

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kMaxRegisters = 8;  // of one matrix
 
-// ---- mma -------------------------------------------------------------------------------------------------------------
+// ---- mma
+// -------------------------------------------------------------------------------------------------------------
 
 struct Mma {
   const MatrixOp* op;
@@ -100,7 +101,8 @@ void decode_mma(Decoder& decoder, const ptx::Instruction& in, Instruction& out) 
   out.data = decoder.keep(std::move(mma));
 }
 
-// ---- ldmatrix and stmatrix -------------------------------------------------------------------------------------------
+// ---- ldmatrix and stmatrix
+// -------------------------------------------------------------------------------------------
 
 struct MatrixAccess {
   Address address;
@@ -108,9 +110,12 @@ struct MatrixAccess {
   bool transpose;
 };
 
-// A finding of the shadow, in the words of access.cpp.
-void report_finding(Warp& warp, const Instruction& in, const Finding& finding, const char* verb) {
-  warp.fault(finding.fault, in, finding.lane, [&] {
+// A finding of the shadow, in the words of access.cpp. To the shadow every lane reads every row; the report names the
+// one that gave the address of the row.
+void report_finding(Warp& warp, const Instruction& in, const Finding& finding, const uint32_t* rows, const char* verb) {
+  int lane = 0;
+  while (lane + 1 < kWarpLanes && finding.address - rows[lane] >= 16) ++lane;
+  warp.fault(finding.fault, in, lane, [&] {
     std::string text = std::string(verb) + " shared memory at " + hex(finding.address);
     if (finding.fault == Fault::kUnwrittenShared) return text + ", which nobody wrote";
     const std::string who = thread_name(warp, finding.other_warp, finding.other_lane) +
@@ -142,7 +147,7 @@ void execute_matrix_access(Warp& warp, const Instruction& in) {
     block.findings.clear();
     shadow->access(kWrite ? Access::kWrite : Access::kRead, warp.index(), lanes_of_rows, rows, 16, in.pc, true,
                    block.findings);
-    for (const Finding& finding : block.findings) report_finding(warp, in, finding, kVerb);
+    for (const Finding& finding : block.findings) report_finding(warp, in, finding, rows, kVerb);
   }
   if (Counters* counters = warp.counters()) counters->matrix_access(in.pc, access.num_matrices, rows, kWrite);
 
@@ -178,8 +183,8 @@ void decode_matrix_access(Decoder& decoder, const ptx::Instruction& in, Instruct
   if (write) decoder.require_architecture(90);
   decoder.expect_operands(in, 2);
 
-  const std::vector<Operand> registers = write ? decoder.sources(in.operands[1], Type::kB32)
-                                               : decoder.destinations(in.operands[0], Type::kB32);
+  const std::vector<Operand> registers =
+      write ? decoder.sources(in.operands[1], Type::kB32) : decoder.destinations(in.operands[0], Type::kB32);
   if (static_cast<int>(registers.size()) != access->num_matrices) {
     decoder.error("expected " + std::to_string(access->num_matrices) + " registers");
   }
@@ -190,7 +195,8 @@ void decode_matrix_access(Decoder& decoder, const ptx::Instruction& in, Instruct
   out.data = decoder.keep(std::move(access));
 }
 
-// ---- movmatrix -------------------------------------------------------------------------------------------------------
+// ---- movmatrix
+// -------------------------------------------------------------------------------------------------------
 
 void execute_movmatrix(Warp& warp, const Instruction& in) {
   if (!warp.collective_all(in)) return;
@@ -208,8 +214,8 @@ void decode_movmatrix(Decoder& decoder, const ptx::Instruction& in, Instruction&
   decoder.expect_operands(in, 2);
   out.cls = InstructionClass::kShuffle;
   out.execute = execute_movmatrix;
-  decoder.set_operands(out, {decoder.destination(in.operands[0], Type::kB32),
-                             decoder.source(in.operands[1], Type::kB32)});
+  decoder.set_operands(out,
+                       {decoder.destination(in.operands[0], Type::kB32), decoder.source(in.operands[1], Type::kB32)});
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Comparisons of integers (setp, set), selections (selp, slct) and moves, to and from vectors and special registers too.
+// Comparisons of integers (setp, set), selections (selp, slct) and moves, to and from vectors and special registers
+// too.
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -11,13 +12,44 @@
 namespace emulator {
 namespace {
 
-// ---- comparisons -----------------------------------------------------------------------------------------------------
-struct Equal { template <typename T> static bool apply(T a, T b) { return a == b; } };
-struct NotEqual { template <typename T> static bool apply(T a, T b) { return a != b; } };
-struct Less { template <typename T> static bool apply(T a, T b) { return a < b; } };
-struct LessEqual { template <typename T> static bool apply(T a, T b) { return a <= b; } };
-struct Greater { template <typename T> static bool apply(T a, T b) { return a > b; } };
-struct GreaterEqual { template <typename T> static bool apply(T a, T b) { return a >= b; } };
+// ---- comparisons
+// -----------------------------------------------------------------------------------------------------
+struct Equal {
+  template <typename T>
+  static bool apply(T a, T b) {
+    return a == b;
+  }
+};
+struct NotEqual {
+  template <typename T>
+  static bool apply(T a, T b) {
+    return a != b;
+  }
+};
+struct Less {
+  template <typename T>
+  static bool apply(T a, T b) {
+    return a < b;
+  }
+};
+struct LessEqual {
+  template <typename T>
+  static bool apply(T a, T b) {
+    return a <= b;
+  }
+};
+struct Greater {
+  template <typename T>
+  static bool apply(T a, T b) {
+    return a > b;
+  }
+};
+struct GreaterEqual {
+  template <typename T>
+  static bool apply(T a, T b) {
+    return a >= b;
+  }
+};
 
 enum Bool : uint32_t { kPlain, kAnd, kOr, kXor };
 
@@ -97,7 +129,9 @@ bool decode_comparison(Decoder& decoder, const ptx::Instruction& in, Instruction
   mods.finish();
   out.aux = static_cast<uint32_t>(op + 1);
   decoder.expect_operands(in, op < 0 ? 3 : 4);
-  out.execute = with_integer(type, [&]<typename T>() { return setp ? comparison_of<true, T>(comparison) : comparison_of<false, T>(comparison); });
+  out.execute = with_integer(type, [&]<typename T>() {
+    return setp ? comparison_of<true, T>(comparison) : comparison_of<false, T>(comparison);
+  });
   if (!out.execute) decoder.error(std::string("cannot compare the type .") + name_of(type));
   out.cls = InstructionClass::kSetSelect;
   std::vector<Operand> operands;
@@ -107,7 +141,8 @@ bool decode_comparison(Decoder& decoder, const ptx::Instruction& in, Instruction
     operands.push_back(decoder.destination(pair ? d.elements[0] : d, Type::kPred));
     operands.push_back(pair ? decoder.destination(d.elements[1], Type::kPred) : decoder.sink());
   } else {
-    if (dtype != Type::kU32 && dtype != Type::kS32 && dtype != Type::kF32) decoder.error("expected .u32, .s32 or .f32 as the type of the result");
+    if (dtype != Type::kU32 && dtype != Type::kS32 && dtype != Type::kF32)
+      decoder.error("expected .u32, .s32 or .f32 as the type of the result");
     out.immediate = dtype == Type::kF32 ? 0x3f800000 : 0xffffffff;
     operands.push_back(decoder.destination(d, dtype));
   }
@@ -118,7 +153,8 @@ bool decode_comparison(Decoder& decoder, const ptx::Instruction& in, Instruction
   return true;
 }
 
-// ---- selections ------------------------------------------------------------------------------------------------------
+// ---- selections
+// ------------------------------------------------------------------------------------------------------
 template <typename T>
 void execute_selp(Warp& warp, const Instruction& in) {
   const T *a = warp.lanes<T>(in.operands[1]), *b = warp.lanes<T>(in.operands[2]);
@@ -143,7 +179,10 @@ bool decode_selection(Decoder& decoder, const ptx::Instruction& in, Instruction&
   Type selector = Type::kPred;
   if (in.parts[0] == "selp") {
     mods.finish();
-    out.execute = bytes == 2 ? &execute_selp<uint16_t> : bytes == 4 ? &execute_selp<uint32_t> : bytes == 8 ? &execute_selp<uint64_t> : nullptr;
+    out.execute = bytes == 2   ? &execute_selp<uint16_t>
+                  : bytes == 4 ? &execute_selp<uint32_t>
+                  : bytes == 8 ? &execute_selp<uint64_t>
+                               : nullptr;
   } else {
     selector = mods.take_type();
     out.aux = mods.take("ftz") ? 1 : 0;
@@ -162,7 +201,8 @@ bool decode_selection(Decoder& decoder, const ptx::Instruction& in, Instruction&
   return true;
 }
 
-// ---- moves -----------------------------------------------------------------------------------------------------------
+// ---- moves
+// -----------------------------------------------------------------------------------------------------------
 template <typename T>
 void execute_mov(Warp& warp, const Instruction& in) {
   const T* a = warp.lanes<T>(in.operands[1]);
@@ -243,7 +283,8 @@ void decode_vector_move(Decoder& decoder, const ptx::Instruction& in, Instructio
   decoder.set_operands(out, std::move(operands));
 }
 
-// ---- special registers that change -----------------------------------------------------------------------------------
+// ---- special registers that change
+// -----------------------------------------------------------------------------------
 uint64_t nanoseconds() {
   auto now = std::chrono::steady_clock::now().time_since_epoch();
   return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
@@ -271,7 +312,8 @@ bool decode_special_move(Decoder& decoder, const ptx::Instruction& in, Instructi
   const bool workspace = name == "%envreg1" || name == "%envreg2";
   if ((name.starts_with("%envreg") && !workspace) || name.starts_with("%pm")) {  // of drivers and profilers: zeros
     out.execute = bytes == 8 ? &execute_mov<uint64_t> : &execute_mov<uint32_t>;
-    if (bytes != 4 && bytes != 8) decoder.error("special register " + name + " does not fit the type ." + name_of(type));
+    if (bytes != 4 && bytes != 8)
+      decoder.error("special register " + name + " does not fit the type ." + name_of(type));
     decoder.set_operands(out, {decoder.destination(in.operands[0], type), decoder.constant(0, bytes)});
     return true;
   }
@@ -285,7 +327,8 @@ bool decode_address_move(Decoder& decoder, const ptx::Instruction& in, Instructi
   auto symbol = decoder.builder().find_symbol(a.name, in.scope);
   if (!symbol || (symbol->kind != Kind::kLocal && symbol->kind != Kind::kParam)) return false;
   uint32_t bytes = num_bytes(type);
-  if (bytes != 8 && bytes != 4) decoder.error("the address of " + a.name + " does not fit an operand of type ." + name_of(type));
+  if (bytes != 8 && bytes != 4)
+    decoder.error("the address of " + a.name + " does not fit an operand of type ." + name_of(type));
   out.execute = bytes == 8 ? &execute_mov_address<uint64_t> : &execute_mov_address<uint32_t>;
   out.immediate = static_cast<int64_t>(symbol->value + a.value);
   if (symbol->call_param) out.immediate += static_cast<int64_t>(kLocalWindow);  // ld.param takes it as generic

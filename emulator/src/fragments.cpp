@@ -44,7 +44,8 @@ bool ends_thread(const Frame& frame, uint32_t pc) {
 
 }  // namespace
 
-// ---- the forest ------------------------------------------------------------------------------------------------------
+// ---- the forest
+// ------------------------------------------------------------------------------------------------------
 Fragment* Warp::add_fragment(Frame* frame, Fragment* parent, uint32_t pc, uint32_t lanes, uint32_t reconverge) {
   Fragment* fragment = nullptr;
   if (!free_fragments_.empty()) {
@@ -176,7 +177,8 @@ void Warp::jump_many(const Instruction& in, const uint32_t* target) {
   event_ = Event::kSwitch;
 }
 
-// ---- calls -----------------------------------------------------------------------------------------------------------
+// ---- calls
+// -----------------------------------------------------------------------------------------------------------
 void Warp::call(const CallSite& site, const Code& callee, uint32_t group) {
   Fragment& fragment = *current_;
   uint32_t base = (fragment.frame->local_top + 15) / 16 * 16;
@@ -262,7 +264,8 @@ void Warp::exit_lanes(uint32_t lanes) {
   block_->threads_exited(static_cast<uint32_t>(std::popcount(lanes)));
 }
 
-// ---- lanes that wait for others --------------------------------------------------------------------------------------
+// ---- lanes that wait for others
+// --------------------------------------------------------------------------------------
 bool Warp::release_arrived(bool only_old) {
   bool any = false;
   for (size_t i = 0; i < fragments_.size(); i++) {
@@ -271,7 +274,8 @@ bool Warp::release_arrived(bool only_old) {
     if (only_old && executed_ - fragment->last_arrival < kPatience) continue;
     // They become a sibling of the fragment that stays suspended for the others.
     add_fragment(fragment->frame, fragment->parent, fragment->pc, std::exchange(fragment->arrived, 0),
-                 fragment->reconverge)->released = true;
+                 fragment->reconverge)
+        ->released = true;
     any = true;
   }
   return any;
@@ -311,7 +315,8 @@ bool Warp::collective(const Instruction& in, const uint32_t* mask, bool any_inst
     for_each([&](int lane) {
       if (named_[lane] >> lane & 1) return;
       fault(Fault::kCollective, in, lane, [&] {
-        return block_->launch().program().info(in.pc).text + " with the mask " + hex(named_[lane]) + ", which does not name the lane itself";
+        return block_->launch().program().info(in.pc).text + " with the mask " + hex(named_[lane]) +
+               ", which does not name the lane itself";
       });
       named_[lane] |= 1u << lane;
     });
@@ -394,7 +399,8 @@ bool Warp::gather(const Instruction& in, Fault, bool any_instruction) {
 // Lanes of another frame lend their operands to the frame that executes, whose own values of those lanes are put back.
 void Warp::lend_operands(const Instruction& in, Fragment& from, std::vector<Loan>& loans) {
   for (const RegisterUse& use : block_->launch().program().info(in.pc).uses) {
-    auto known = std::find_if(loans.begin(), loans.end(), [&](const Loan& loan) { return loan.use.offset == use.offset; });
+    auto known =
+        std::find_if(loans.begin(), loans.end(), [&](const Loan& loan) { return loan.use.offset == use.offset; });
     if (known != loans.end()) {
       known->use.write |= use.write;
       continue;

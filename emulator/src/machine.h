@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// What executes: a launch, its blocks in flight, their warps, and in a warp the fragments into which divergence splits it.
+// What executes: a launch, its blocks in flight, their warps, and the fragments into which divergence splits a warp.
 //
 // An execute function sees one Warp, positioned at one Instruction with the lanes active() (never none). It reads and
-// writes lane arrays, and may do nothing else to the outside than what Warp offers:
-//   values      warp.lanes<uint32_t>(in.operands[1])[lane]; warp.mask(op) of predicates; warp.write(...), warp.set_mask(...)
-//   faults      warp.fault(Fault::kRace, in, lane, [&] { return std::string("..."); }); the text is made only the first time
-//   end         warp.end_launch() after the fault, when nothing sensible can follow (wild access, trap)
-//   waiting     warp.retry(in, "mbarrier.wait") and return: not done, executed again when its turn comes;
-//               warp.spin(in, "mbarrier.try_wait"): done, but it found nothing, so others should run before the next try;
-//               warp.block().note_progress() when something that others may wait for has changed
-//   collectives if (!warp.collective(in, mask)) return;   see there
-//   memory      warp.block().shared(), warp.local(lane), params(); shadow(), block_writes(), counters() may be null: test
-// Bounds and alignment are checked always (the emulator must not crash), everything else only if the object is there.
+// writes lane arrays, and does nothing else to the outside than what Warp offers:
+//
+//   values       warp.lanes<uint32_t>(in.operands[1])[lane], warp.mask(op) of predicates; warp.write(), set_mask()
+//   faults       warp.fault(Fault::kRace, in, lane, [&] { return std::string("..."); }), text made the first time only
+//   end          warp.end_launch() after the fault, when nothing sensible can follow (wild access, trap)
+//   waiting      warp.retry(in, "mbarrier.wait") and return: not done, executed again when its turn comes;
+//                warp.spin(in, "mbarrier.try_wait"): done, but found nothing, so others run before the next try;
+//                warp.block().note_progress() when something that others may wait for has changed
+//   collectives  if (!warp.collective(in, mask)) return;
+//   memory       warp.block().shared(), warp.local(lane), params(); shadow(), block_writes(), counters(): maybe null
+//
+// Bounds and alignment are checked always (the emulator must not crash), the rest only if the object is there.
 #pragma once
 
 #include <atomic>
@@ -25,6 +27,7 @@
 #include <vector>
 
 #include "counters.h"
+#include "divergence.h"
 #include "emulator.h"
 #include "memory.h"
 #include "program.h"
@@ -35,70 +38,6 @@ namespace emulator {
 
 class Block;
 class LaunchState;
-struct CallSite;
-
-constexpr uint64_t kSharedWindow = uint64_t{1} << 56;  // generic address of shared memory: window + offset
-constexpr uint64_t kLocalWindow = uint64_t{2} << 56;
-constexpr uint64_t kWindowMask = uint64_t{0xff} << 56;
-inline Space space_of(uint64_t generic) {
-  switch (generic >> 56) {
-    case 1: return Space::kShared;
-    case 2: return Space::kLocal;
-    default: return Space::kGlobal;
-  }
-}
-inline uint32_t window_offset(uint64_t generic) { return static_cast<uint32_t>(generic); }  // check the rest is zero
-
-// What a family keeps with a block or a warp (mbarriers, copies in flight); made by the family, gone with the block.
-struct Extension {
-  virtual ~Extension() = default;
-};
-
-// Lane arrays of special registers: Operand::at(kSpecials, index * kSpecialBytes), u32 lanes (u64 for the last ones).
-constexpr uint32_t kSpecialBytes = 256;
-enum class Special : uint8_t {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY, kNctaidZ, kLaneid, kWarpid,
-  kNwarpid, kSmid, kNsmid, kLanemaskEq, kLanemaskLe, kLanemaskLt, kLanemaskGe, kLanemaskGt, kDynamicSmem, kTotalSmem,
-  kWorkspaceHigh, kWorkspaceLow, kZero, kOne, kGridid /* u64 */, kParamBase /* u64: host address of the parameters */, kCount
-};
-
-// ---- Divergence ------------------------------------------------------------------------------------------------------
-// An activation of a function: its registers and where its local memory begins.
-struct Frame {
-  const Code* code = nullptr;
-  std::byte* registers = nullptr;
-  std::unique_ptr<std::byte[]> storage;
-  size_t capacity = 0;
-  std::vector<uint32_t> written;  // [tracked register]: lanes that wrote it
-  uint32_t local_base = 0;
-  uint32_t local_top = 0;         // above it: callees and alloca
-  int fragments = 0;              // that point here
-};
-
-// Lanes of a warp that stand at one pc. A branch that diverges suspends its fragment until the children have come to the
-// branch's post-dominator, a call until the callee's lanes have returned. So the fragments of a warp are a forest, whose
-// leaves run. Invariant: the lanes of live leaves and the `arrived` of suspended ones are disjoint.
-struct Fragment {
-  enum class State : uint8_t { kReady, kSuspended, kCollective, kBarrier };
-  Frame* frame = nullptr;
-  Fragment* parent = nullptr;
-  uint32_t pc = 0;                         // of a suspended one: where it goes on
-  uint32_t lanes = 0;                      // of a leaf
-  uint32_t reconverge = kNoReconvergence;  // where these lanes join the parent
-  uint32_t arrived = 0;                    // of a suspended one: lanes that children brought
-  int children = 0;
-  State state = State::kReady;
-  const CallSite* call = nullptr;          // suspended by a call: where results go
-  uint32_t participating = 0;              // lanes that wait at a collective or barrier (guard applied)
-  uint32_t exited_before = 0;              // lanes that had exited when it came there
-  bool forced = false;                     // the collective goes ahead without the lanes it waits for
-  bool released = false;                   // its lanes went past a post-dominator without their siblings
-  bool passed = false;                     // the barrier it stands at has completed
-  int barrier = -1;
-  uint32_t barrier_true = 0, barrier_threads = 0;  // barrier.red: the outcome
-  const char* waits_for = nullptr;         // for reports; set by retry and spin
-  uint64_t last_arrival = 0;               // of a suspended one: instruction count of the warp
-};
 
 class Warp {
  public:
@@ -152,8 +91,8 @@ class Warp {
 
   // ---- who ----
   Block& block() const { return *block_; }
-  int index() const { return index_; }             // in the block
-  uint32_t exited() const { return exited_; }      // lanes that ended, or that the block never had
+  int index() const { return index_; }                               // in the block
+  uint32_t exited() const { return exited_; }                        // lanes that ended, or that the block never had
   int thread(int lane) const { return index_ * kWarpLanes + lane; }  // linear in the block
 
   // ---- faults and waiting; see the head of this file ----
@@ -168,11 +107,11 @@ class Warp {
 
   // True: go on, with active() now all lanes that take part (other fragments at this instruction with them); one
   // execution serves all. False: return at once: the fragment waits, or all has been done. `mask` [32]: for each active
-  // lane the lanes it names; those that have exited before need not come. Waiting for lanes that can never come, and lanes
-  // that do not name themselves, are reported by this function (kCollective); it then goes on with the lanes there are.
-  // Aligned instructions (mma, ldmatrix) call collective_all(): every lane that has not exited.
-  // any_instruction: lanes at another instruction with the same execute function count as come (bar.warp.sync, which has
-  // no operand but the mask); then use the for_each_group() without a mask.
+  // lane the lanes it names; those that have exited before need not come. Waiting for lanes that can never come, and
+  // lanes that do not name themselves, are reported by this function (kCollective); it then goes on with the lanes
+  // there are. Aligned instructions (mma, ldmatrix) call collective_all(): every lane that has not exited.
+  // any_instruction: lanes at another instruction with the same execute function count as come (bar.warp.sync, which
+  // has no operand but the mask); then use the for_each_group() without a mask.
   bool collective(const Instruction& in, const uint32_t* mask, bool any_instruction = false);
   bool collective_all(const Instruction& in, Fault fault = Fault::kCollective);
   // After collective(): f(mask, group) once for each distinct mask of active lanes; group: those active that name it.
@@ -269,7 +208,7 @@ class Warp {
   uint32_t local_stride_ = 0;
   uint64_t executed_ = 0;
   size_t turn_ = 0;
-  uint32_t named_[kWarpLanes] = {};  // lanes that each lane names at the collective where it stands
+  uint32_t named_[kWarpLanes] = {};   // lanes that each lane names at the collective where it stands
   std::vector<Fragment*> fragments_;  // all that live, leaves and suspended
   std::vector<Fragment*> participants_;
   std::vector<std::unique_ptr<Fragment>> fragment_pool_;
@@ -281,10 +220,10 @@ class Warp {
 
 // One of the 16 named barriers of a block.
 struct Barrier {
-  uint32_t expected = 0;        // threads; kAllThreads: all of the block that have not exited
-  uint32_t arrived = 0;         // 0: not in use
-  uint32_t threads = 0;         // that arrived, exactly: a whole warp counts as 32 in `arrived`
-  uint32_t count_true = 0;      // barrier.red: threads whose predicate holds
+  uint32_t expected = 0;    // threads; kAllThreads: all of the block that have not exited
+  uint32_t arrived = 0;     // 0: not in use
+  uint32_t threads = 0;     // that arrived, exactly: a whole warp counts as 32 in `arrived`
+  uint32_t count_true = 0;  // barrier.red: threads whose predicate holds
   VectorClock clock;
   static constexpr uint32_t kAllThreads = 0xffffffffu;
 };
@@ -298,9 +237,9 @@ class Block {
   uint32_t static_shared_bytes() const { return static_bytes_; }
   const std::byte* params() const;
   uint32_t params_bytes() const;
-  SharedShadow* shadow() const { return shadow_.get(); }   // null without checks
-  BlockWrites* block_writes() const;                       // null without checks
-  std::unique_ptr<Extension> async;                        // of execute_async.cpp: the mbarriers, with their vector clocks
+  SharedShadow* shadow() const { return shadow_.get(); }  // null without checks
+  BlockWrites* block_writes() const;                      // null without checks
+  std::unique_ptr<Extension> async;  // of execute_async.cpp: the mbarriers, with their vector clocks
   int64_t linear() const { return linear_; }
   const uint32_t* index() const { return index_; }
   int num_warps() const { return static_cast<int>(num_warps_); }
@@ -341,8 +280,8 @@ class Block {
   void complete_barrier(int id);
 
   uint32_t live_threads_ = 0;
-  uint64_t progress_ = 0;  // calls of note_progress, and turns used up without waiting
-  uint64_t stores_ = 0;    // calls of note_progress
+  uint64_t progress_ = 0;                      // calls of note_progress, and turns used up without waiting
+  uint64_t stores_ = 0;                        // calls of note_progress
   uint64_t spins_ = 0, progress_at_spin_ = 0;  // spins since progress_ changed
   std::vector<std::unique_ptr<Warp>> warps_;
   Barrier barriers_[kNumBarriers];

@@ -21,8 +21,8 @@ namespace {
 
 using numerics::kLanes;
 
-// The columns of a row stand in the order 0 2 4 6 1 3 5 7: then a row of C is four lanes of one register and four of the
-// next, without a shuffle, and transposing B is two rounds of unpacking.
+// The columns of a row stand in the order 0 2 4 6 1 3 5 7: then a row of C is four lanes of one register and four of
+// the next, without a shuffle, and transposing B is two rounds of unpacking.
 using Row = float __attribute__((vector_size(32)));
 using IntRow = int32_t __attribute__((vector_size(32)));
 using Word8 = uint32_t __attribute__((vector_size(32)));
@@ -50,15 +50,18 @@ inline Row multiply_add(float a, Row b, Row c) {
 #endif
 }
 
-// ---- elements --------------------------------------------------------------------------------------------------------
+// ---- elements
+// --------------------------------------------------------------------------------------------------------
 
 enum class Element { kF16, kBf16, kTf32, kE4m3, kE5m2, kS8, kU8, kS4, kU4 };
 
 constexpr int per_word(Element e) {
   switch (e) {
     case Element::kTf32: return 1;
-    case Element::kF16: case Element::kBf16: return 2;
-    case Element::kS4: case Element::kU4: return 8;
+    case Element::kF16:
+    case Element::kBf16: return 2;
+    case Element::kS4:
+    case Element::kU4: return 8;
     default: return 4;
   }
 }
@@ -170,7 +173,8 @@ __attribute__((noinline)) void expand_any_b(const void* const* b, int k, Number 
   expand_b<E>(b, k, dense);
 }
 
-// ---- accumulators ----------------------------------------------------------------------------------------------------
+// ---- accumulators
+// ----------------------------------------------------------------------------------------------------
 
 template <bool kHalf>
 inline Row load_row(const void* const* c, int row) {
@@ -200,11 +204,12 @@ inline void store_row(void* const* d, int row, Row value) {
   }
 }
 
-// ---- sparse A --------------------------------------------------------------------------------------------------------
+// ---- sparse A
+// --------------------------------------------------------------------------------------------------------
 
 // Metadata: a 2-bit index says where in its chunk of four a nonzero stands. 16- and 8-bit elements: one index each.
-// tf32 (one of two): two indices each, 0b0100 the first, 0b1110 the second of the chunk. 4-bit elements: one index a pair.
-// The bits of a row ascend with k, in words of the lanes of group g = row % 8; s is the selector:
+// tf32 (one of two): two indices each, 0b0100 the first, 0b1110 the second of the chunk. 4-bit elements: one index a
+// pair. The bits of a row ascend with k, in words of the lanes of group g = row % 8; s is the selector:
 //   16 bits a row                              lane 4g + s, low half for row g, high half for row g + 8
 //   32 bits, 16-bit elements and tf32          lanes 4g + 2s (first half of k) and 4g + 2s + 1, halves as above
 //   32 bits, 8- and 4-bit elements             lane 4g + 2s for row g, lane 4g + 2s + 1 for row g + 8
@@ -245,7 +250,8 @@ void expand_metadata(Element e, int k, const uint32_t* metadata, int selector, u
   }
 }
 
-// ---- products --------------------------------------------------------------------------------------------------------
+// ---- products
+// --------------------------------------------------------------------------------------------------------
 
 constexpr int kMaxK = 128;  // of a sparse product of 4-bit elements; no more than 64 are multiplied for one sum
 
@@ -267,8 +273,8 @@ void run_float(void* const* d, const void* const* a, const void* const* b, const
   }
 }
 
-// a [16][num_terms]; of sparse products `position` says which row of b a term belongs to. What the metadata leave out is
-// not multiplied: zero times infinity would be NaN.
+// a [16][num_terms]; of sparse products `position` says which row of b a term belongs to. What the metadata leave out
+// is not multiplied: zero times infinity would be NaN.
 template <bool kHalf>
 __attribute__((noinline)) void multiply_floats(void* const* d, const void* const* c, const float* a, int num_terms,
                                                const float (*b)[8], const uint8_t* position) {
@@ -296,7 +302,8 @@ __attribute__((noinline)) void multiply_floats(void* const* d, const void* const
 }
 
 template <Element A, Element B, int kK, bool kHalf>
-void run_any_float(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*, int) {
+void run_any_float(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*,
+                   int) {
   alignas(32) float dense_a[16 * kMaxK / 4];
   alignas(32) float dense_b[kMaxK / 4][8];
   expand_any_a<A>(a, 16, kK, dense_a);
@@ -355,7 +362,8 @@ __attribute__((noinline)) void multiply_integers(void* const* d, const void* con
 }
 
 template <Element A, Element B, int kRows, int kK, bool kClamp>
-void run_integer(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*, int) {
+void run_integer(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*,
+                 int) {
   alignas(32) int32_t dense_a[16 * kMaxK / 2];
   alignas(32) int32_t dense_b[kMaxK / 2][8];
   expand_any_a<A>(a, kRows, kK, dense_a);
@@ -392,7 +400,8 @@ void run_bits(void* const* d, const void* const* a, const void* const* b, const 
 }
 
 template <int kRows, int kK>
-void run_double(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*, int) {
+void run_double(void* const* d, const void* const* a, const void* const* b, const void* const* c, const uint32_t*,
+                int) {
   double dense_b[kK][8], sum[kRows][8];
   for (int k = 0; k < kK; ++k) {
     for (int n = 0; n < 8; ++n) dense_b[k][n] = static_cast<const double*>(b[k / 4])[4 * n + k % 4];
@@ -410,11 +419,14 @@ void run_double(void* const* d, const void* const* a, const void* const* b, cons
   }
 }
 
-// ---- the table -------------------------------------------------------------------------------------------------------
+// ---- the table
+// -------------------------------------------------------------------------------------------------------
 
 using Table = std::map<std::string, MatrixOp>;
 
-constexpr uint64_t flops_of(int m, int k) { return uint64_t{2} * static_cast<uint64_t>(m) * 8 * static_cast<uint64_t>(k); }
+constexpr uint64_t flops_of(int m, int k) {
+  return uint64_t{2} * static_cast<uint64_t>(m) * 8 * static_cast<uint64_t>(k);
+}
 
 const char* name_of(Element e) {
   constexpr const char* kNames[] = {"f16", "bf16", "tf32", "e4m3", "e5m2", "s8", "u8", "s4", "u4"};
@@ -423,8 +435,8 @@ const char* name_of(Element e) {
 
 std::string key_of(bool sparse, int m, int k, const char* modifier, const std::string& d, const char* a, const char* b,
                    const std::string& c, const char* behind = "") {
-  return std::string(sparse ? "sp." : "") + "sync.aligned.m" + std::to_string(m) + "n8k" + std::to_string(k) + ".row.col" +
-         modifier + "." + d + "." + a + "." + b + "." + c + behind;
+  return std::string(sparse ? "sp." : "") + "sync.aligned.m" + std::to_string(m) + "n8k" + std::to_string(k) +
+         ".row.col" + modifier + "." + d + "." + a + "." + b + "." + c + behind;
 }
 
 template <Element A, Element B, int kK, bool kHalf>
@@ -442,8 +454,9 @@ void add_float(Table& table) {
   constexpr int kSparseK = 2 * kK;  // the same registers of A
   if constexpr (per_word(A) < 4 || kK == 32) {
     table[key_of(true, 16, kSparseK, "", accumulator, name_of(A), name_of(B), accumulator)] =
-        MatrixOp{kAccumulators, 2 * kWordsB, 2 * kWordsB, kAccumulators, 1, num_selectors(A, kSparseK),
-                 flops_of(16, kSparseK), 4, run_sparse_float<A, B, kSparseK, kHalf>};
+        MatrixOp{kAccumulators,          2 * kWordsB, 2 * kWordsB,
+                 kAccumulators,          1,           num_selectors(A, kSparseK),
+                 flops_of(16, kSparseK), 4,           run_sparse_float<A, B, kSparseK, kHalf>};
   }
 }
 
@@ -454,15 +467,28 @@ void add_integer(Table& table) {
   const auto key = [&](bool sparse, int m, int k) {
     return key_of(sparse, m, k, modifier, "s32", name_of(A), name_of(B), "s32");
   };
-  table[key(false, 8, kStep)] =
-      MatrixOp{2, 1, 1, 2, 0, 0, flops_of(8, kStep), 4, run_integer<A, B, 8, kStep, kClamp>};
+  table[key(false, 8, kStep)] = MatrixOp{2, 1, 1, 2, 0, 0, flops_of(8, kStep), 4, run_integer<A, B, 8, kStep, kClamp>};
   table[key(false, 16, kStep)] =
       MatrixOp{4, 2, 1, 4, 0, 0, flops_of(16, kStep), 4, run_integer<A, B, 16, kStep, kClamp>};
   table[key(false, 16, 2 * kStep)] =
       MatrixOp{4, 4, 2, 4, 0, 0, flops_of(16, 2 * kStep), 4, run_integer<A, B, 16, 2 * kStep, kClamp>};
-  table[key(true, 16, 2 * kStep)] = MatrixOp{4, 2, 2, 4, 1, num_selectors(A, 2 * kStep), flops_of(16, 2 * kStep), 4,
+  table[key(true, 16, 2 * kStep)] = MatrixOp{4,
+                                             2,
+                                             2,
+                                             4,
+                                             1,
+                                             num_selectors(A, 2 * kStep),
+                                             flops_of(16, 2 * kStep),
+                                             4,
                                              run_sparse_integer<A, B, 2 * kStep, kClamp>};
-  table[key(true, 16, 4 * kStep)] = MatrixOp{4, 4, 4, 4, 1, num_selectors(A, 4 * kStep), flops_of(16, 4 * kStep), 4,
+  table[key(true, 16, 4 * kStep)] = MatrixOp{4,
+                                             4,
+                                             4,
+                                             4,
+                                             1,
+                                             num_selectors(A, 4 * kStep),
+                                             flops_of(16, 4 * kStep),
+                                             4,
                                              run_sparse_integer<A, B, 4 * kStep, kClamp>};
 }
 
@@ -493,9 +519,8 @@ void add_bits(Table& table) {
 template <int kRows, int kK>
 void add_double(Table& table) {
   constexpr int kAccumulators = kRows / 4;
-  table[key_of(false, kRows, kK, "", "f64", "f64", "f64", "f64")] =
-      MatrixOp{kAccumulators, kRows / 8 * (kK / 4), kK / 4, kAccumulators, 0, 0, flops_of(kRows, kK), 8,
-               run_double<kRows, kK>};
+  table[key_of(false, kRows, kK, "", "f64", "f64", "f64", "f64")] = MatrixOp{
+      kAccumulators, kRows / 8 * (kK / 4), kK / 4, kAccumulators, 0, 0, flops_of(kRows, kK), 8, run_double<kRows, kK>};
 }
 
 Table make_table() {
@@ -544,7 +569,8 @@ const MatrixOp* find_matrix_op(const std::vector<std::string>& parts) {
   return found == table.end() ? nullptr : &found->second;
 }
 
-// ---- moving 8 x 8 matrices -------------------------------------------------------------------------------------------
+// ---- moving 8 x 8 matrices
+// -------------------------------------------------------------------------------------------
 
 void ldmatrix(const uint8_t* const rows[8], bool transpose, uint32_t* lanes) {
   uint32_t words[kLanes];

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A module of PTX: its variables in host memory, its kernels decoded on demand.
 #include <algorithm>
-#include <cstring>
 #include <bit>
+#include <cstring>
 
 #include "builder.h"
 #include "emulator.h"
@@ -46,7 +46,8 @@ void Module::place_variables() {
     if (variable.space != ptx::Space::kGlobal && variable.space != ptx::Space::kConst) continue;
     std::string where = name_ + ":" + std::to_string(variable.ptx_line) + ": ";
     Type type = type_of(variable.type);
-    if (type == Type::kNone && (variable.type == "texref" || variable.type == "samplerref" || variable.type == "surfref"))
+    if (type == Type::kNone &&
+        (variable.type == "texref" || variable.type == "samplerref" || variable.type == "surfref"))
       throw Error(where + "textures and surfaces are not emulated");
     if (type == Type::kNone || type == Type::kPred) throw Error(where + "unknown type ." + variable.type);
     if (variable.is_extern) continue;
@@ -152,7 +153,7 @@ const Function* Module::find(const std::string& name) const {
   info.static_smem = function->program_->static_smem;
   info.local_bytes = function->program_->codes[0]->local_bytes;
   info.num_registers = function->program_->codes[0]->num_words;
-  auto count = [](const uint32_t(&dims)[3]) { return dims[0] * dims[1] * dims[2]; };
+  auto count = [](const uint32_t (&dims)[3]) { return dims[0] * dims[1] * dims[2]; };
   info.max_threads = count(syntax->max_threads);
   if (uint32_t required = count(syntax->required_threads)) {
     info.max_threads = required;

@@ -8,7 +8,8 @@
 
 namespace emulator::numerics {
 
-// ---- formats ---------------------------------------------------------------------------------------------------------
+// ---- formats
+// ---------------------------------------------------------------------------------------------------------
 
 Decoded decode(const Format& format, uint64_t bits) {
   const uint64_t magnitude = bits & (format.sign() - 1);
@@ -53,8 +54,7 @@ uint64_t round_to(const Format& format, Rounding rounding, bool saturate_finite,
   const int lowest = 1 - format.bias();  // exponent of the smallest normal number
   const int step = std::max(leading, lowest) - format.mantissa_bits;
   const int shift = step - exponent;
-  const uint64_t kept =
-      shift <= 0 ? significand << -shift : shift_rounded(rounding, negative, significand, shift);
+  const uint64_t kept = shift <= 0 ? significand << -shift : shift_rounded(rounding, negative, significand, shift);
   // The hidden bit of a normal number adds one to the exponent field, and so does a carry out of the mantissa.
   const uint64_t sign = negative ? format.sign() : 0;
   const int field = std::max(leading, lowest) - lowest;
@@ -159,7 +159,8 @@ bool test_property(Test test, const Format& format, uint64_t bits) {
   return false;
 }
 
-// ---- arithmetic of 32 lanes ------------------------------------------------------------------------------------------
+// ---- arithmetic of 32 lanes
+// ------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -247,7 +248,8 @@ void lanes_arithmetic(FloatOp op, FloatControl control, double* d, const double*
   arithmetic(op, control, d, a, b, c);
 }
 
-// ---- functions -------------------------------------------------------------------------------------------------------
+// ---- functions
+// -------------------------------------------------------------------------------------------------------
 
 void lanes_ex2(float* d, const float* a) {
   // 2^f on [-1/2, 1/2], interpolated at Chebyshev nodes: relative error 2^-51.

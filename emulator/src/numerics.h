@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// numerics.h: the arithmetic of PTX ISA 9.0 on bit patterns. Pure functions; nothing here knows a warp or an instruction.
+// numerics.h: the arithmetic of PTX ISA 9.0 on bit patterns. Pure functions; nothing here knows a warp or an
+// instruction.
 //
-// Scalar part  round_to(), decode() and convert() handle every floating format the ISA has, with every rounding mode, by
+// Scalar part  round_to(), decode() and convert() handle every floating format the ISA has, with every rounding mode,
+// by
 //              one integer algorithm. The rest of the file is arithmetic that must be fast.
-// Lane part    functions named lanes_* work on the 32 lanes of a warp. They are straight loops without branches, so that
+// Lane part    functions named lanes_* work on the 32 lanes of a warp. They are straight loops without branches, so
+// that
 //              -O3 -mavx2 -mfma vectorises them; they compute the same bits without these options.
 // NaN          results are canonical: 0x7fffffff (f32, tf32), 0x7fff (f16, bf16), 0x7f (e4m3, e5m2), 0xfff8000000000000
 //              (f64). Conversions that only widen bf16 keep the payload, as the hardware's shift does.
 // Must be compiled with -ffp-contract=off: a product and a sum that PTX rounds twice are never fused.
 #pragma once
 
-// Nobody reads the host's floating-point exceptions or errno. Without saying so, gcc does not vectorise a loop that selects
-// between two floats; so this header comes first in the files that have such loops.
+// Nobody reads the host's floating-point exceptions or errno. Without saying so, gcc does not vectorise a loop that
+// selects between two floats; so this header comes first in the files that have such loops.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-trapping-math", "no-math-errno")
 #endif
@@ -27,12 +30,13 @@ inline constexpr int kLanes = 32;
 // kRna is to nearest, ties away from zero. The integer roundings rni rzi rmi rpi are kRn kRz kRm kRp.
 enum class Rounding : uint8_t { kRn, kRz, kRm, kRp, kRna };
 
-// ---- formats ---------------------------------------------------------------------------------------------------------
+// ---- formats
+// ---------------------------------------------------------------------------------------------------------
 
 struct Format {
   int exponent_bits, mantissa_bits;
-  uint64_t nan;        // canonical
-  bool has_infinity;   // e4m3 has none: its largest exponent holds numbers, and one NaN per sign
+  uint64_t nan;       // canonical
+  bool has_infinity;  // e4m3 has none: its largest exponent holds numbers, and one NaN per sign
   bool has_nan = true;
 
   constexpr int width() const { return 1 + exponent_bits + mantissa_bits; }
@@ -69,9 +73,10 @@ struct Decoded {
 
 Decoded decode(const Format& format, uint64_t bits);
 
-// The pattern of a nonzero number rounded to a format. The lowest bit of the significand may be sticky (stand for anything
-// between it and the next), provided that at least two bits are rounded away. Too large numbers become infinity, or the
-// largest finite number where the rounding mode, `saturate_finite` or the format says so; NaN in a format with nothing else.
+// The pattern of a nonzero number rounded to a format. The lowest bit of the significand may be sticky (stand for
+// anything between it and the next), provided that at least two bits are rounded away. Too large numbers become
+// infinity, or the largest finite number where the rounding mode, `saturate_finite` or the format says so; NaN in a
+// format with nothing else.
 uint64_t round_to(const Format& format, Rounding rounding, bool saturate_finite, bool negative, uint64_t significand,
                   int exponent);
 
@@ -86,8 +91,8 @@ struct ConvertOptions {
 
 uint64_t convert(const Format& to, const Format& from, uint64_t bits, const ConvertOptions& options);
 
-// Two's complement of the rounded value in num_bits, clamped to the range; see the ISA for NaN: 0, or the pattern with only
-// the highest bit set when the source is f64 or the destination has 64 bits. Sign- or zero-extended to 64 bits.
+// Two's complement of the rounded value in num_bits, clamped to the range; see the ISA for NaN: 0, or the pattern with
+// only the highest bit set when the source is f64 or the destination has 64 bits. Sign- or zero-extended to 64 bits.
 uint64_t to_integer(const Format& from, uint64_t bits, int num_bits, bool is_signed, Rounding rounding, bool ftz);
 uint64_t from_integer(const Format& to, uint64_t value, int num_bits, bool is_signed, const ConvertOptions& options);
 
@@ -98,7 +103,8 @@ inline uint64_t extend(uint64_t value, int num_bits, bool is_signed) {
 }
 uint64_t clamp_integer(uint64_t value, bool value_is_signed, int num_bits, bool is_signed);
 
-// ---- f32 and f64, one lane -------------------------------------------------------------------------------------------
+// ---- f32 and f64, one lane
+// -------------------------------------------------------------------------------------------
 
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline double as_double(uint64_t bits) { return std::bit_cast<double>(bits); }
@@ -138,7 +144,8 @@ inline float minimum(float a, float b) {
 double maximum(double a, double b);
 double minimum(double a, double b);
 
-// ---- f16 and bf16, one lane ------------------------------------------------------------------------------------------
+// ---- f16 and bf16, one lane
+// ------------------------------------------------------------------------------------------
 
 // Rounds to nearest even. Two roundings to one are avoided where it matters by round_odd below.
 inline uint32_t bf16_from_float(float x) {
@@ -150,7 +157,8 @@ inline uint32_t f16_from_float(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the sum with 0.5 has the subnormal, rounded, in its last bits. Elsewhere: round, then rebase the exponent.
+  // Below 2^-14 the sum with 0.5 has the subnormal, rounded, in its last bits. Elsewhere: round, then rebase the
+  // exponent.
   const uint32_t subnormal = bits_of(as_float(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
@@ -167,8 +175,8 @@ inline float float_from_f16(uint32_t bits) {
   return as_float(magnitude < 0x0f800000u ? finite | sign : special == 0x7f800000u ? special | sign : special);
 }
 
-// The sum s + error, error being what rounding s lost, rounded to odd: the last bit of an inexact result is set, so that a
-// second rounding to a format at least two bits shorter gives what one rounding of the exact sum gives.
+// The sum s + error, error being what rounding s lost, rounded to odd: the last bit of an inexact result is set, so
+// that a second rounding to a format at least two bits shorter gives what one rounding of the exact sum gives.
 inline float round_odd(float s, float error) {
   const uint32_t bits = bits_of(s);
   const bool inexact = (error > 0.0f) | (error < 0.0f);
@@ -189,8 +197,8 @@ inline T sum_error(T a, T b, T s) {
   const T virtual_b = s - a;
   return (a - (s - virtual_b)) + (b - virtual_b);
 }
-// A double as the float next to it whose last bit is set when it is inexact; overflow becomes the largest float, which every
-// shorter format rounds as it would round the double.
+// A double as the float next to it whose last bit is set when it is inexact; overflow becomes the largest float, which
+// every shorter format rounds as it would round the double.
 inline float odd_float(double x) {
   const float nearest = static_cast<float>(x);
   const double rest = x - static_cast<double>(nearest);
@@ -214,7 +222,8 @@ inline float bf16_fma(float a, float b, float c) {
   return odd_float(round_odd(sum, sum_error(product, static_cast<double>(c), sum)));
 }
 
-// ---- comparisons -----------------------------------------------------------------------------------------------------
+// ---- comparisons
+// -----------------------------------------------------------------------------------------------------
 
 // As PTX names them; those ending in u are true also when an operand is NaN.
 enum class Compare : uint8_t { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
@@ -244,7 +253,8 @@ inline bool compare(Compare how, T a, T b) {
 enum class Test : uint8_t { kFinite, kInfinite, kNumber, kNotANumber, kNormal, kSubnormal };
 bool test_property(Test test, const Format& format, uint64_t bits);
 
-// ---- 32 lanes --------------------------------------------------------------------------------------------------------
+// ---- 32 lanes
+// --------------------------------------------------------------------------------------------------------
 
 // d = a op b (op c), rounded in any direction. kSqrt and kRcp use a only.
 enum class FloatOp : uint8_t { kAdd, kSub, kMul, kFma, kDiv, kSqrt, kRcp };
@@ -263,7 +273,7 @@ void lanes_sin(float* d, const float* a);
 void lanes_cos(float* d, const float* a);
 void lanes_tanh(float* d, const float* a);
 void lanes_div_approx(float* d, const float* a, const float* b);
-double rcp_approx_ftz(double a);    // from the upper half of a; the lower half of the result is zero
+double rcp_approx_ftz(double a);  // from the upper half of a; the lower half of the result is zero
 double rsqrt_approx_ftz(double a);
 
 // Packed pairs: the low half of the register is the element that PTX numbers first.

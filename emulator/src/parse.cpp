@@ -11,7 +11,7 @@ namespace emulator::ptx {
 namespace {
 
 using Kind = Token::Kind;
-constexpr int kMaxNesting = 64;              // of operands and initialisers
+constexpr int kMaxNesting = 64;  // of operands and initialisers
 constexpr uint64_t kMaxVariableBytes = 1ull << 36;
 constexpr int kMaxRegistersOfName = 1 << 20;
 
@@ -19,8 +19,8 @@ struct SpaceName {
   std::string_view word;
   Space space;
 };
-constexpr SpaceName kSpaces[] = {{"reg", Space::kReg},       {"param", Space::kParam},   {"global", Space::kGlobal},
-                                 {"const", Space::kConst},   {"shared", Space::kShared}, {"local", Space::kLocal},
+constexpr SpaceName kSpaces[] = {{"reg", Space::kReg},           {"param", Space::kParam},   {"global", Space::kGlobal},
+                                 {"const", Space::kConst},       {"shared", Space::kShared}, {"local", Space::kLocal},
                                  {"shared::cta", Space::kShared}};
 
 std::optional<Space> space_of_word(const Token& token) {
@@ -33,6 +33,8 @@ std::optional<Space> space_of_word(const Token& token) {
 class Parser {
  public:
   Parser(std::string_view text, const std::string& name) : lexer_(text, name) {}
+
+  using Position = std::array<int, 3>;  // file, line, column
 
   Module parse() {
     while (!lexer_.at_end()) top_level();
@@ -108,7 +110,8 @@ class Parser {
 
   void declaration() {
     bool is_extern = false;
-    while (linkage(&is_extern)) {}
+    while (linkage(&is_extern)) {
+    }
     if (lexer_.take_dotted("entry")) return function(true);
     if (lexer_.take_dotted("func")) return function(false);
     if (!space_of_word(lexer_.peek())) lexer_.error("expected a directive, a variable or a function");
@@ -283,7 +286,8 @@ class Parser {
   void body(Function& function) {
     function.scope_parents = {-1};
     std::vector<int> scopes = {0};
-    Location location;
+    function.locations = {{}};
+    inlined_.clear();
     for (;;) {
       if (lexer_.at_end()) lexer_.error("expected '}'");
       int scope = scopes.back();
@@ -295,42 +299,57 @@ class Parser {
         if (scopes.empty()) return;
       } else if (lexer_.take(';')) {
       } else if (lexer_.peek().kind == Kind::kDotted) {
-        directive(function, scope, location);
+        directive(function, scope);
       } else {
-        statement(function, scope, location);
+        statement(function, scope);
       }
     }
   }
 
-  void directive(Function& function, int scope, Location& location) {
-    if (lexer_.take_dotted("loc")) {
-      int file_idx = static_cast<int>(lexer_.expect_integer("a file number"));
-      int line = static_cast<int>(lexer_.expect_integer("a line number"));
-      if (line > 0) location = {file_idx, line};  // line 0: made by the compiler, stays with the line before
-      lexer_.expect_integer("a column");
-      while (lexer_.take(',')) {  // function_name label [+ n], inlined_at file line column
-        if (lexer_.expect_name("'inlined_at'") == "inlined_at") {
-          for (int i = 0; i < 3; i++) lexer_.expect_integer("a line");
-        } else {
-          lexer_.next();
-          if (lexer_.take('+')) lexer_.expect_integer("an offset");
-        }
+  // .loc file line column [, function_name label [+ n], inlined_at file line column]
+  void location(Function& function) {
+    Position at = position(), inlined_at{};
+    while (lexer_.take(',')) {
+      if (lexer_.expect_name("'inlined_at'") == "inlined_at") {
+        inlined_at = position();
+      } else {
+        lexer_.next();
+        if (lexer_.take('+')) lexer_.expect_integer("an offset");
       }
+    }
+    if (at[1] <= 0) return;  // made by the compiler: stays with the line before
+    inlined_[at] = inlined_at;
+    Locations locations;
+    for (Position p = at; p[1] > 0 && locations.size() < kMaxNesting; p = inlined_[p])
+      locations.push_back({p[0], p[1]});
+    function.locations.push_back(std::move(locations));
+  }
+
+  Position position() {
+    Position out;
+    for (int& value : out) value = static_cast<int>(lexer_.expect_integer("a file, a line and a column"));
+    return out;
+  }
+
+  void directive(Function& function, int scope) {
+    if (lexer_.take_dotted("loc")) {
+      location(function);
     } else if (lexer_.take_dotted("pragma")) {
       skip_to_semicolon();
     } else if (lexer_.take_dotted("file")) {
       file();
     } else {
       bool is_extern = false;
-      while (linkage(&is_extern)) {}
+      while (linkage(&is_extern)) {
+      }
       variables(function.variables, is_extern, scope);
     }
   }
 
-  void statement(Function& function, int scope, const Location& location) {
+  void statement(Function& function, int scope) {
     Instruction in;
     in.scope = scope;
-    in.location = location;
+    in.locations = static_cast<uint32_t>(function.locations.size()) - 1;
     in.ptx_line = lexer_.peek().line;
     if (lexer_.take('@')) {
       in.guard_negated = lexer_.take('!');
@@ -485,6 +504,7 @@ class Parser {
   Lexer lexer_;
   Module module_;
   bool pointer_attributes_ = false;
+  std::map<Position, Position> inlined_;  // where the code of a position was inlined last, {} for nowhere
 };
 
 }  // namespace

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The dense form of a kernel, and how a family of instructions decodes itself into it.
 //
-// A family is a function `bool decode_xyz(Decoder&, const ptx::Instruction&, Instruction& out)`, declared below and listed
-// in the table of decode.cpp. It looks at `in.parts[0]`, returns false for what is not its own, and otherwise fills `out`
-// (execute, operands, cls and, where it needs them, immediate, aux, data) or calls decoder.error(). The pattern:
+// A family is a function `bool decode_xyz(Decoder&, const ptx::Instruction&, Instruction& out)`, declared below and
+// listed in the table of decode.cpp. It looks at `in.parts[0]`, returns false for what is not its own, and otherwise
+// fills `out` (execute, operands, cls and, where it needs them, immediate, aux, data) or calls decoder.error(). The
+// pattern:
 //
 //   Modifiers mods(decoder, in);                       // the parts behind the mnemonic
 //   bool sat = mods.take("sat"); Type type = mods.take_type();
@@ -42,16 +43,44 @@ struct Instruction;
 constexpr int kWarpLanes = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// ---- Types -----------------------------------------------------------------------------------------------------------
+// ---- Types
+// -----------------------------------------------------------------------------------------------------------
 enum class Type : uint8_t {
-  kNone, kPred, kB8, kB16, kB32, kB64, kB128, kU8, kU16, kU32, kU64, kS8, kS16, kS32, kS64,
-  kF16, kF16x2, kBF16, kBF16x2, kTF32, kF32, kF64, kE4M3, kE5M2, kE4M3x2, kE5M2x2, kU16x2, kS16x2, kF32x2
+  kNone,
+  kPred,
+  kB8,
+  kB16,
+  kB32,
+  kB64,
+  kB128,
+  kU8,
+  kU16,
+  kU32,
+  kU64,
+  kS8,
+  kS16,
+  kS32,
+  kS64,
+  kF16,
+  kF16x2,
+  kBF16,
+  kBF16x2,
+  kTF32,
+  kF32,
+  kF64,
+  kE4M3,
+  kE5M2,
+  kE4M3x2,
+  kE5M2x2,
+  kU16x2,
+  kS16x2,
+  kF32x2
 };
 Type type_of(std::string_view name);  // "u32"; kNone when it names no type
 uint32_t num_bytes(Type type);        // kPred: 4, a mask of the 32 lanes
 const char* name_of(Type type);
-bool is_signed(Type type);            // s8 ... s64
-bool is_integer(Type type);           // u*, s*, b*
+bool is_signed(Type type);   // s8 ... s64
+bool is_integer(Type type);  // u*, s*, b*
 bool is_float(Type type);
 
 // State spaces of addresses. Addresses are: global, const: the host address. Shared: the offset in the block's shared
@@ -60,9 +89,10 @@ bool is_float(Type type);
 // address, or one of the windows of machine.h (`space_of(address)`).
 enum class Space : uint8_t { kGeneric, kGlobal, kConst, kShared, kLocal, kParam, kSharedCluster };
 
-// ---- Operands --------------------------------------------------------------------------------------------------------
-// Where a value of 32 lanes stands: `warp.lanes<T>(operand)` is a T[32] aligned to 64 bytes, T as wide as the register
-// was declared. Predicates are one uint32_t, bit i for lane i. Banks: registers of the frame, constants (immediates,
+// ---- Operands
+// -------------------------------------------------------------------------------------------------------- Where a
+// value of 32 lanes stands: `warp.lanes<T>(operand)` is a T[32] aligned to 64 bytes, T as wide as the register was
+// declared. Predicates are one uint32_t, bit i for lane i. Banks: registers of the frame, constants (immediates,
 // addresses of variables; never written), special registers of the warp, and a sink that takes what `_` discards.
 struct Operand {
   enum Bank : uint32_t { kRegisters = 0, kConstants = 1, kSpecials = 2, kSink = 3 };
@@ -88,7 +118,8 @@ struct Address {
   bool uniform = false;
 };
 
-// ---- Instructions ----------------------------------------------------------------------------------------------------
+// ---- Instructions
+// ----------------------------------------------------------------------------------------------------
 using Execute = void (*)(Warp&, const Instruction&);
 
 struct Instruction {
@@ -107,11 +138,11 @@ struct Instruction {
   uint8_t flags = 0;
   enum Flag : uint8_t {
     kGuarded = 1,
-    kChecksReads = 2,    // may read a register nobody wrote
-    kTracksWrites = 4,   // writes a register that such an instruction reads
-    kPropagates = 8,     // a move: copies "unwritten" instead of reporting it
-    kEndsBlock = 16,     // control does not go to the next instruction (when there is no guard)
-    kBranch = 32,        // goes to target, or to Code::jump_tables
+    kChecksReads = 2,   // may read a register nobody wrote
+    kTracksWrites = 4,  // writes a register that such an instruction reads
+    kPropagates = 8,    // a move: copies "unwritten" instead of reporting it
+    kEndsBlock = 16,    // control does not go to the next instruction (when there is no guard)
+    kBranch = 32,       // goes to target, or to Code::jump_tables
     kSlow = kChecksReads | kTracksWrites,
   };
 };
@@ -125,8 +156,9 @@ struct RegisterUse {
 };
 
 struct InstructionInfo {
-  std::string text;  // "ld.global.u32"
-  SourceLine where;
+  std::string text;   // "ld.global.u32"
+  SourceLine where;   // innermost line that is not in a header of the CUDA toolkit
+  SourceLine caller;  // where that was inlined, as far out as it goes; line 0: nowhere
   int ptx_line = 0;
   std::vector<RegisterUse> uses;
 };
@@ -154,13 +186,13 @@ struct Code {
   std::vector<InstructionInfo> info;  // beside instructions
   std::byte* constants = nullptr;     // the bank of constants
   std::unique_ptr<std::byte[]> constants_storage;
-  uint32_t register_bytes = 0;        // the bank of registers; a frame pointer (u64 lanes) stands at offset 0
-  uint32_t num_words = 0;             // 32-bit words of registers as declared
-  uint32_t local_bytes = 0;           // local variables, parameters and call parameters of a frame, a lane
+  uint32_t register_bytes = 0;  // the bank of registers; a frame pointer (u64 lanes) stands at offset 0
+  uint32_t num_words = 0;       // 32-bit words of registers as declared
+  uint32_t local_bytes = 0;     // local variables, parameters and call parameters of a frame, a lane
   uint32_t first_pc = 0;
-  uint32_t num_tracked = 0;           // registers whose written lanes are tracked at run time
+  uint32_t num_tracked = 0;  // registers whose written lanes are tracked at run time
   std::vector<RegisterCheck> checks;
-  std::vector<uint32_t> written_at_entry;  // tracked ones that hold parameters
+  std::vector<uint32_t> written_at_entry;                 // tracked ones that hold parameters
   std::map<uint32_t, std::vector<uint32_t>> jump_tables;  // of brx.idx: instruction -> targets
   std::vector<ParamSlot> params, results;
 };
@@ -178,7 +210,8 @@ struct Program {
   const InstructionInfo& info(uint32_t pc) const { return places[pc].first->info[places[pc].second]; }
 };
 
-// ---- Decoding --------------------------------------------------------------------------------------------------------
+// ---- Decoding
+// --------------------------------------------------------------------------------------------------------
 class CodeBuilder;  // decode.cpp
 
 class Decoder {
@@ -251,15 +284,15 @@ class Modifiers {
 // The families. All are tried in this order until one takes the instruction.
 bool decode_integer(Decoder&, const ptx::Instruction&, Instruction&);  // CORE: integer, logic, setp, selp, mov
 bool decode_control(Decoder&, const ptx::Instruction&, Instruction&);  // CORE: bra, call, ret, exit, bar, trap
-bool decode_float(Decoder&, const ptx::Instruction&, Instruction&);    // NUMERICS: f16 bf16 f32 f64 arithmetic, set, setp
+bool decode_float(Decoder&, const ptx::Instruction&, Instruction&);  // NUMERICS: f16 bf16 f32 f64 arithmetic, set, setp
 bool decode_convert(Decoder&, const ptx::Instruction&, Instruction&);  // NUMERICS: cvt
 bool decode_matrix(Decoder&, const ptx::Instruction&, Instruction&);   // NUMERICS: mma, ldmatrix, stmatrix, movmatrix
 bool decode_memory(Decoder&, const ptx::Instruction&, Instruction&);   // SHADOW: ld st atom red cvta fence ...
 bool decode_async(Decoder&, const ptx::Instruction&, Instruction&);    // SHADOW: cp.async, mbarrier
 bool decode_warp(Decoder&, const ptx::Instruction&, Instruction&);     // SHADOW: shfl vote match redux bar.warp elect
-// Ownership where mnemonics meet: integer takes add sub mul mad min max abs neg set setp selp slct mov with types u, s, b
-// and pred only and returns false for f16 bf16 f32 f64 and x2 floats, which are float's (also selp.f32 and mov.f32 are
-// integer's: bits). bar.warp.sync is warp's, every other bar and barrier is control's.
+// Ownership where mnemonics meet: integer takes add sub mul mad min max abs neg set setp selp slct mov with types u, s,
+// b and pred only and returns false for f16 bf16 f32 f64 and x2 floats, which are float's (also selp.f32 and mov.f32
+// are integer's: bits). bar.warp.sync is warp's, every other bar and barrier is control's.
 
 // Decodes kernel `name` with everything it reaches. Throws Error.
 std::shared_ptr<const Program> decode_program(const Module& module, const ptx::Module& syntax, const std::string& name,

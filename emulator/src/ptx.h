@@ -32,9 +32,11 @@ struct Operand {
   std::vector<Operand> elements;
 };
 
-struct Location {  // of .loc: the innermost line
+// Of .loc: where an instruction comes from, the innermost line first, then where each was inlined.
+struct Location {
   int file = 0, line = 0;
 };
+using Locations = std::vector<Location>;
 
 struct Instruction {
   std::vector<std::string> parts;  // "ld", "global", "u32"; "sp::ordered_metadata" stays one part
@@ -42,8 +44,8 @@ struct Instruction {
   std::string guard;  // predicate register, or empty
   bool guard_negated = false;
   int ptx_line = 0;
-  int scope = 0;  // of Function::scope_parents
-  Location location;
+  int scope = 0;             // of Function::scope_parents
+  uint32_t locations = 0;    // index of Function::locations
   std::string text() const;  // "ld.global.u32"
 };
 
@@ -76,6 +78,7 @@ struct Function {
   std::vector<Variable> variables;  // .reg, .param, .local, .shared of all scopes
   std::vector<int> scope_parents;   // [scope] -> enclosing scope; scope 0 is the body and has parent -1
   std::vector<Instruction> instructions;
+  std::vector<Locations> locations;                        // 0: none
   std::map<std::pair<int, std::string>, uint32_t> labels;  // (scope, label) -> index of the next instruction
   std::map<std::pair<int, std::string>, std::vector<std::string>> branch_targets;  // .branchtargets, .calltargets
   std::map<std::pair<int, std::string>, Prototype> prototypes;

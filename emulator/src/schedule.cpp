@@ -25,7 +25,8 @@ std::byte* align_up(std::byte* p, size_t align) {
 
 }  // namespace
 
-// ---- block -----------------------------------------------------------------------------------------------------------
+// ---- block
+// -----------------------------------------------------------------------------------------------------------
 Block::Block(LaunchState& launch, Counters* counters) : launch_(&launch), counters_(counters) {
   const uint32_t* dims = launch.launch().block;
   num_threads_ = static_cast<int>(dims[0] * dims[1] * dims[2]);
@@ -100,7 +101,8 @@ void Block::report_stuck(Fault fault) {
   if (fault == Fault::kDeadlock) {
     for (int id = 0; id < kNumBarriers; id++) {
       const Barrier& barrier = barriers_[id];
-      bool left = barrier.arrived && barrier.expected != Barrier::kAllThreads && live_threads_ < static_cast<uint32_t>(num_threads_);
+      bool left = barrier.arrived && barrier.expected != Barrier::kAllThreads &&
+                  live_threads_ < static_cast<uint32_t>(num_threads_);
       if (left) fault = Fault::kBarrier;
     }
   }
@@ -136,7 +138,8 @@ void Block::report_stuck(Fault fault) {
   launch_->stop();
 }
 
-// ---- barriers --------------------------------------------------------------------------------------------------------
+// ---- barriers
+// --------------------------------------------------------------------------------------------------------
 void Block::arrive_at_barrier(int id, Warp& warp, uint32_t lanes, uint32_t counted, uint32_t lanes_true) {
   Barrier& barrier = barriers_[id];
   barrier.arrived += counted;
@@ -173,11 +176,13 @@ void Block::threads_exited(uint32_t count) {
   note_progress();
   for (int id = 0; id < kNumBarriers; id++) {
     Barrier& barrier = barriers_[id];
-    if (barrier.arrived && barrier.expected == Barrier::kAllThreads && barrier.threads >= live_threads_) complete_barrier(id);
+    if (barrier.arrived && barrier.expected == Barrier::kAllThreads && barrier.threads >= live_threads_)
+      complete_barrier(id);
   }
 }
 
-// ---- launch ----------------------------------------------------------------------------------------------------------
+// ---- launch
+// ----------------------------------------------------------------------------------------------------------
 LaunchState::LaunchState(const Function& function, const Launch& launch, const Options& options)
     : function_(function), launch_(launch), options_(options) {
   params_storage_ = std::make_unique<std::byte[]>(launch.params_bytes + 2 * 64);
@@ -259,7 +264,8 @@ LaunchOutcome launch(const Module&, const Function& function, const Launch& laun
   const FunctionInfo& info = function.info();
   auto fail = [&](const std::string& text) { throw Error("launch of " + info.name + ": " + text); };
   if (launch.params_bytes != info.params_bytes)
-    fail("the kernel takes " + std::to_string(info.params_bytes) + " bytes of parameters, not " + std::to_string(launch.params_bytes));
+    fail("the kernel takes " + std::to_string(info.params_bytes) + " bytes of parameters, not " +
+         std::to_string(launch.params_bytes));
   uint64_t threads = 1;
   for (int i = 0; i < 3; i++) {
     if (launch.grid[i] == 0 || launch.block[i] == 0) fail("a grid or block of size zero");
@@ -271,7 +277,8 @@ LaunchOutcome launch(const Module&, const Function& function, const Launch& laun
   }
   if (threads > 1024) fail(std::to_string(threads) + " threads in a block, at most 1024 are possible");
   if (info.max_threads && threads > info.max_threads)
-    fail(std::to_string(threads) + " threads in a block, the kernel is compiled for at most " + std::to_string(info.max_threads));
+    fail(std::to_string(threads) + " threads in a block, the kernel is compiled for at most " +
+         std::to_string(info.max_threads));
   if (launch.dynamic_smem > 1u << 24) fail("more than 16 MiB of shared memory");
   return LaunchState(function, launch, options).run();
 }

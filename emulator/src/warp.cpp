@@ -26,7 +26,8 @@ std::string hex(uint32_t value) {
 
 }  // namespace
 
-// ---- start -----------------------------------------------------------------------------------------------------------
+// ---- start
+// -----------------------------------------------------------------------------------------------------------
 void Warp::start(Block& block, int index, uint32_t absent) {
   block_ = &block;
   index_ = index;
@@ -56,7 +57,8 @@ void Warp::start(Block& block, int index, uint32_t absent) {
   if (first_block) set_special_lanes(block.launch().launch().block);
   for (int dim = 0; dim < 3; dim++) {
     uint32_t special = static_cast<uint32_t>(Special::kCtaidX) + static_cast<uint32_t>(dim);
-    std::fill_n(lanes<uint32_t>(Operand::at(Operand::kSpecials, special * kSpecialBytes)), kWarpLanes, block.index()[dim]);
+    std::fill_n(lanes<uint32_t>(Operand::at(Operand::kSpecials, special * kSpecialBytes)), kWarpLanes,
+                block.index()[dim]);
   }
   Frame* frame = new_frame(kernel, 0);
   add_fragment(frame, nullptr, 0, ~absent, kNoReconvergence);
@@ -66,14 +68,16 @@ void Warp::start(Block& block, int index, uint32_t absent) {
 void Warp::set_special_lanes(const uint32_t (&ntid)[3]) {
   const Launch& launch = block_->launch().launch();
   auto all = [&](Special special, uint32_t value) {
-    std::fill_n(lanes<uint32_t>(Operand::at(Operand::kSpecials, static_cast<uint32_t>(special) * kSpecialBytes)), kWarpLanes, value);
+    std::fill_n(lanes<uint32_t>(Operand::at(Operand::kSpecials, static_cast<uint32_t>(special) * kSpecialBytes)),
+                kWarpLanes, value);
   };
   auto each = [&](Special special, auto&& value) {
     uint32_t* out = lanes<uint32_t>(Operand::at(Operand::kSpecials, static_cast<uint32_t>(special) * kSpecialBytes));
     for (uint32_t lane = 0; lane < kWarpLanes; lane++) out[lane] = value(lane);
   };
   auto wide = [&](Special special, uint64_t value) {
-    std::fill_n(lanes<uint64_t>(Operand::at(Operand::kSpecials, static_cast<uint32_t>(special) * kSpecialBytes)), kWarpLanes, value);
+    std::fill_n(lanes<uint64_t>(Operand::at(Operand::kSpecials, static_cast<uint32_t>(special) * kSpecialBytes)),
+                kWarpLanes, value);
   };
   uint32_t first = static_cast<uint32_t>(index_) * kWarpLanes;
   each(Special::kTidX, [&](uint32_t lane) { return (first + lane) % ntid[0]; });
@@ -105,7 +109,8 @@ void Warp::set_special_lanes(const uint32_t (&ntid)[3]) {
   wide(Special::kParamBase, reinterpret_cast<uint64_t>(block_->params()));
 }
 
-// ---- frames ----------------------------------------------------------------------------------------------------------
+// ---- frames
+// ----------------------------------------------------------------------------------------------------------
 Frame* Warp::new_frame(const Code& code, uint32_t local_base) {
   Frame* frame = nullptr;
   if (!free_frames_.empty()) {
@@ -139,9 +144,8 @@ void Warp::release_frame(Frame* frame) {
 bool Warp::grow_local(uint32_t top, const Instruction& in) {
   if (top <= local_stride_) return true;
   if (top > kMaxLocalBytes) {
-    fault(Fault::kOutOfBounds, in, std::countr_zero(active_), [] {
-      return std::string("the stack of a thread grew beyond 512 KiB: endless recursion?");
-    });
+    fault(Fault::kOutOfBounds, in, std::countr_zero(active_),
+          [] { return std::string("the stack of a thread grew beyond 512 KiB: endless recursion?"); });
     end_launch();
     return false;
   }
@@ -156,7 +160,8 @@ bool Warp::grow_local(uint32_t top, const Instruction& in) {
   return true;
 }
 
-// ---- faults and waiting ----------------------------------------------------------------------------------------------
+// ---- faults and waiting
+// ----------------------------------------------------------------------------------------------
 bool Warp::again(Fault fault, const Instruction& in) { return block_->launch().reports().again(fault, &in); }
 
 void Warp::add_report(Fault fault, const Instruction& in, int lane, std::string text) {
@@ -164,7 +169,13 @@ void Warp::add_report(Fault fault, const Instruction& in, int lane, std::string 
   Report report;
   report.fault = fault;
   report.kernel = launch.kernel();
-  report.where = launch.program().info(in.pc).where;
+  const InstructionInfo& info = launch.program().info(in.pc);
+  report.where = info.where;
+  if (info.caller.line > 0) {
+    size_t slash = info.caller.file.find_last_of('/');
+    text += " (inlined at " + info.caller.file.substr(slash == std::string::npos ? 0 : slash + 1) + ":" +
+            std::to_string(info.caller.line) + ")";
+  }
   std::copy_n(block_->index(), 3, report.block);
   const uint32_t* ntid = launch.launch().block;
   uint32_t linear = static_cast<uint32_t>(thread(lane & (kWarpLanes - 1)));
@@ -215,13 +226,15 @@ std::string Warp::describe_waits() const {
     if (fragment->state == Fragment::State::kBarrier) out += " of barrier " + std::to_string(fragment->barrier);
     if (info.where.line > 0) {
       size_t slash = info.where.file.find_last_of('/');
-      out += " (" + info.where.file.substr(slash == std::string::npos ? 0 : slash + 1) + ":" + std::to_string(info.where.line) + ")";
+      out += " (" + info.where.file.substr(slash == std::string::npos ? 0 : slash + 1) + ":" +
+             std::to_string(info.where.line) + ")";
     }
   }
   return out;
 }
 
-// ---- unwritten registers ---------------------------------------------------------------------------------------------
+// ---- unwritten registers
+// ---------------------------------------------------------------------------------------------
 void Warp::check_reads(const Instruction& in, uint32_t lanes) {
   const RegisterCheck& check = current_->frame->code->checks[in.check];
   uint32_t guarded = in.flags & Instruction::kGuarded ? lanes & mask(in.guard) : lanes;
@@ -243,7 +256,8 @@ void Warp::track_writes(const Instruction& in) {
   for (uint32_t to : check.writes) frame.written[to] = (frame.written[to] & ~active_) | written;
 }
 
-// ---- the loop --------------------------------------------------------------------------------------------------------
+// ---- the loop
+// --------------------------------------------------------------------------------------------------------
 Fragment* Warp::next_ready() {
   for (size_t tried = 0; tried < fragments_.size(); tried++) {
     if (turn_ >= fragments_.size()) turn_ = 0;

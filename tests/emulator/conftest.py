@@ -65,28 +65,30 @@ def run_quietly(*command: object, **options) -> None:
     assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout}{result.stderr}"
 
 
-PTX_FLAGS = [
-    *("-gencode", "arch=compute_80,code=compute_80", "--no-compress", "-lineinfo"),
-    *("-std=c++20", "-cudart", "none", "-diag-suppress", "20054"),
-]
+TARGETS = ("-gencode", "arch=compute_80,code=compute_80", "--no-compress")
+FLAGS = ("-lineinfo", "-std=c++20", "-cudart", "none", "-diag-suppress", "20054", "-I", str(PROGRAMS))
 
 
 @pytest.fixture(scope="session")
 def build_program(nvcc):
-    """build_program("name", text, *flags): compiles a CUDA program against the emulator; kept while nothing changes."""
+    """build_program(name, text, *flags, targets): compiles a CUDA program against the emulator.
+
+    It is kept in the build folder, and made again when something changes.
+    """
     header = (PROGRAMS / "program.h").read_text()
 
-    def build(name: str, text: str, *flags: str) -> Path:
+    def build(name: str, text: str, *flags: str, targets: tuple[str, ...] = TARGETS) -> Path:
+        flags = (*FLAGS, *targets, *flags)
         folder = emulator.library_dir / "programs"
         folder.mkdir(exist_ok=True)
-        key = hashlib.sha256("\0".join([text, header, str(nvcc), *PTX_FLAGS, *flags]).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\0".join([text, header, str(nvcc), *flags]).encode()).hexdigest()[:16]
         program = folder / f"{name}-{key}"
         if not program.exists():
             source = folder / f"{name}.cu"
             source.write_text(text)
             partial = folder / f"{name}-{key}.{os.getpid()}"
             link = [f"-L{emulator.library_dir}", "-lemulator", "-Xlinker", "-rpath", "-Xlinker", emulator.library_dir]
-            run_quietly(nvcc, *PTX_FLAGS, "-I", PROGRAMS, *flags, source, "-o", partial, *link)
+            run_quietly(nvcc, *flags, source, "-o", partial, *link)
             for old in folder.glob(f"{name}-*"):
                 if old != partial:
                     old.unlink()

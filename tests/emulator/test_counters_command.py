@@ -40,7 +40,7 @@ def test_merge_attention_moves_every_byte_once(tmp_path):
         side = 512 * 16 * (bytes_of_o + 4)  # o and lse
         assert record["totals"]["distinct_bytes_read"] == 2 * side
         assert record["totals"]["distinct_bytes_written"] == side
-        assert record["ratios"]["sectors_read"] < 1.04  # a warp reads lse of two heads, in two sectors
+        assert record["ratios"]["sectors_read"] < 1.06  # a warp reads lse of two heads, in two sectors
         assert record["totals"]["mma_flops"] == record["totals"]["local_bytes_read"] == 0
 
 

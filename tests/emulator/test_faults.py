@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each check of the emulator on CUDA C++ kernels: the faulty one is reported at its line, its repaired twin is silent."""
+"""Each check of the emulator on CUDA C++ kernels: the faulty is reported at its line, its repaired twin is silent."""
 
 from __future__ import annotations
 
