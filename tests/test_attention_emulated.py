@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """attention on emulated GPUs: the tiles of every architecture class, and whether the checks see what holds them up."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -25,8 +26,10 @@ SMALL_SHARED_MEMORY = 86  # 99 KiB a block, where sm_80 gives 163 and more
 def test_every_tile(head_dim, dtype, architecture):
     """Blocks of keys that are plain, cut by the diagonal, by a window and by the end of the sequence."""
     backend = replace(EMULATED[0], architecture=architecture)
-    case = Case("tile", batch=1, seq_q=140, seq_k=210, heads=1, kv_heads=1, head_dim=head_dim, dtype=dtype, causal=True)
-    for case in (case, replace(case, window=(90, 0)), replace(case, causal=False, v_head_dim=64)):
+    plain = Case(
+        "tile", batch=1, seq_q=140, seq_k=210, heads=1, kv_heads=1, head_dim=head_dim, dtype=dtype, causal=True
+    )
+    for case in (plain, replace(plain, window=(90, 0)), replace(plain, causal=False, v_head_dim=64)):
         args, kwargs = case.inputs()
         actual = backend.run(attention, *args, **kwargs, return_lse=True)
         assert_attention(backend, actual, reference.attention, *args, **kwargs)
@@ -49,8 +52,11 @@ CASE = Case(
 def kernels_of(text: str) -> list[tuple[int, int]]:
     """Where in a PTX text the bodies of the kernel's bfloat16 instances for head_dim 64 stand."""
     starts = [m.start() for m in re.finditer(r"^(?:\.visible )?\.entry ", text, re.MULTILINE)] + [len(text)]
-    bodies = zip(starts, starts[1:], strict=False)
-    return [(a, b) for a, b in bodies if KERNEL in text[a : a + 400] and "BFloat16ELi64E" in text[a : a + 400]]
+    return [
+        (a, b)
+        for a, b in itertools.pairwise(starts)
+        if KERNEL in text[a : a + 400] and "BFloat16ELi64E" in text[a : a + 400]
+    ]
 
 
 def without(number: int):

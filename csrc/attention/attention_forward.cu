@@ -69,9 +69,21 @@ constexpr Tile tile_of(int smem_kib, int dim) {
   }
 }
 
-template <class Element_, int kDim_, int kSmemKiB>
+// Whether a kernel with this tile is launched on what is being compiled for. Code for sm_80 runs on sm_86 and 89 too.
+template <int kSmemKiB, int kDim>
+__device__ constexpr bool is_launched() {
+#ifdef __CUDA_ARCH__
+  constexpr bool is_small = __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200;
+  return __CUDA_ARCH__ == 800 || tile_of(99, kDim) == tile_of(163, kDim) || is_small == (kSmemKiB == 99);
+#else
+  return true;
+#endif
+}
+
+template <class Element_, int kDim_, int kSmemKiB_>
 struct Traits {
   using Element = Element_;
+  static constexpr int kSmemKiB = kSmemKiB_;
   static constexpr Tile kTile = tile_of(kSmemKiB, kDim_);
   static constexpr int kDim = kDim_, kRows = kTile.rows, kKeys = kTile.keys, kWarps = kTile.warps;
   static constexpr int kThreads = kWarps * kWarp;
@@ -182,6 +194,15 @@ struct Smem {
 
 // x, out of a shuffle with itself: the compiler keeps the result instead of computing it again in the loop.
 __device__ __forceinline__ uint32_t pinned(uint32_t x) { return __shfl_sync(ptx::kAllLanes, x, threadIdx.x % kWarp); }
+
+// The compiler for sm_90 spills a register of head_dim 128 for it, that for sm_80 three without it.
+__device__ __forceinline__ uint32_t pinned_before_sm90(uint32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return x;
+#else
+  return pinned(x);
+#endif
+}
 
 // Keys or values of one kv head, and where this thread writes the part of a block that it copies.
 template <class T, bool kValues>
@@ -457,7 +478,7 @@ struct Addresses {
         copy_values(p.v, u, p.v_head_dim, offset, block),
         q(pinned(of_q(smem))),
         k(pinned(ptx::smem_address(smem.kv[0]) + lane_offset<T>(false))),
-        v(pinned(ptx::smem_address(smem.kv[1]) + lane_offset<T>(true))) {}
+        v(pinned_before_sm90(ptx::smem_address(smem.kv[1]) + lane_offset<T>(true))) {}
 };
 
 // ---- modifiers and masks --------------------------------------------------------------------------------------------
@@ -680,8 +701,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
-    attention_forward_kernel(const __grid_constant__ Args a) {
+__device__ __forceinline__ void run_tile(const Args& a) {
   using Element = typename T::Element;
   const AttentionForwardParams& p = a.p;
   auto& smem = dynamic_smem<Smem<T>>();
@@ -798,6 +818,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     }
   }
   store_results<T>(w, smem, a, smem.unit);
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    attention_forward_kernel(const __grid_constant__ Args a) {
+  if constexpr (is_launched<T::kSmemKiB, T::kDim>()) run_tile<T>(a);
+  else __trap();
 }
 
 // Merges the chunks of the sequences that were split, a warp for each (row, kv head, sequence).
