@@ -215,6 +215,23 @@ void execute_fp8_to_pair(Warp& warp, const Instruction& in) {
   warp.write<uint32_t>(in.operands[0], [=](int i) { return halves[a[i] >> 8] << 16 | halves[a[i] & 0xff]; });
 }
 
+template <bool kE5m2, bool kFromHalves>
+void execute_pair_to_fp8(Warp& warp, const Instruction& in) {
+  alignas(64) float high[kWarpLanes], low[kWarpLanes];
+  if constexpr (kFromHalves) {
+    load_halves<false, true>(warp, in.operands[1], true, high);
+    load_halves<false, true>(warp, in.operands[1], false, low);
+  } else {
+    std::copy_n(warp.lanes<float>(in.operands[1]), kWarpLanes, high);
+    std::copy_n(warp.lanes<float>(in.operands[2]), kWarpLanes, low);
+  }
+  alignas(64) uint16_t result[kWarpLanes];
+  for (int i = 0; i < kWarpLanes; ++i) {
+    result[i] = static_cast<uint16_t>(fp8_from_float<kE5m2>(high[i]) << 8 | fp8_from_float<kE5m2>(low[i]));
+  }
+  emulator::store_lanes(warp, in.operands[0], result);
+}
+
 template <class T>
 inline T round_to_integral(T x, Rounding rounding) {
   switch (rounding) {
@@ -316,6 +333,11 @@ Execute find_fast(const Conversion& c) {
   if (from == nullptr) {
     if (!plain || o.rounding != Rounding::kRn) return nullptr;
     return to == &kF32 ? execute_from_integer<float> : to == &kF64 ? execute_from_integer<double> : nullptr;
+  }
+  const bool saturates = o.saturate_finite && !o.relu && o.rounding == Rounding::kRn;
+  if (saturates && c.to->elements == 2 && (to == &kE4m3 || to == &kE5m2)) {
+    if (from == &kF32) return to == &kE5m2 ? execute_pair_to_fp8<true, false> : execute_pair_to_fp8<false, false>;
+    if (from == &kF16) return to == &kE5m2 ? execute_pair_to_fp8<true, true> : execute_pair_to_fp8<false, true>;
   }
   if (c.from->elements == 2) {
     if (to != &kF16 || !plain) return nullptr;

@@ -165,6 +165,23 @@ inline uint32_t f16_from_float(float x) {
   result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 is the tie between 65504 and 2^16
   return magnitude > 0x7f800000u ? 0x7fffu : result | sign;
 }
+// e4m3 and e5m2, saturating to the largest finite number: what cvt.rn.satfinite gives.
+template <bool kE5m2Format>
+inline uint32_t fp8_from_float(float x) {
+  constexpr const Format& kFormat = kE5m2Format ? kE5m2 : kE4m3;
+  constexpr int kShift = 23 - kFormat.mantissa_bits;
+  constexpr uint32_t kRebase = static_cast<uint32_t>(127 - kFormat.bias()) << 23;
+  constexpr uint32_t kNormal = kRebase + (1u << 23);                                               // the smallest one
+  constexpr uint32_t kUnit = kRebase + (static_cast<uint32_t>(24 - kFormat.mantissa_bits) << 23);  // see f16_from_float
+  const uint32_t bits = bits_of(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t subnormal = bits_of(as_float(magnitude) + as_float(kUnit)) - kUnit;
+  const uint32_t normal = (magnitude + ((1u << (kShift - 1)) - 1) + ((magnitude >> kShift) & 1u) - kRebase) >> kShift;
+  const uint32_t rounded = magnitude < kNormal ? subnormal : normal;
+  constexpr uint32_t kLargest = static_cast<uint32_t>(kFormat.max_finite());
+  const uint32_t finite = rounded < kLargest ? rounded : kLargest;
+  return magnitude > 0x7f800000u ? 0x7fu : finite | (bits >> 24 & 0x80u);
+}
 inline float float_from_bf16(uint32_t bits) { return as_float(bits << 16); }
 inline float float_from_f16(uint32_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16;
