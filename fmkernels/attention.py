@@ -10,9 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
-from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import call, check_values, needs_grad, ops, register_autocast, register_fake, register_flop_formula
 
 MAX_HEAD_DIM = 256
+HALF_DTYPES = (torch.bfloat16, torch.float16)  # what the tensor cores multiply
 _LAYOUTS = (
     "[batch, seq_q, heads, head_dim]",
     "[batch, seq_k, kv_heads, head_dim]",
@@ -66,7 +67,8 @@ def attention(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    Supported on the CPU; CUDA kernels do not exist yet. Not differentiable yet: backward raises RuntimeError.
+    Supported on the CPU and, float16 and bfloat16, on CUDA (sm_80 and later). Not differentiable yet: backward raises
+    RuntimeError.
     Deterministic: a row's bits depend on its own sequence, and not on the batch or the number of threads.
     Algorithm: Dao 2023, FlashAttention-2.
     """
@@ -124,6 +126,8 @@ def attention_varlen(
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     args += (alibi_slopes, sinks, causal, *window, scale, softcap)
+    if check_values and not torch.compiler.is_compiling():
+        _check_attention_varlen(*args)
     o, lse = _call(ops.attention_varlen_forward, args, (q, k, v, sinks), _check_attention_varlen)
     return (o, lse) if return_lse else o
 
@@ -223,6 +227,12 @@ def _check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None
         check.size(op, "sinks", sinks, 0, "heads", heads)
 
 
+def _check_device(op: str, schema: str, q: Tensor) -> None:
+    check.kernel_exists(op, schema, q)
+    if q.device.type == "cuda" and not _under_autocast(q):
+        check.dtype(op, "q on CUDA", q, HALF_DTYPES)
+
+
 def _check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
     op = "attention"
     _check_qkv(op, q, k, v, _LAYOUTS)
@@ -241,7 +251,7 @@ def _check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
         ):
             if bias.shape[dim] not in (1, full):
                 raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
-    check.kernel_exists(op, "attention_forward", q)
+    _check_device(op, "attention_forward", q)
 
 
 def _check_attention_varlen(
@@ -260,10 +270,12 @@ def _check_attention_varlen(
             raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
     check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
     _check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
-    if q.device.type == "cpu" and not (torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)):
+    if (q.device.type == "cpu" or check_values) and not (
+        torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)
+    ):
         check.cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         check.cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    check.kernel_exists(op, "attention_varlen_forward", q)
+    _check_device(op, "attention_varlen_forward", q)
 
 
 @register_fake("attention_forward")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fmkernels import attention, reference
+from fmkernels import attention, attention_varlen, reference
 from fmkernels.testing import Case, assert_attention, backends
 
 EMULATED = [backend for backend in backends("attention_forward") if backend.name == "emulated"]
@@ -33,6 +33,56 @@ def test_every_tile(head_dim, dtype, architecture):
         args, kwargs = case.inputs()
         actual = backend.run(attention, *args, **kwargs, return_lse=True)
         assert_attention(backend, actual, reference.attention, *args, **kwargs)
+
+
+# ---- what the host cannot see, and what a GPU does not take ----------------------------------------------------------
+
+HOSTILE = [
+    [0, 5, 3, 40],
+    [-7, 5, 9, 40],
+    [0, 5, 2**31 - 1, 40],
+    [0, 39, 40, 41],
+    [-(2**31), 2**31 - 1, 0, 3],
+    [3, 2, 1, 0],
+]
+
+
+@pytest.mark.parametrize("which", ["queries", "keys", "both"])
+@pytest.mark.parametrize("prefix", HOSTILE, ids=str)
+def test_prefix_sums_that_lie_reach_nothing_outside_the_tensors(prefix, which, monkeypatch):
+    case = Case("hostile", heads=2, kv_heads=1, seqlens=((5, 9), (4, 0), (31, 31)), dtype=torch.float16)
+    args, kwargs = case.inputs()
+    lie = torch.tensor(prefix, dtype=torch.int32)
+    args = list(args)
+    args[3] = args[3] if which == "keys" else lie
+    args[4] = args[4] if which == "queries" else lie
+    EMULATED[0].run(attention_varlen, *args, **kwargs)  # the emulator reports what lies outside
+    monkeypatch.setattr("fmkernels.attention.check_values", True)  # as FMKERNELS_CHECK=1
+    with pytest.raises(ValueError, match=r"^attention_varlen: (cu_seqlens|max_seqlen)_[qk] must"):
+        EMULATED[0].run(attention_varlen, *args, **kwargs)
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_unaligned_rows_are_copied(name, offset):
+    (q, k, v), _ = Case("aligned", seq_q=20, head_dim=24, dtype=torch.bfloat16).inputs()
+    tensors = {"q": q, "k": k, "v": v}
+    expected = EMULATED[0].run(attention, q, k, v)
+    rows = tensors[name]
+    wide = torch.zeros(*rows.shape[:-1], rows.shape[-1] + 8 + offset, dtype=rows.dtype)
+    wide[..., offset : offset + rows.shape[-1]] = rows
+    tensors[name] = wide[..., offset : offset + rows.shape[-1]]
+    assert torch.equal(EMULATED[0].run(attention, **tensors), expected)
+
+
+def test_sizes_that_no_grid_holds_and_float32_are_sentences():
+    forward = torch.ops.fmkernels_emulated.attention_forward.default
+    tail = (None, None, None, False, -1, -1, 0.25, 0.0)
+    many = torch.zeros(1, 1, 1, 8, dtype=torch.float16).expand(70000, -1, -1, -1)
+    with pytest.raises(RuntimeError, match="batch and kv_heads must be at most 65535 on CUDA, got 70000 and 1"):
+        forward(many, many, many, *tail)
+    with pytest.raises(RuntimeError, match="CUDA tensors must be float16 or bfloat16"):
+        forward(*(torch.zeros(1, 3, 1, 8) for _ in range(3)), *tail)
 
 
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
