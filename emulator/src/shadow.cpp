@@ -15,7 +15,6 @@ constexpr uint32_t kEveryLane = ~0u;
 constexpr uint32_t kSplit = ~0u;              // Cells::change and ::any of a word that is kept by byte: after any floor
 constexpr uint32_t kPastIds = 1u << 17;       // accesses whose pc is remembered
 constexpr uint32_t kAllWritten = 0x0f0f0f0f;  // four words of SharedShadow::state_
-constexpr uint32_t kAnyInFlight = 0xf0f0f0f0;
 
 constexpr bool is_plain_write(Access kind) {
   return kind == Access::kWrite || kind == Access::kCopyIssue || kind == Access::kCopyLand;
@@ -328,7 +327,7 @@ void SharedShadow::access_lanes(Call& call, uint32_t lanes, const uint32_t* addr
         const uint32_t word = four[0] / 4;
         const uint32_t bits[4] = {1u << i, 2u << i, 4u << i, 8u << i};
         const bool row = four[1] == four[0] + 4 && four[2] == four[0] + 8 && four[3] == four[0] + 12;
-        if (row && access_fast<kKind, 4>(call, word, bits)) continue;
+        if (row && access_four<kKind>(call, word, bits)) continue;
         for (int j = 0; j < 4; j++) access_words<kKind>(call, four[j] / 4, 1, bits[j]);
       }
       return;
@@ -346,7 +345,7 @@ void SharedShadow::access_lanes(Call& call, uint32_t lanes, const uint32_t* addr
       uint32_t bytes = 15;
       if (word * 4 < begin) bytes &= 15u << (begin & 3);
       if (word * 4 + 4 > end) bytes &= 15u >> (word * 4 + 4 - end);
-      access_word(call, word, bytes, bit);
+      access_part<kKind>(call, word, bytes, bit);
     }
   }
 }
@@ -355,92 +354,120 @@ template <Access kKind>
 void SharedShadow::access_words(Call& call, uint32_t word, uint32_t count, uint32_t lanes) {
   const uint32_t four[4] = {lanes, lanes, lanes, lanes};
   for (; count >= 4; count -= 4, word += 4) {
-    if (access_fast<kKind, 4>(call, word, four)) continue;
+    if (access_four<kKind>(call, word, four)) continue;
     for (uint32_t i = 0; i < 4; i++) access_word(call, word + i, 15, lanes);
   }
-  for (; count > 0; count--, word++)
-    if (!access_fast<kKind, 1>(call, word, four)) access_word(call, word, 15, lanes);
+  for (; count > 0; count--, word++) {
+    uint32_t state = state_[word];
+    if (access_fast<kKind, 1>(call, words_, word, four, state, 15)) {
+      state_[word] = static_cast<uint8_t>(state);
+    } else {
+      access_word(call, word, 15, lanes);
+    }
+  }
 }
 
-// Whole words that are clean; false, and nothing done, when one is not certainly so. Without branches where that is
-// usual.
+template <Access kKind>
+bool SharedShadow::access_four(Call& call, uint32_t word, const uint32_t* lanes) {
+  uint32_t state;
+  std::memcpy(&state, state_.get() + word, 4);
+  if (!access_fast<kKind, 4>(call, words_, word, lanes, state, kAllWritten)) return false;
+  if (kKind != Access::kRead) std::memcpy(state_.get() + word, &state, 4);
+  return true;
+}
+
+// Some bytes of a word.
+template <Access kKind>
+void SharedShadow::access_part(Call& call, uint32_t word, uint32_t bytes, uint32_t lanes) {
+  if (words_.change[word] == kSplit && (kKind == Access::kRead || kKind == Access::kWrite)) {
+    const uint32_t two[2] = {lanes, lanes}, first = word * 4 + static_cast<uint32_t>(std::countr_zero(bytes));
+    uint32_t state = state_[word];
+    const bool pair = bytes == 3 || bytes == 12;
+    if (pair ? access_fast<kKind, 2>(call, bytes_, first, two, state, bytes)
+             : single(bytes) && access_fast<kKind, 1>(call, bytes_, first, two, state, bytes)) {
+      state_[word] = static_cast<uint8_t>(state);
+      return;
+    }
+  }
+  access_word(call, word, bytes, lanes);
+}
+
+// kCount cells that are clean, with what is written and in flight of them in `state` (bits of `bytes`, and of bytes <<
+// 4); false, and nothing done, when one is not certainly so. Without branches where that is usual.
 template <Access kKind, int kCount>
-bool SharedShadow::access_fast(Call& call, uint32_t word, const uint32_t* lanes) {
+inline __attribute__((always_inline)) bool SharedShadow::access_fast(Call& call, Cells& cells, uint32_t cell,
+                                                                     const uint32_t* lanes, uint32_t& state,
+                                                                     uint32_t bytes) {
   if constexpr (kKind == Access::kAtomic) return false;
   const Warp& me = *call.me;
-  const uint32_t warp_bit = 1u << call.warp, known = me.all[1 + call.warp], id = call.id;
-  uint32_t* const change = words_.change.get() + word;
-  uint32_t* const any = words_.any.get() + word;
-  Write* const write = words_.write.get() + word;
-  uint32_t* const readers = words_.warps[kReads].get() + word;
-  uint32_t state;
-  if constexpr (kCount == 4) {
-    std::memcpy(&state, state_.get() + word, 4);
-  } else {
-    state = state_[word];
-  }
-  constexpr uint32_t kBytes = kCount == 4 ? ~0u : 0xffu;
+  const uint32_t warp_bit = 1u << call.warp, known = me.all[1 + call.warp], floor = me.floor, id = call.id;
+  using Row = uint32_t[kCount];  // of locals, so that the compiler need not think of what a store may change
+  Row change, any, readers, ids;
+  std::memcpy(change, &cells.change[cell], sizeof(Row));
+  std::memcpy(readers, &cells.warps[kReads][cell], sizeof(Row));
+  for (int i = 0; i < kCount; i++) ids[i] = id;
+  Write* const write = &cells.write[cell];
   // The last change is a plain write that this lane made or this warp knows.
   auto change_is_known = [&](int i) {
     return write[i].id == change[i] && (write[i].id <= me.all[1 + write[i].warp] ||
                                         (write[i].warp == call.warp && write[i].lanes == lanes[i] && single(lanes[i])));
   };
+  auto largest = [](const Row& row) {
+    uint32_t value = row[0];
+    for (int i = 1; i < kCount; i++) value = std::max(value, row[i]);
+    return value;
+  };
   if constexpr (kKind == Access::kRead) {
-    if (state != (kAllWritten & kBytes)) return false;
-    uint32_t latest = 0;
-    for (int i = 0; i < kCount; i++) latest = std::max(latest, change[i]);
-    if (latest > me.floor) {
+    if ((state & (bytes | bytes << 4)) != bytes) return false;
+    if (largest(change) > floor) {
       for (int i = 0; i < kCount; i++)
-        if (change[i] > me.floor && !change_is_known(i)) return false;
+        if (change[i] > floor && !change_is_known(i)) return false;
     }
-    Entry* const entry = entries(words_, kReads, call.warp) + word;
+    Entry* const entry = entries(cells, kReads, call.warp) + cell;
+    Entry old[kCount], mine[kCount];
+    std::memcpy(old, entry, sizeof(old));
+    for (int i = 0; i < kCount; i++) mine[i] = {id, lanes[i]};
     uint32_t last_read = 0;
-    for (int i = 0; i < kCount; i++) last_read = std::max(last_read, entry[i].id);
-    if (last_read <= known) {
-      for (int i = 0; i < kCount; i++) entry[i] = {id, lanes[i]};
-    } else {
-      for (int i = 0; i < kCount; i++)
-        if (entry[i].id > known && (readers[i] & warp_bit) != 0 && (entry[i].id < me.interval || entry[i].lanes == 0))
-          return false;
+    for (int i = 0; i < kCount; i++) last_read = std::max(last_read, old[i].id);
+    if (last_read > known) {
       for (int i = 0; i < kCount; i++) {
-        const bool joins = entry[i].id > known && (readers[i] & warp_bit) != 0;
-        entry[i] = {id, joins ? entry[i].lanes | lanes[i] : lanes[i]};
+        if (old[i].id <= known || (readers[i] & warp_bit) == 0) continue;
+        if (old[i].lanes == lanes[i] && single(lanes[i])) continue;
+        if (old[i].id < me.interval || old[i].lanes == 0) return false;
+        mine[i].lanes |= old[i].lanes;
       }
     }
-    for (int i = 0; i < kCount; i++) any[i] = id;
     for (int i = 0; i < kCount; i++) readers[i] |= warp_bit;
+    std::memcpy(entry, mine, sizeof(mine));
+    std::memcpy(&cells.warps[kReads][cell], readers, sizeof(Row));
+    std::memcpy(&cells.any[cell], ids, sizeof(Row));
   } else {
-    uint32_t* const atomics = words_.warps[kAtomics].get() + word;
-    uint32_t* const atomic_reads = words_.warps[kAtomicReads].get() + word;
     if constexpr (kKind == Access::kCopyLand) {
       for (int i = 0; i < kCount; i++)
         if (change[i] == kSplit) return false;
-      state = kAllWritten & kBytes;
+      state = (state & ~(bytes << 4)) | bytes;
     } else {
-      if ((state & kAnyInFlight & kBytes) != 0) return false;
-      uint32_t latest = 0;
-      for (int i = 0; i < kCount; i++) latest = std::max(latest, any[i]);
-      if (latest > me.floor) {
-        const Entry* const entry = entries(words_, kReads, call.warp) + word;
+      if ((state & bytes << 4) != 0) return false;
+      std::memcpy(any, &cells.any[cell], sizeof(Row));
+      if (largest(any) > floor) {
+        const Entry* const entry = entries(cells, kReads, call.warp) + cell;
         for (int i = 0; i < kCount; i++) {
-          if (any[i] <= me.floor) continue;
-          if ((readers[i] & ~warp_bit) != 0 || atomics[i] != 0 || atomic_reads[i] != 0 || !change_is_known(i))
+          if (any[i] <= floor) continue;
+          const uint32_t at = cell + static_cast<uint32_t>(i);
+          if ((readers[i] & ~warp_bit) != 0 || cells.warps[kAtomics][at] != 0 || cells.warps[kAtomicReads][at] != 0 ||
+              !change_is_known(i))
             return false;
           if (readers[i] != 0 && entry[i].id > known && !(entry[i].lanes == lanes[i] && single(lanes[i]))) return false;
         }
         for (int i = 0; i < kCount; i++)
-          if (any[i] > me.floor) replaced_.push_back(before(words_, word + static_cast<uint32_t>(i)));
+          if (any[i] > floor) replaced_.push_back(before(cells, cell + static_cast<uint32_t>(i)));
       }
-      state |= (kKind == Access::kCopyIssue ? kAllWritten << 4 : kAllWritten) & kBytes;
+      state |= kKind == Access::kCopyIssue ? bytes << 4 : bytes;
     }
     for (int i = 0; i < kCount; i++) write[i] = {id, lanes[i], call.pc, call.warp};
-    for (int i = 0; i < kCount; i++) change[i] = any[i] = id;
-    for (int i = 0; i < kCount; i++) readers[i] = atomics[i] = atomic_reads[i] = 0;
-    if constexpr (kCount == 4) {
-      std::memcpy(state_.get() + word, &state, 4);
-    } else {
-      state_[word] = static_cast<uint8_t>(state);
-    }
+    std::memcpy(&cells.change[cell], ids, sizeof(Row));
+    std::memcpy(&cells.any[cell], ids, sizeof(Row));
+    for (auto& warps : cells.warps) std::memset(&warps[cell], 0, sizeof(Row));
   }
   return true;
 }

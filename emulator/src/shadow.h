@@ -150,7 +150,11 @@ class SharedShadow {
   template <Access kKind>
   void access_words(Call& call, uint32_t word, uint32_t count, uint32_t lanes);
   template <Access kKind, int kCount>
-  bool access_fast(Call& call, uint32_t word, const uint32_t* lanes);
+  bool access_fast(Call& call, Cells& cells, uint32_t cell, const uint32_t* lanes, uint32_t& state, uint32_t bytes);
+  template <Access kKind>
+  bool access_four(Call& call, uint32_t word, const uint32_t* lanes);
+  template <Access kKind>
+  void access_part(Call& call, uint32_t word, uint32_t bytes, uint32_t lanes);
   void access_word(Call& call, uint32_t word, uint32_t bytes, uint32_t lanes);
   bool access_cell(Call& call, Cells& cells, uint32_t cell, uint32_t lanes, uint32_t address);
   bool check_write(Call& call, const Write& write, uint32_t lanes, uint32_t address);
