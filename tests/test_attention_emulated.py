@@ -3,6 +3,7 @@
 
 import itertools
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -57,7 +58,7 @@ def test_prefix_sums_that_lie_reach_nothing_outside_the_tensors(prefix, which, m
     args[3] = args[3] if which == "keys" else lie
     args[4] = args[4] if which == "queries" else lie
     EMULATED[0].run(attention_varlen, *args, **kwargs)  # the emulator reports what lies outside
-    monkeypatch.setattr("fmkernels.attention.check_values", True)  # as FMKERNELS_CHECK=1
+    monkeypatch.setattr(sys.modules["fmkernels.attention"], "check_values", True)  # as FMKERNELS_CHECK=1
     with pytest.raises(ValueError, match=r"^attention_varlen: (cu_seqlens|max_seqlen)_[qk] must"):
         EMULATED[0].run(attention_varlen, *args, **kwargs)
 

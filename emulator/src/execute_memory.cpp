@@ -20,6 +20,7 @@ struct MemoryOp {
   Order order;
   bool gpu_scope;
   bool counts_local;  // false: parameters of calls, which real code keeps in registers
+  bool counts_global;  // false: parameters of the kernel and constants, which come from a cache of their own
   Move move;
 };
 
@@ -122,7 +123,7 @@ void execute_load(Warp& warp, const Instruction& in) {
     check_shared(warp, in, op.order == Order::kWeak ? Access::kRead : Access::kAtomicRead, to.shared, to.offset,
                  op.num_bytes, "reads");
   if (Counters* counters = warp.counters()) {
-    if (to.global && op.address.space != Space::kParam)
+    if (to.global && op.counts_global)
       counters->global_access(in.pc, to.global, to.address, op.num_bytes, false);
     if (to.shared) counters->shared_access(in.pc, to.shared, to.offset, op.num_bytes, false);
     if (to.local && op.counts_local) counters->local_access(in.pc, to.local, op.num_bytes, false);
@@ -313,6 +314,7 @@ void decode_load_or_store(Decoder& decoder, const ptx::Instruction& in, Instruct
   if (op->num_bytes == 32) decoder.require_architecture(100);
   op->address = decoder.address(in.operands[store ? 0 : 1], space);
   op->counts_local = space != Space::kParam;
+  op->counts_global = space != Space::kParam && space != Space::kConst;
   uint32_t register_bytes = 0;
   const ptx::Operand& values = in.operands[store ? 1 : 0];
   std::vector<Operand> operands =

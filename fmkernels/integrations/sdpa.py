@@ -72,8 +72,9 @@ def scaled_dot_product_attention(
     Returns:
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
-    Calls that the kernels do not serve (dropout, gradients, float64, float32 on CUDA, head sizes off the multiples of 8,
-    other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each reason.
+    Calls that the kernels do not serve (dropout, gradients, float64, float32 on CUDA, head sizes off the multiples of
+    8, other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each
+    reason.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
