@@ -19,7 +19,7 @@ struct MemoryOp {
   uint32_t element_bytes, num_bytes, count;
   Order order;
   bool gpu_scope;
-  bool counts_local;  // false: parameters of calls, which real code keeps in registers
+  bool counts_local;   // false: parameters of calls, which real code keeps in registers
   bool counts_global;  // false: parameters of the kernel and constants, which come from a cache of their own
   Move move;
 };
@@ -123,8 +123,7 @@ void execute_load(Warp& warp, const Instruction& in) {
     check_shared(warp, in, op.order == Order::kWeak ? Access::kRead : Access::kAtomicRead, to.shared, to.offset,
                  op.num_bytes, "reads");
   if (Counters* counters = warp.counters()) {
-    if (to.global && op.counts_global)
-      counters->global_access(in.pc, to.global, to.address, op.num_bytes, false);
+    if (to.global && op.counts_global) counters->global_access(in.pc, to.global, to.address, op.num_bytes, false);
     if (to.shared) counters->shared_access(in.pc, to.shared, to.offset, op.num_bytes, false);
     if (to.local && op.counts_local) counters->local_access(in.pc, to.local, op.num_bytes, false);
   }
