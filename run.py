@@ -425,7 +425,7 @@ def run_check(environment: Environment, extra: list[str]) -> int:
     """the gate: format, lint, device-code budgets, sanitizers; installs an nvcc where there is none"""
     setup_with_nvcc(environment)
     sources = sorted(
-        path for pattern in ("csrc/**/*", "emulator/src/*", "tests/**/*") for path in ROOT.glob(f"{pattern}.[ch]*")
+        path for name in ("csrc/**/*", "emulator/src/*", "tests/**/*") for path in ROOT.glob(f"{name}.[ch]*")
     )
     checks: dict[str, Callable[[], int]] = {
         "ruff format": lambda: python(environment, "-m", "ruff", "format", "--check", "."),
