@@ -3,13 +3,12 @@
 
 import itertools
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fmkernels import attention, attention_varlen, reference
+from fmkernels import _library, attention, attention_varlen, reference
 from fmkernels.testing import Case, assert_attention, backends
 
 EMULATED = [backend for backend in backends("attention_forward") if backend.name == "emulated"]
@@ -59,11 +58,14 @@ def test_prefix_sums_that_lie_reach_nothing_outside_the_tensors(prefix, which, m
     args = list(args)
     args[3] = args[3] if which == "keys" else lie
     args[4] = args[4] if which == "queries" else lie
+    reports = ()
     try:
         EMULATED[0].run(attention_varlen, *args, **kwargs)
-    except emulator.FaultError as error:  # sequences that overlap are written by several blocks, inside the tensors
-        assert {report.fault for report in error.reports} == {"race of blocks"}
-    monkeypatch.setattr(sys.modules["fmkernels.attention"], "check_values", True)  # as FMKERNELS_CHECK=1
+    except emulator.FaultError as error:
+        reports = error.reports
+    # Sequences that overlap are written by several blocks, inside the tensors: that much, and nothing else, may happen.
+    assert {report.fault for report in reports} <= {"race of blocks"}
+    monkeypatch.setattr(_library, "check_values", True)  # as FMKERNELS_CHECK=1
     with pytest.raises(ValueError, match=r"^attention_varlen: (cu_seqlens|max_seqlen)_[qk] must"):
         EMULATED[0].run(attention_varlen, *args, **kwargs)
 

@@ -56,7 +56,7 @@ from sass_loop import KernelLoops, Loop, loop_tables, mma_loops
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_ARCHS = ("80", "90a")
 OTHER_ARCHS = ("86", "89", "100a", "120a")  # must compile
-MAX_COMPILE_SECONDS = 60  # of processor time, for all of BUDGET_ARCHS
+MAX_COMPILE_SECONDS = 60  # of processor time, for each of BUDGET_ARCHS
 MAX_COMPILE_BYTES = 2 << 30  # of the largest process of one compilation
 NO_COMPILER = "no CUDA build to report on (build/cuda): run `FMKERNELS_CUDA=pip python3 run.py setup`"
 
@@ -233,7 +233,7 @@ def check_report(
             if not any(budget.matches(kernel) and kernel.arch == arch for kernel in kernels):
                 found.append(f"csrc/{budget.room}/budget.toml: {budget.name} matches no kernel for sm_{arch}")
     for source in sorted({c.source for c in compilations}):
-        seconds = sum(c.seconds for c in compilations if c.source == source and c.arch in BUDGET_ARCHS)
+        seconds = max(c.seconds for c in compilations if c.source == source and c.arch in BUDGET_ARCHS)
         peak_bytes = max(c.peak_bytes for c in compilations if c.source == source)
         if seconds > MAX_COMPILE_SECONDS:
             found.append(f"{source} takes {seconds:.0f} s to compile, over {MAX_COMPILE_SECONDS}")

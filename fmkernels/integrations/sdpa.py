@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check as check
+from .._attention_checks import HALF_DTYPES, MAX_HEAD_DIM
 from .._library import cuda_ops, needs_grad
-from ..attention import HALF_DTYPES, MAX_HEAD_DIM, attention
+from ..attention import attention
 
 _logger = logging.getLogger("fmkernels")
 _torch_sdpa = F.scaled_dot_product_attention
