@@ -421,7 +421,7 @@ def sanitize(environment: Environment, extra: list[str]) -> int:
 
 
 def run_check(environment: Environment, extra: list[str]) -> int:
-    """the gate: format, lint, device-code budgets, sanitizers; installs an nvcc where there is none"""
+    """the gate: format, lint, device-code budgets, sanitized CPU kernels; installs an nvcc where there is none"""
     setup_with_nvcc(environment)
     folders = ("csrc/**", "emulator/src", "tests/emulator/programs")
     sources = sorted(path for folder in folders for path in ROOT.glob(f"{folder}/*.[ch]*"))
@@ -430,7 +430,7 @@ def run_check(environment: Environment, extra: list[str]) -> int:
         "ruff check": lambda: python(environment, "-m", "ruff", "check", "."),
         "clang-format": lambda: run_tool(environment, "clang-format", "--dry-run", "-Werror", *sources),
         "cuda-report": lambda: python(environment, "tools/cuda_report.py"),
-        "sanitize": lambda: sanitize(environment, []),
+        "sanitize": lambda: sanitize(environment, ["--kernels"]),
     }
     results = {}
     for name, check in checks.items():
