@@ -28,7 +28,10 @@ from typing import Any
 library_dir = Path(os.environ.get("EMULATOR_LIBRARY_DIR", Path(__file__).parent.parent / "build" / "emulated"))
 __path__.append(str(library_dir))
 
-from . import _emulator  # noqa: E402
+try:
+    from . import _emulator
+except ImportError as error:
+    raise ImportError(f"the emulator does not load from {library_dir}: {error}") from error
 from ._emulator import Counters, Error  # noqa: E402
 from .module import Kernel, Module, Parameter  # noqa: E402
 

@@ -311,6 +311,65 @@ class Assignment {
   std::set<uint32_t> unsafe_;
 };
 
+// ---- liveness
+// -------------------------------------------------------------------------------------------------------- The most
+// 32-bit words of registers that hold something still to be read, at any instruction. Predicates do not count.
+uint32_t most_words_alive(const Code& code, const Graph& graph) {
+  std::unordered_map<uint32_t, uint32_t> number;  // offset -> dense number
+  std::vector<uint32_t> words;
+  for (const InstructionInfo& info : code.info) {
+    for (const RegisterUse& use : info.uses)
+      if (use.num_bytes && number.try_emplace(use.offset, static_cast<uint32_t>(words.size())).second)
+        words.push_back(std::max(1u, use.num_bytes / 4));
+  }
+  using Bits = std::vector<uint64_t>;
+  size_t num_bits_words = words.size() / 64 + 1;
+  std::vector<Bits> alive(graph.blocks.size(), Bits(num_bits_words));  // at the beginning of each block
+  uint32_t most = 0;
+  auto run_backwards = [&](uint32_t b, bool count) {
+    Bits state(num_bits_words);
+    for (uint32_t s : graph.blocks[b].successors)
+      for (size_t w = 0; w < num_bits_words; w++) state[w] |= alive[s][w];
+    uint32_t now = 0;
+    for (size_t w = 0; count && w < num_bits_words; w++)
+      for (uint64_t rest = state[w]; rest; rest &= rest - 1) now += words[64 * w + std::countr_zero(rest)];
+    for (uint32_t i = graph.blocks[b].end; i-- > graph.blocks[b].begin;) {
+      bool kills = !(code.instructions[i].flags & Instruction::kGuarded);
+      for (bool write : {true, false}) {
+        for (const RegisterUse& use : code.info[i].uses) {
+          if (!use.num_bytes || use.write != write || (write && !kills)) continue;
+          uint32_t n = number.at(use.offset);
+          uint64_t bit = uint64_t{1} << (n % 64);
+          bool was = state[n / 64] & bit;
+          if (write && was) now -= words[n];
+          if (!write && !was) now += words[n];
+          state[n / 64] = write ? state[n / 64] & ~bit : state[n / 64] | bit;
+        }
+      }
+      if (count) most = std::max(most, now);
+    }
+    return state;
+  };
+  std::vector<bool> queued(graph.blocks.size(), true);
+  std::vector<uint32_t> work(graph.blocks.size());
+  for (uint32_t b = 0; b < work.size(); b++) work[b] = b;
+  while (!work.empty()) {
+    uint32_t b = work.back();
+    work.pop_back();
+    queued[b] = false;
+    Bits state = run_backwards(b, false);
+    if (state == alive[b]) continue;
+    alive[b] = std::move(state);
+    for (uint32_t p : graph.blocks[b].predecessors) {
+      if (queued[p]) continue;
+      queued[p] = true;
+      work.push_back(p);
+    }
+  }
+  for (uint32_t b = 0; b < graph.blocks.size(); b++) run_backwards(b, true);
+  return most;
+}
+
 }  // namespace
 
 void analyse(Code& code) {
@@ -328,6 +387,7 @@ void analyse(Code& code) {
     }
   }
   Assignment(code, graph).run();
+  code.words_alive = most_words_alive(code, graph);
 }
 
 }  // namespace emulator

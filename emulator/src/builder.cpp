@@ -236,7 +236,6 @@ CodeBuilder::Register CodeBuilder::allocate(const ptx::Variable& variable) {
   out.offset = code_.register_bytes;
   code_.register_bytes += bytes;
   if (code_.register_bytes > kMaxBankBytes) error_at(variable.ptx_line, "too many registers");
-  if (!is_pred) code_.num_words += std::max(1u, num_bytes(out.type) / 4);
   return out;
 }
 

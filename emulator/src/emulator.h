@@ -40,7 +40,7 @@ struct FunctionInfo {
   uint32_t params_bytes = 0;
   uint32_t static_smem = 0;           // bytes of the shared variables that the kernel reaches
   uint32_t local_bytes = 0;           // of the kernel itself, a thread
-  uint32_t num_registers = 0;         // 32-bit words that the PTX declares: an upper bound, ptxas needs fewer
+  uint32_t num_registers = 0;         // 32-bit values alive at one time at most; ptxas may need more, or fewer
   uint32_t max_threads = 0;           // .maxntid or .reqntid, 0: the architecture's limit
   uint32_t required_threads[3] = {};  // .reqntid, or zeros
   uint32_t min_blocks = 0;            // .minnctapersm

@@ -129,16 +129,18 @@ void execute_barrier(Warp& warp, const Instruction& in) {
   uint32_t lanes = warp.active();
   int first = std::countr_zero(lanes);
   Block& block = warp.block();
-  uint32_t id = warp.lanes<uint32_t>(in.operands[0])[first];
-  uint32_t count = in.aux & kCounted ? warp.lanes<uint32_t>(in.operands[1])[first] : Barrier::kAllThreads;
-  bool wrong_count = count != Barrier::kAllThreads && (count == 0 || count % kWarpLanes ||
-                                                       count > static_cast<uint32_t>(block.num_warps() * kWarpLanes));
-  if (id >= kNumBarriers || wrong_count) {
+  const uint32_t *ids = warp.lanes<uint32_t>(in.operands[0]), *counts = warp.lanes<uint32_t>(in.operands[1]);
+  uint32_t id = ids[first], count = in.aux & kCounted ? counts[first] : Barrier::kAllThreads;
+  uint32_t all = static_cast<uint32_t>(block.num_warps() * kWarpLanes);
+  bool differ = false;
+  warp.for_each([&](int lane) { differ |= ids[lane] != id || counts[lane] != counts[first]; });
+  bool wrong_count = count != Barrier::kAllThreads && (count == 0 || count % kWarpLanes || count > all);
+  if (id >= kNumBarriers || wrong_count || differ) {
     warp.fault(Fault::kBarrier, in, first, [&] {
-      return id >= kNumBarriers
-                 ? "there is no barrier " + std::to_string(id)
-                 : "barrier " + std::to_string(id) + " with " + std::to_string(count) + " threads, in a block of " +
-                       std::to_string(block.num_threads()) + ": a multiple of 32 is needed";
+      if (differ) return std::string("lanes of one warp name different barriers or counts");
+      if (id >= kNumBarriers) return "there is no barrier " + std::to_string(id);
+      return "barrier " + std::to_string(id) + " with " + std::to_string(count) + " threads, in a block of " +
+             std::to_string(block.num_threads()) + ": a multiple of 32 is needed";
     });
     warp.end_launch();
     return;
@@ -146,7 +148,6 @@ void execute_barrier(Warp& warp, const Instruction& in) {
   Barrier& barrier = block.barrier(static_cast<int>(id));
   // No count and a count of all threads may be mixed. They differ when threads have ended: a count still waits for
   // them.
-  uint32_t all = static_cast<uint32_t>(block.num_warps() * kWarpLanes);
   bool both_all = (count == all && barrier.expected == Barrier::kAllThreads) ||
                   (count == Barrier::kAllThreads && barrier.expected == all);
   if (barrier.arrived == 0 || both_all) {

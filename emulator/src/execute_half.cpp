@@ -36,6 +36,7 @@ template <bool kBf16, HalfOp kOp, bool kPlain>
 inline uint32_t operate(uint32_t a, uint32_t b, uint32_t c, HalfControl control) {
   if constexpr (kOp == HalfOp::kAbs || kOp == HalfOp::kNeg) {
     if (!kPlain && control.ftz) a = flush_f16(a);
+    if (!kBf16 && (a & 0x7fffu) > 0x7c00u) return 0x7fffu;  // f16 goes through the adder, bf16 does not
     return kOp == HalfOp::kAbs ? a & 0x7fffu : a ^ 0x8000u;
   } else {
     if (!kPlain && control.ftz) a = flush_f16(a), b = flush_f16(b), c = flush_f16(c);

@@ -144,10 +144,16 @@ struct Max {
   }
 };
 struct MinRelu {
-  static int32_t apply(int32_t a, int32_t b) { return std::max(std::min(a, b), 0); }
+  template <typename T>
+  static T apply(T a, T b) {
+    return std::max(std::min(a, b), T{0});
+  }
 };
 struct MaxRelu {
-  static int32_t apply(int32_t a, int32_t b) { return std::max(std::max(a, b), 0); }
+  template <typename T>
+  static T apply(T a, T b) {
+    return std::max(std::max(a, b), T{0});
+  }
 };
 struct Abs {
   template <typename T>
@@ -291,7 +297,12 @@ void execute_mad_carry(Warp& warp, const Instruction& in) {
 // --------------------------------------------------------------------------------------------------------
 bool is_16x2(Type type) { return type == Type::kU16x2 || type == Type::kS16x2; }
 
-Type last_type(const ptx::Instruction& in) { return type_of(in.parts.back()); }
+// The last part that names a type; modifiers such as .relu may follow it.
+Type last_type(const ptx::Instruction& in) {
+  for (size_t i = in.parts.size(); i-- > 1;)
+    if (Type type = type_of(in.parts[i]); type != Type::kNone) return type;
+  return Type::kNone;
+}
 
 bool decode_add(Decoder& decoder, const ptx::Instruction& in, Instruction& out) {
   const std::string& name = in.parts[0];
@@ -413,7 +424,8 @@ bool decode_min_max(Decoder& decoder, const ptx::Instruction& in, Instruction& o
     execute = type != Type::kS32 ? nullptr
               : max              ? &execute_binary<int32_t, int32_t, int32_t, MaxRelu>
                                  : &execute_binary<int32_t, int32_t, int32_t, MinRelu>;
-  if (is_16x2(type)) execute = relu ? nullptr : max ? packed_of<Max>(type) : packed_of<Min>(type);
+  if (type == Type::kS16x2 && relu) execute = max ? packed_of<MaxRelu>(type) : packed_of<MinRelu>(type);
+  else if (is_16x2(type)) execute = relu ? nullptr : max ? packed_of<Max>(type) : packed_of<Min>(type);
   decode_plain(decoder, in, out, type, 2, execute, InstructionClass::kIntAlu);
   return true;
 }
@@ -491,7 +503,8 @@ bool decode_arithmetic(Decoder& decoder, const ptx::Instruction& in, Instruction
 }
 
 bool decode_integer(Decoder& decoder, const ptx::Instruction& in, Instruction& out) {
-  return decode_arithmetic(decoder, in, out) || decode_logic(decoder, in, out) || decode_select(decoder, in, out);
+  return decode_arithmetic(decoder, in, out) || decode_logic(decoder, in, out) || decode_select(decoder, in, out) ||
+         decode_video(decoder, in, out);
 }
 
 }  // namespace emulator

@@ -67,6 +67,7 @@ void decode_plain(Decoder& decoder, const ptx::Instruction& in, Instruction& out
 // Parts of the integer family.
 bool decode_arithmetic(Decoder&, const ptx::Instruction&, Instruction&);  // add ... rem, abs, dp4a, carries
 bool decode_logic(Decoder&, const ptx::Instruction&, Instruction&);       // and, lop3, shifts, bit fields, prmt
+bool decode_video(Decoder&, const ptx::Instruction&, Instruction&);       // vadd2 ... vabsdiff4
 bool decode_select(Decoder&, const ptx::Instruction&, Instruction&);      // setp, set, selp, slct, mov
 
 }  // namespace emulator

@@ -132,9 +132,10 @@ class Warp {
 
   // ---- memory ----
   std::byte* local(int lane) const { return local_ + static_cast<size_t>(lane) * local_stride_; }
-  uint32_t local_bytes() const { return local_stride_; }  // accessible: local(lane)[0 ... local_bytes() - 1]
-  Counters* counters() const { return counters_; }        // null when off
-  std::unique_ptr<Extension> async;                       // of execute_async.cpp: copies in flight of this warp
+  // Accessible: local(lane)[0 ... local_bytes() - 1], the frames up to the current one.
+  uint32_t local_bytes() const { return current_->frame->local_top; }
+  Counters* counters() const { return counters_; }  // null when off
+  std::unique_ptr<Extension> async;                 // of execute_async.cpp: copies in flight of this warp
 
   // ---- for the scheduler and the control family ----
   enum class Event : uint8_t { kNone, kYield, kRetry, kSwitch };
@@ -246,17 +247,15 @@ class Block {
   int num_threads() const { return num_threads_; }
   Warp& warp(int i) { return *warps_[i]; }
   LaunchState& launch() const { return *launch_; }
-  // Something that others may wait for has changed: a store, an atomic that changed its word, an mbarrier.
-  void note_progress() {
-    progress_++;
-    stores_++;
-  }
+  // Something that others of the block may wait for has changed: a store, an atomic, an mbarrier.
+  void note_progress() { progress_++; }
   std::vector<Finding> findings;  // scratch of SharedShadow::access, so that it never allocates: clear, pass, read
 
   // ---- for the scheduler and the control family ----
   Block(LaunchState& launch, Counters* counters);
   void start(int64_t linear);
-  enum class Progress : uint8_t { kDone, kRan, kStuck };
+  // kWaits: it has run for a while without storing anything, perhaps until another block does something.
+  enum class Progress : uint8_t { kDone, kRan, kWaits, kStuck };
   Progress run(uint64_t budget);  // until done, stuck or so many instructions
   Barrier& barrier(int id) { return barriers_[id]; }
   // Counts `threads` of this warp, `counted` in the sense of the barrier; completes it when all have come.
@@ -281,7 +280,7 @@ class Block {
 
   uint32_t live_threads_ = 0;
   uint64_t progress_ = 0;                      // calls of note_progress, and turns used up without waiting
-  uint64_t stores_ = 0;                        // calls of note_progress
+  uint64_t stores_ = 0;                        // plain stores, barriers passed, threads ended
   uint64_t spins_ = 0, progress_at_spin_ = 0;  // spins since progress_ changed
   std::vector<std::unique_ptr<Warp>> warps_;
   Barrier barriers_[kNumBarriers];

@@ -560,10 +560,14 @@ Table make_table() {
 
 const MatrixOp* find_matrix_op(const std::vector<std::string>& parts) {
   static const Table table = make_table();
+  // .satfinite stands behind .col or at the end.
+  const bool clamps = !parts.empty() && parts.back() == "satfinite";
   std::string key;
   for (const std::string& part : parts) {
+    if (clamps && &part == &parts.back()) break;
     if (!key.empty()) key += '.';
     key += part == "sp::ordered_metadata" ? "sp" : part;
+    if (clamps && part == "col") key += ".satfinite";
   }
   const auto found = table.find(key);
   return found == table.end() ? nullptr : &found->second;

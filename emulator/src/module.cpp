@@ -152,7 +152,7 @@ const Function* Module::find(const std::string& name) const {
   info.params_bytes = layout.num_bytes;
   info.static_smem = function->program_->static_smem;
   info.local_bytes = function->program_->codes[0]->local_bytes;
-  info.num_registers = function->program_->codes[0]->num_words;
+  info.num_registers = function->program_->codes[0]->words_alive;
   auto count = [](const uint32_t (&dims)[3]) { return dims[0] * dims[1] * dims[2]; };
   info.max_threads = count(syntax->max_threads);
   if (uint32_t required = count(syntax->required_threads)) {

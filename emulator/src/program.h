@@ -187,7 +187,7 @@ struct Code {
   std::byte* constants = nullptr;     // the bank of constants
   std::unique_ptr<std::byte[]> constants_storage;
   uint32_t register_bytes = 0;  // the bank of registers; a frame pointer (u64 lanes) stands at offset 0
-  uint32_t num_words = 0;       // 32-bit words of registers as declared
+  uint32_t words_alive = 0;     // 32-bit registers whose values are still needed, at most at one time
   uint32_t local_bytes = 0;     // local variables, parameters and call parameters of a frame, a lane
   uint32_t first_pc = 0;
   uint32_t num_tracked = 0;  // registers whose written lanes are tracked at run time
@@ -298,7 +298,8 @@ bool decode_warp(Decoder&, const ptx::Instruction&, Instruction&);     // SHADOW
 std::shared_ptr<const Program> decode_program(const Module& module, const ptx::Module& syntax, const std::string& name,
                                               int architecture);
 
-// analysis.cpp: fills reconverge of every branch, Code::checks and the flags of instructions that need run-time checks.
+// analysis.cpp: fills reconverge of every branch, Code::words_alive, Code::checks and the flags of instructions that
+// need run-time checks.
 void analyse(Code& code);
 
 }  // namespace emulator

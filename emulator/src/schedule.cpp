@@ -13,10 +13,11 @@
 namespace emulator {
 namespace {
 
-constexpr int kQuantum = 256;                       // warp-instructions of a turn
-constexpr uint64_t kFirstTurn = 4'000'000;          // of a block, before the next blocks start beside it
-constexpr uint64_t kTurnWithoutProgress = 100'000;  // likewise, of a block that may be waiting for others
-constexpr uint64_t kSpinsUntilStuck = 20'000;       // tries of waits that found nothing, with no progress between
+constexpr int kQuantum = 256;                    // warp-instructions of a turn
+constexpr uint64_t kFirstTurn = 4'000'000;       // of a block, before the next blocks start beside it
+constexpr uint64_t kTurnWithoutStores = 20'000;  // likewise, of a block that may be waiting for others
+constexpr size_t kFewInFlight = 64;              // so many blocks may wait before new ones start more slowly
+constexpr uint64_t kSpinsUntilStuck = 20'000;    // tries of waits that found nothing, with no progress between
 constexpr size_t kSharedAlign = 1024;
 
 std::byte* align_up(std::byte* p, size_t align) {
@@ -60,7 +61,8 @@ void Block::start(int64_t linear) {
 }
 
 Block::Progress Block::run(uint64_t budget) {
-  uint64_t executed = 0, last_progress = progress_, last_change = 0;
+  uint64_t executed = 0, last_stores = stores_, last_change = 0;
+  bool waits = false;
   while (executed < budget) {
     bool any = false, done = true;
     for (size_t i = 0; i < num_warps_; i++) {
@@ -78,14 +80,15 @@ Block::Progress Block::run(uint64_t budget) {
     }
     if (!any && !unstick()) return Progress::kStuck;
     if (spins_ > kSpinsUntilStuck * num_warps_ && progress_ == progress_at_spin_) return Progress::kStuck;
-    if (stores_ != last_progress) {
-      last_progress = stores_;
+    if (stores_ != last_stores) {
+      last_stores = stores_;
       last_change = executed;
     }
-    if (executed - last_change > kTurnWithoutProgress) break;
+    waits = executed - last_change > kTurnWithoutStores;
+    if (waits) break;
   }
   if (!launch_->count_executed(executed, *this)) return Progress::kDone;
-  return Progress::kRan;
+  return waits ? Progress::kWaits : Progress::kRan;
 }
 
 // Nobody can run. True when that could be changed.
@@ -169,11 +172,13 @@ void Block::complete_barrier(int id) {
   }
   barrier = Barrier{};
   note_progress();
+  stores_++;
 }
 
 void Block::threads_exited(uint32_t count) {
   live_threads_ -= count;
   note_progress();
+  stores_++;
   for (int id = 0; id < kNumBarriers; id++) {
     Barrier& barrier = barriers_[id];
     if (barrier.arrived && barrier.expected == Barrier::kAllThreads && barrier.threads >= live_threads_)
@@ -212,10 +217,12 @@ void LaunchState::run_blocks(Counters* counters) {
   std::vector<std::unique_ptr<Block>> in_flight;
   std::unique_ptr<Block> idle;
   size_t turn = 0;
-  bool more = true;
+  bool more = true, waits = false;
+  // Blocks of a cooperative launch wait for all others; of an ordinary one, for a few at most, or they only look as if.
+  size_t many = launch_.grid_workspace ? static_cast<size_t>(num_blocks_) : kFewInFlight;
   while (!stopped()) {
-    // A new block starts when those in flight have had their turn.
-    if (more && turn >= in_flight.size()) {
+    // A new block starts when one may be waiting for it, or when those in flight have had their turn.
+    if (more && (turn >= in_flight.size() || (waits && in_flight.size() < many))) {
       int64_t linear = next_block_.fetch_add(1, std::memory_order_relaxed);
       more = linear < num_blocks_;
       if (more) {
@@ -227,13 +234,15 @@ void LaunchState::run_blocks(Counters* counters) {
     if (in_flight.empty()) return;
     if (turn >= in_flight.size()) turn = 0;
     Block& block = *in_flight[turn];
-    switch (block.run(kFirstTurn)) {
+    Block::Progress progress = block.run(kFirstTurn);
+    waits = progress == Block::Progress::kWaits;
+    switch (progress) {
       case Block::Progress::kDone:
         idle = std::move(in_flight[turn]);
         in_flight.erase(in_flight.begin() + static_cast<std::ptrdiff_t>(turn));
         break;
-      case Block::Progress::kRan: turn++; break;
       case Block::Progress::kStuck: block.report_stuck(Fault::kDeadlock); break;  // no other block could help it
+      default: turn++;
     }
   }
 }

@@ -340,6 +340,7 @@ void Warp::run_fragment(Fragment& fragment, int& quantum) {
     if (in.flags & slow & Instruction::kTracksWrites) [[unlikely]]
       track_writes(in);
     if (counters_) counters_->instruction(in.cls, in.pc, active_);
+    if (in.cls == InstructionClass::kGlobalStore || in.cls == InstructionClass::kSharedStore) block_->stores_++;
     if (event_ != Event::kNone) {
       if (event_ == Event::kYield) fragment.pc = next_;
       return;

@@ -15,6 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = Path(__file__).parent / "programs"
 
+# Under the sanitizers this process has their libraries preloaded, which is not for compilers.
+PRELOADED = {"LD_PRELOAD": os.environ.pop("LD_PRELOAD")} if "LD_PRELOAD" in os.environ else {}
+
 if importlib.util.find_spec("emulator") is None:
     sys.path.append(str(ROOT))
 try:
@@ -58,10 +61,8 @@ def nvcc() -> Path:
 
 def run_quietly(*command: object, **options) -> None:
     """Runs a command that must succeed; its output is the failure's text."""
-    # Under the sanitizers this process has their library preloaded, which is not for compilers.
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     words = [str(word) for word in command]
-    result = subprocess.run(words, capture_output=True, text=True, env=environment, **options)
+    result = subprocess.run(words, capture_output=True, text=True, **options)
     assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout}{result.stderr}"
 
 
@@ -102,3 +103,16 @@ def build_program(nvcc):
 def program(build_program):
     """program("name"): the program of programs/name.cu."""
     return lambda name, *flags: build_program(name, (PROGRAMS / f"{name}.cu").read_text(), *flags)
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run(program, *arguments, **environment): (status, output, errors) of a program that uses the emulator."""
+
+    def run_it(*command: object, **variables: str) -> tuple[int, str, str]:
+        environment = {**os.environ, **PRELOADED, **variables}
+        words = [str(word) for word in command]
+        result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+        return result.returncode, result.stdout, result.stderr
+
+    return run_it

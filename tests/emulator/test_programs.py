@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,10 @@ PRINTED = {"control": "-5 7  3.14|text  |z 1099511627776 ff %\n(nil) 1.235e+04 +
 
 @pytest.mark.parametrize("threads", ["1", "3"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_program(name, threads, program):
-    variables = {**os.environ, "EMULATOR_THREADS": threads}
-    path = program(name, *FLAGS.get(name, ()))
-    result = subprocess.run([path], capture_output=True, text=True, env=variables, timeout=120)
-    assert "WRONG" not in result.stdout, result.stdout
-    assert result.stderr == "", "reports of the emulator"
-    assert result.returncode == 0
-    assert "ok: " in result.stdout
-    assert PRINTED.get(name, "") in result.stdout
+def test_program(name, threads, program, run):
+    status, output, errors = run(program(name, *FLAGS.get(name, ())), EMULATOR_THREADS=threads)
+    assert "WRONG" not in output, output
+    assert errors == "", "reports of the emulator"
+    assert status == 0
+    assert "ok: " in output
+    assert PRINTED.get(name, "") in output

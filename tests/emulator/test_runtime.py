@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,14 +13,7 @@ import pytest
 from emulator.__main__ import main
 
 
-def run(program, *arguments, **variables):
-    result = subprocess.run(
-        [program, *arguments], capture_output=True, text=True, env={**os.environ, **variables}, timeout=120
-    )
-    return result.returncode, result.stdout, result.stderr
-
-
-def test_refused_launches_are_errors_of_the_runtime_and_reports(program):
+def test_refused_launches_are_errors_of_the_runtime_and_reports(program, run):
     status, output, errors = run(program("runtime_api"), "refused")
     assert "WRONG" not in output, output
     assert status == 0
@@ -43,14 +34,14 @@ def test_refused_launches_are_errors_of_the_runtime_and_reports(program):
         (120, "sm_120: 170 multiprocessors, 101376 bytes a block, 102400 bytes in all"),
     ],
 )
-def test_architectures(architecture, facts, program):
+def test_architectures(architecture, facts, program, run):
     status, output, errors = run(program("runtime_api"), EMULATOR_ARCHITECTURE=str(architecture))
     assert facts in output
     assert (status, errors) == (0, "")
 
 
 @pytest.mark.parametrize("value", ["75", "x"])
-def test_an_architecture_that_is_not_emulated(value, program):
+def test_an_architecture_that_is_not_emulated(value, program, run):
     _, _, errors = run(program("runtime_api"), EMULATOR_ARCHITECTURE=value)
     expected = {"75": "one of 80, 86, 89, 90, 100, 120, got 75", "x": "EMULATOR_ARCHITECTURE must be a number, got x"}
     assert expected[value] in errors
@@ -97,7 +88,7 @@ int main(int, char** arguments) {
         ("a", "cudaErrorAssert", "trap: .*asserts"),
     ],
 )
-def test_faults_are_errors_of_the_launch_and_reports(which, error, report, build_program):
+def test_faults_are_errors_of_the_launch_and_reports(which, error, report, build_program, run):
     program = build_program("faulty", FAULTY)
     status, output, errors = run(program, which, EMULATOR_MAX_INSTRUCTIONS="100000")
     assert output == f"{error}\n"
@@ -119,7 +110,7 @@ int main() {
 """
 
 
-def test_the_example_of_the_documentation(build_program):
+def test_the_example_of_the_documentation(build_program, run):
     page = (Path(__file__).parent.parent.parent / "docs" / "emulator.md").read_text()
     text = re.search(r"```cuda\n(.*?)```", page, re.DOTALL)[1]
     assert run(build_program("sum", text)) == (0, "64 no error\n", "")
@@ -136,7 +127,7 @@ def targets(*names, flags=("--no-compress",)):
     return (*(word for name in names for word in ("-gencode", f"arch=compute_{name},code=compute_{name}")), *flags)
 
 
-def test_the_newest_target_that_the_architecture_runs_is_chosen(build_program):
+def test_the_newest_target_that_the_architecture_runs_is_chosen(build_program, run):
     program = build_program("which_of_three", WHICH, targets=targets("80", "86", "90a"))
     for architecture, target in ((80, 800), (86, 860), (89, 860), (90, 900), (100, 860), (120, 860)):
         assert run(program, EMULATOR_ARCHITECTURE=str(architecture)) == (0, f"{target} cudaSuccess\n", "")
@@ -152,7 +143,7 @@ def test_the_newest_target_that_the_architecture_runs_is_chosen(build_program):
     ],
 )
 def test_a_program_without_ptx_that_runs_says_which_option_is_missing(
-    name, nvcc_targets, architecture, report, build_program
+    name, nvcc_targets, architecture, report, build_program, run
 ):
     program = build_program(f"which_{name}", WHICH, targets=nvcc_targets)
     status, output, errors = run(program, EMULATOR_ARCHITECTURE=str(architecture))
@@ -170,38 +161,39 @@ def test_info_of_a_program(program, capsys):
     assert "structs(Params, Point*, char, unsigned char, short, bool)" in printed
 
 
-def command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "emulator", *map(str, words)], capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def command(run):
+    """command(*words): `python -m emulator` in a process of its own."""
+    return lambda *words: run(sys.executable, "-m", "emulator", *words)
 
 
-def test_run_prints_the_reports_and_its_status_tells(program, build_program):
-    right = command("run", program("basics"))
-    assert right.returncode == 0
-    assert "ok: a ragged last block" in right.stdout
-    assert right.stderr.splitlines()[-1].endswith("sm_80: no fault found")
-    wrong = command("run", build_program("faulty", FAULTY), "b")
-    assert wrong.returncode == 1
-    assert "out of bounds: " in wrong.stderr
-    assert wrong.stderr.splitlines()[-1] == "emulator: launches: 1, blocks: 1, sm_80: faults: 1"
+def test_run_prints_the_reports_and_its_status_tells(program, build_program, command):
+    status, output, errors = command("run", program("basics"))
+    assert status == 0
+    assert "ok: a ragged last block" in output
+    assert errors.splitlines()[-1].endswith("sm_80: no fault found")
+    status, output, errors = command("run", build_program("faulty", FAULTY), "b")
+    assert status == 1
+    assert output == "cudaErrorIllegalAddress\n"
+    assert "out of bounds: " in errors
+    assert errors.splitlines()[-1] == "emulator: launches: 1, blocks: 1, sm_80: faults: 1"
 
 
-def test_counters_of_a_program(program):
-    result = command("counters", "--architecture", "90", "--lines", "3", program("shared"))
-    assert result.returncode == 0, result.stderr
-    assert "bitonic_sort" in result.stdout
-    assert "hottest lines" in result.stdout
+def test_counters_of_a_program(program, command):
+    status, output, errors = command("counters", "--architecture", "90", "--lines", "3", program("shared"))
+    assert status == 0, errors
+    assert "bitonic_sort" in output
+    assert "hottest lines" in output
 
 
-def test_run_of_a_program_that_does_not_use_the_emulator():
-    result = command("run", "/bin/true")
-    assert result.returncode == 2
-    assert "is it linked to libemulator (nvcc -cudart none)?" in result.stderr
-    assert command("run", "./no-such-program").returncode == 2
+def test_run_of_a_program_that_does_not_use_the_emulator(command):
+    status, _, errors = command("run", "/bin/true")
+    assert status == 2
+    assert "is it linked to libemulator (nvcc -cudart none)?" in errors
+    assert command("run", "./no-such-program")[0] == 2
 
 
-def test_output_of_a_program_as_json(program, tmp_path):
+def test_output_of_a_program_as_json(program, tmp_path, run):
     file = tmp_path / "output.jsonl"
     assert run(program("tensor_cores"), EMULATOR_OUTPUT=str(file))[0] == 0
     (launch,) = [json.loads(line)["launch"] for line in file.read_text().splitlines()]
