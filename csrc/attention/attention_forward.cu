@@ -3,22 +3,18 @@
 //
 // Contract   see attention.h; rows of q, k, v and o begin on 16-byte boundaries.
 // Rows       The query rows of a kv head are the (query, head of its group) pairs, query major: a group shares every
-// key
-//            and value that is loaded, and what a row sees grows with the row.
+//            key and value that is loaded, and what a row sees grows with the row.
 // Work       grid (units, kv heads, batch). A unit is a tile of kRows rows, the last tile first, or, for a sequence of
-// at
-//            most kSplitRows rows, a chunk of kSplitKeys keys; chunks are merged in their order by a second kernel. The
-//            rule looks at the sequence alone, so its bits depend on nothing else. A warp owns kWarpRows rows; keys and
-//            values stream past in blocks of kKeys, from the last visible one to the first.
+//            at most kSplitRows rows, a chunk of kSplitKeys keys; chunks are merged in their order by a second kernel.
+//            The rule looks at the sequence alone, so its bits depend on nothing else. A warp owns kWarpRows rows; keys
+//            and values stream past in blocks of kKeys, from the last visible one to the first.
 // Shared     struct Smem below: q, overlaid by o; one block of keys and one of values.
 // Pipeline   wait k[i] | B1 | load v[i] | s = q k[i] | wait v[i] | B2 | load k[i-1] | softmax | o += p v[i].
 //            B1: all warps see k[i], and have read the values before it. B2: all see v[i], and have read k[i].
 // Masks      Blocks that every row of the tile sees whole, and no modifiers: one loop without a mask. Others: a loop
-// that
-//            modifies and masks scores, where a warp skips a block that none of its rows sees.
+//            that modifies and masks scores, where a warp skips a block that none of its rows sees.
 // Numerics   float32 accumulation, base-2 exponent. o is rescaled only when a maximum grows by more than 2^8: weights
-// up
-//            to 2^8 lose nothing. A hidden value never reaches a row, NaN included. Deterministic.
+//            up to 2^8 lose nothing. A hidden value never reaches a row, NaN included. Deterministic.
 // Cost       4 * visible pairs * dim flops; bound by the tensor cores beyond seq ~ 500.
 // After      Dao 2023, FlashAttention-2, algorithm 1.
 

@@ -172,7 +172,7 @@ __device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>&
     }
   }
   static_for<T::kDim / 16>([&]<int step>() {
-    uint32_t loaded[T::kRowTiles][4];
+    [[maybe_unused]] uint32_t loaded[T::kRowTiles][4];
     if constexpr (!T::kKeepsQ) load_q<T, step>(loaded, q_at);
     const auto& a = [&]() -> const uint32_t (&)[T::kRowTiles][4] {
       if constexpr (T::kKeepsQ) return q.kept[step];

@@ -64,8 +64,7 @@ Graph make_graph(const Code& code) {
   return graph;
 }
 
-// ---- post-dominators
-// -------------------------------------------------------------------------------------------------
+// ---- post-dominators ------------------------------------------------------------------------------------------------
 constexpr uint32_t kUndefined = 0xffffffffu;
 
 // Marks the blocks from which the end can be reached, beginning with `from`.
@@ -152,8 +151,7 @@ std::vector<uint32_t> post_dominators(const Graph& graph) {
   return idom;
 }
 
-// ---- registers
-// -------------------------------------------------------------------------------------------------------
+// ---- registers ------------------------------------------------------------------------------------------------------
 class Assignment {
  public:
   Assignment(Code& code, const Graph& graph) : code_(code), graph_(graph) {}
@@ -311,9 +309,9 @@ class Assignment {
   std::set<uint32_t> unsafe_;
 };
 
-// ---- liveness
-// -------------------------------------------------------------------------------------------------------- The most
-// 32-bit words of registers that hold something still to be read, at any instruction. Predicates do not count.
+// ---- liveness -------------------------------------------------------------------------------------------------------
+
+// The most 32-bit words of registers that hold something still to be read, at any instruction. Predicates do not count.
 uint32_t most_words_alive(const Code& code, const Graph& graph) {
   std::unordered_map<uint32_t, uint32_t> number;  // offset -> dense number
   std::vector<uint32_t> words;

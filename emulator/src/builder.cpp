@@ -61,8 +61,7 @@ ParamLayout layout_of(const std::vector<ptx::Variable>& params) {
   return layout;
 }
 
-// ---- program
-// ---------------------------------------------------------------------------------------------------------
+// ---- program --------------------------------------------------------------------------------------------------------
 ProgramBuilder::ProgramBuilder(const Module& module, const ptx::Module& syntax, int architecture)
     : module_(module), syntax_(syntax), architecture_(architecture), program_(std::make_shared<Program>()) {
   for (const ptx::Function& function : syntax.functions) {
@@ -205,8 +204,7 @@ std::shared_ptr<const Program> ProgramBuilder::build(const std::string& kernel) 
   return program_;
 }
 
-// ---- code: declarations
-// ----------------------------------------------------------------------------------------------
+// ---- code: declarations ---------------------------------------------------------------------------------------------
 CodeBuilder::CodeBuilder(ProgramBuilder& program, const ptx::Function& function, Code& code)
     : program_(program), function_(function), code_(code) {
   code_.register_bytes = kWarpLanes * 8;  // the frame pointer

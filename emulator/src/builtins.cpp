@@ -62,8 +62,7 @@ bool read_string(Warp& warp, int lane, uint64_t address, std::string& out) {
   return true;
 }
 
-// ---- printf
-// ----------------------------------------------------------------------------------------------------------
+// ---- printf ---------------------------------------------------------------------------------------------------------
 class Formatter {
  public:
   Formatter(Warp& warp, int lane, uint64_t arguments) : warp_(warp), lane_(lane), address_(arguments) {}
@@ -220,8 +219,7 @@ void run_assertfail(Warp& warp, const Instruction& in, const CallSite& site) {
   warp.end_launch();
 }
 
-// ---- the heap of the device
-// ------------------------------------------------------------------------------------------
+// ---- the heap of the device -----------------------------------------------------------------------------------------
 struct Heap {
   std::mutex mutex;
   struct Block {

@@ -98,8 +98,7 @@ bool is_number(const ptx::Operand& operand) {
 
 }  // namespace
 
-// ---- Decoder
-// ---------------------------------------------------------------------------------------------------------
+// ---- Decoder --------------------------------------------------------------------------------------------------------
 void Decoder::error(const std::string& message) const {
   builder_.error_at(current_->ptx_line, message + " in '" + current_->text() + "'");
 }
@@ -317,8 +316,7 @@ const void* Decoder::keep(std::shared_ptr<const void> object) {
   return object.get();
 }
 
-// ---- Modifiers
-// -------------------------------------------------------------------------------------------------------
+// ---- Modifiers ------------------------------------------------------------------------------------------------------
 bool Modifiers::take(std::string_view part) {
   auto it = std::find(parts_.begin(), parts_.end(), part);
   if (it == parts_.end()) return false;
@@ -355,8 +353,7 @@ void Modifiers::finish() const {
   if (!parts_.empty()) decoder_.error("unknown modifier ." + parts_.front());
 }
 
-// ---- source lines
-// ----------------------------------------------------------------------------------------------------
+// ---- source lines ---------------------------------------------------------------------------------------------------
 void CodeBuilder::set_lines(const ptx::Locations& locations, InstructionInfo& info) const {
   auto line_of = [&](const ptx::Location& location) {
     auto file = program_.syntax().files.find(location.file);
@@ -374,8 +371,7 @@ void CodeBuilder::set_lines(const ptx::Locations& locations, InstructionInfo& in
   if (info.where.line == 0 && !locations.empty()) info.where = line_of(locations[0]);
 }
 
-// ---- one instruction
-// -------------------------------------------------------------------------------------------------
+// ---- one instruction ------------------------------------------------------------------------------------------------
 void CodeBuilder::decode_one(const ptx::Instruction& in) {
   Decoder decoder(*this);
   decoder.current_ = &in;

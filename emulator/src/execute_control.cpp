@@ -11,8 +11,7 @@
 namespace emulator {
 namespace {
 
-// ---- branches and ends
-// -----------------------------------------------------------------------------------------------
+// ---- branches and ends ----------------------------------------------------------------------------------------------
 void execute_bra(Warp& warp, const Instruction& in) { warp.jump(in, warp.active()); }
 
 void execute_brx(Warp& warp, const Instruction& in) {
@@ -100,8 +99,7 @@ void execute_stackrestore(Warp& warp, const Instruction& in) {
   if (inside && warp.active() == warp.current().lanes) frame.local_top = static_cast<uint32_t>(top);
 }
 
-// ---- barriers of a block
-// ---------------------------------------------------------------------------------------------
+// ---- barriers of a block --------------------------------------------------------------------------------------------
 enum BarrierFlag : uint32_t { kArrive = 1, kAligned = 2, kCounted = 4, kPopc = 8, kAnd = 16, kOr = 32 };
 constexpr uint32_t kReduction = kPopc | kAnd | kOr;
 
@@ -167,8 +165,7 @@ void execute_barrier(Warp& warp, const Instruction& in) {
   block.arrive_at_barrier(static_cast<int>(id), warp, lanes, counted, lanes_true);
 }
 
-// ---- decoding
-// --------------------------------------------------------------------------------------------------------
+// ---- decoding -------------------------------------------------------------------------------------------------------
 namespace {
 
 bool decode_barrier(Decoder& decoder, const ptx::Instruction& in, Instruction& out) {

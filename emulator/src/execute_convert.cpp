@@ -15,8 +15,7 @@ using namespace numerics;
 
 namespace {
 
-// ---- types
-// -----------------------------------------------------------------------------------------------------------
+// ---- types ----------------------------------------------------------------------------------------------------------
 
 // One of the types that cvt knows. Integers have no format.
 struct CvtType {
@@ -60,8 +59,7 @@ struct Conversion {
 };
 const Conversion& conversion_of(const Instruction& in) { return *static_cast<const Conversion*>(in.data); }
 
-// ---- any conversion
-// --------------------------------------------------------------------------------------------------
+// ---- any conversion -------------------------------------------------------------------------------------------------
 
 void load_lanes(const Warp& warp, Operand from, uint32_t bytes, uint64_t* out) {
   const auto load = [&]<class T>(const T* lanes) {
@@ -136,8 +134,7 @@ void execute_integers(Warp& warp, const Instruction& in) {
   store_lanes(warp, in.operands[0], c.to_bytes, values);
 }
 
-// ---- conversions of inner loops
-// --------------------------------------------------------------------------------------
+// ---- conversions of inner loops -------------------------------------------------------------------------------------
 
 // Registers exactly as wide as the types.
 template <class To, class From>
@@ -355,8 +352,7 @@ Execute find_fast(const Conversion& c) {
   return nullptr;
 }
 
-// ---- cvt
-// -------------------------------------------------------------------------------------------------------------
+// ---- cvt ------------------------------------------------------------------------------------------------------------
 
 void check_types(Decoder& decoder, const Conversion& c, bool integral, bool rounds) {
   const CvtType &to = *c.to, &from = *c.from;
@@ -410,8 +406,7 @@ void decode_cvt(Decoder& decoder, const ptx::Instruction& in, Instruction& out, 
   out.data = decoder.keep(std::move(c));
 }
 
-// ---- cvt.pack
-// --------------------------------------------------------------------------------------------------------
+// ---- cvt.pack -------------------------------------------------------------------------------------------------------
 
 // d = c shifted left by two elements | sat(a) in the upper | sat(b) in the lower element. aux: bits | signed << 8.
 void execute_pack(Warp& warp, const Instruction& in) {

@@ -16,8 +16,7 @@ constexpr InstructionClass class_of(Type type) {
   return type == Type::kF64 ? InstructionClass::kFp64 : InstructionClass::kFma;
 }
 
-// ---- add sub mul fma, to nearest even
-// --------------------------------------------------------------------------------
+// ---- add sub mul fma, to nearest even -------------------------------------------------------------------------------
 
 struct Add {
   template <class T>
@@ -66,8 +65,7 @@ Execute choose_arithmetic(bool ftz, bool sat) {
   return sat ? execute_arithmetic<T, Op, false, true> : execute_arithmetic<T, Op, false, false>;
 }
 
-// ---- any operation, any rounding
-// -------------------------------------------------------------------------------------
+// ---- any operation, any rounding ------------------------------------------------------------------------------------
 
 constexpr uint32_t pack(FloatOp op, FloatControl control) {
   return static_cast<uint32_t>(op) | static_cast<uint32_t>(control.rounding) << 8 | (control.ftz ? 1u << 16 : 0) |
@@ -126,8 +124,7 @@ void decode_arithmetic(Decoder& decoder, const ptx::Instruction& in, Instruction
   }
 }
 
-// ---- min max abs neg copysign
-// ----------------------------------------------------------------------------------------
+// ---- min max abs neg copysign ---------------------------------------------------------------------------------------
 
 template <bool kMax, bool kNan, bool kFtz, bool kXorsign>
 void execute_min_max(Warp& warp, const Instruction& in) {
@@ -224,8 +221,7 @@ void decode_copysign(Decoder& decoder, const ptx::Instruction& in, Instruction& 
                              decoder.source(in.operands[2], type)});
 }
 
-// ---- approximations
-// --------------------------------------------------------------------------------------------------
+// ---- approximations -------------------------------------------------------------------------------------------------
 
 void lanes_rcp(float* d, const float* a) {
   for (int i = 0; i < kWarpLanes; ++i) d[i] = canonical(1.0f / a[i]);

@@ -293,8 +293,7 @@ void execute_mad_carry(Warp& warp, const Instruction& in) {
   if (in.aux & kCarryOut) warp.set_carry(out_bits);
 }
 
-// ---- decoding
-// --------------------------------------------------------------------------------------------------------
+// ---- decoding -------------------------------------------------------------------------------------------------------
 bool is_16x2(Type type) { return type == Type::kU16x2 || type == Type::kS16x2; }
 
 // The last part that names a type; modifiers such as .relu may follow it.

@@ -194,8 +194,7 @@ void execute_bfi(Warp& warp, const Instruction& in) {
   warp.write<T>(in.operands[0], [=](int i) { return Op::apply(a[i], b[i], c[i], d[i]); });
 }
 
-// ---- lop3
-// ------------------------------------------------------------------------------------------------------------
+// ---- lop3 -----------------------------------------------------------------------------------------------------------
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
   uint32_t out = 0;
   for (uint32_t i = 0; i < 8; i++) {
@@ -271,8 +270,7 @@ bool decode_lop3(Decoder& decoder, const ptx::Instruction& in, Instruction& out)
   return true;
 }
 
-// ---- predicates
-// ------------------------------------------------------------------------------------------------------
+// ---- predicates -----------------------------------------------------------------------------------------------------
 enum class PredicateOp { kAnd, kOr, kXor, kNot };
 template <PredicateOp kOp>
 void execute_predicate(Warp& warp, const Instruction& in) {

@@ -15,8 +15,7 @@ namespace {
 
 constexpr int kMaxRegisters = 8;  // of one matrix
 
-// ---- mma
-// -------------------------------------------------------------------------------------------------------------
+// ---- mma ------------------------------------------------------------------------------------------------------------
 
 struct Mma {
   const MatrixOp* op;
@@ -101,8 +100,7 @@ void decode_mma(Decoder& decoder, const ptx::Instruction& in, Instruction& out) 
   out.data = decoder.keep(std::move(mma));
 }
 
-// ---- ldmatrix and stmatrix
-// -------------------------------------------------------------------------------------------
+// ---- ldmatrix and stmatrix ------------------------------------------------------------------------------------------
 
 struct MatrixAccess {
   Address address;
@@ -195,8 +193,7 @@ void decode_matrix_access(Decoder& decoder, const ptx::Instruction& in, Instruct
   out.data = decoder.keep(std::move(access));
 }
 
-// ---- movmatrix
-// -------------------------------------------------------------------------------------------------------
+// ---- movmatrix ------------------------------------------------------------------------------------------------------
 
 void execute_movmatrix(Warp& warp, const Instruction& in) {
   if (!warp.collective_all(in)) return;

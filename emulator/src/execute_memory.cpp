@@ -111,8 +111,7 @@ void store_four_words(Warp& warp, const Instruction& in, std::byte* const* host)
   }
 }
 
-// ---- ld
-// --------------------------------------------------------------------------------------------------------------
+// ---- ld -------------------------------------------------------------------------------------------------------------
 
 template <bool kFour>
 void execute_load(Warp& warp, const Instruction& in) {
@@ -154,8 +153,7 @@ void execute_load_param(Warp& warp, const Instruction& in) {
     op.move(warp.lanes<std::byte>(in.operands[e]), host, e * op.element_bytes, warp.active());
 }
 
-// ---- st
-// --------------------------------------------------------------------------------------------------------------
+// ---- st -------------------------------------------------------------------------------------------------------------
 
 // What a store is about to write, compared with memory.
 struct Stored {
@@ -335,8 +333,7 @@ void decode_load_or_store(Decoder& decoder, const ptx::Instruction& in, Instruct
   out.data = decoder.keep(op);
 }
 
-// ---- addresses
-// -------------------------------------------------------------------------------------------------------
+// ---- addresses ------------------------------------------------------------------------------------------------------
 
 template <typename T>
 void execute_add_window(Warp& warp, const Instruction& in) {
@@ -402,8 +399,7 @@ void decode_isspacep(Decoder& decoder, const ptx::Instruction& in, Instruction& 
                        {decoder.destination(in.operands[0], Type::kPred), decoder.source(in.operands[1], Type::kU64)});
 }
 
-// ---- fences and hints
-// ------------------------------------------------------------------------------------------------
+// ---- fences and hints -----------------------------------------------------------------------------------------------
 
 void execute_fence(Warp& warp, const Instruction& in) { fence(warp, in.immediate != 0); }
 void execute_nothing(Warp&, const Instruction&) {}

@@ -12,8 +12,7 @@
 namespace emulator {
 namespace {
 
-// ---- comparisons
-// -----------------------------------------------------------------------------------------------------
+// ---- comparisons ----------------------------------------------------------------------------------------------------
 struct Equal {
   template <typename T>
   static bool apply(T a, T b) {
@@ -153,8 +152,7 @@ bool decode_comparison(Decoder& decoder, const ptx::Instruction& in, Instruction
   return true;
 }
 
-// ---- selections
-// ------------------------------------------------------------------------------------------------------
+// ---- selections -----------------------------------------------------------------------------------------------------
 template <typename T>
 void execute_selp(Warp& warp, const Instruction& in) {
   const T *a = warp.lanes<T>(in.operands[1]), *b = warp.lanes<T>(in.operands[2]);
@@ -201,8 +199,7 @@ bool decode_selection(Decoder& decoder, const ptx::Instruction& in, Instruction&
   return true;
 }
 
-// ---- moves
-// -----------------------------------------------------------------------------------------------------------
+// ---- moves ----------------------------------------------------------------------------------------------------------
 template <typename T>
 void execute_mov(Warp& warp, const Instruction& in) {
   const T* a = warp.lanes<T>(in.operands[1]);
@@ -283,8 +280,7 @@ void decode_vector_move(Decoder& decoder, const ptx::Instruction& in, Instructio
   decoder.set_operands(out, std::move(operands));
 }
 
-// ---- special registers that change
-// -----------------------------------------------------------------------------------
+// ---- special registers that change ----------------------------------------------------------------------------------
 uint64_t nanoseconds() {
   auto now = std::chrono::steady_clock::now().time_since_epoch();
   return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());

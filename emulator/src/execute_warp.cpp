@@ -23,8 +23,7 @@ void report_absent(Warp& warp, const Instruction& in, int lane, int from, uint32
   });
 }
 
-// ---- shfl
-// ------------------------------------------------------------------------------------------------------------
+// ---- shfl -----------------------------------------------------------------------------------------------------------
 
 enum class Shuffle : uint8_t { kUp, kDown, kButterfly, kIndex };
 
@@ -101,8 +100,7 @@ void decode_shuffle(Decoder& decoder, const ptx::Instruction& in, Instruction& o
                              decoder.source(in.operands[3], Type::kB32), decoder.source(in.operands[4], Type::kB32)});
 }
 
-// ---- vote
-// ------------------------------------------------------------------------------------------------------------
+// ---- vote -----------------------------------------------------------------------------------------------------------
 
 enum class Vote : uint8_t { kAll, kAny, kUniform, kBallot };
 
@@ -146,8 +144,7 @@ void decode_vote(Decoder& decoder, const ptx::Instruction& in, Instruction& out)
                              decoder.source(in.operands[2], Type::kB32)});
 }
 
-// ---- match
-// -----------------------------------------------------------------------------------------------------------
+// ---- match ----------------------------------------------------------------------------------------------------------
 
 // operands: d, p (or the sink), a, mask.
 template <typename T, bool kAll>
@@ -191,8 +188,7 @@ void decode_match(Decoder& decoder, const ptx::Instruction& in, Instruction& out
                              decoder.source(in.operands[1], type), decoder.source(in.operands[2], Type::kB32)});
 }
 
-// ---- redux
-// -----------------------------------------------------------------------------------------------------------
+// ---- redux ----------------------------------------------------------------------------------------------------------
 
 struct Redux {
   uint32_t (*combine)(uint32_t, uint32_t);
@@ -266,8 +262,7 @@ void decode_redux(Decoder& decoder, const ptx::Instruction& in, Instruction& out
                              decoder.source(in.operands[2], Type::kB32)});
 }
 
-// ---- bar.warp.sync, elect, activemask
-// --------------------------------------------------------------------------------
+// ---- bar.warp.sync, elect, activemask -------------------------------------------------------------------------------
 
 void execute_warp_barrier(Warp& warp, const Instruction& in) {
   if (!warp.collective(in, warp.lanes<uint32_t>(in.operands[0]), true)) return;

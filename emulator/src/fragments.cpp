@@ -44,8 +44,7 @@ bool ends_thread(const Frame& frame, uint32_t pc) {
 
 }  // namespace
 
-// ---- the forest
-// ------------------------------------------------------------------------------------------------------
+// ---- the forest -----------------------------------------------------------------------------------------------------
 Fragment* Warp::add_fragment(Frame* frame, Fragment* parent, uint32_t pc, uint32_t lanes, uint32_t reconverge) {
   Fragment* fragment = nullptr;
   if (!free_fragments_.empty()) {
@@ -177,8 +176,7 @@ void Warp::jump_many(const Instruction& in, const uint32_t* target) {
   event_ = Event::kSwitch;
 }
 
-// ---- calls
-// -----------------------------------------------------------------------------------------------------------
+// ---- calls ----------------------------------------------------------------------------------------------------------
 void Warp::call(const CallSite& site, const Code& callee, uint32_t group) {
   Fragment& fragment = *current_;
   uint32_t base = (fragment.frame->local_top + 15) / 16 * 16;
@@ -264,8 +262,7 @@ void Warp::exit_lanes(uint32_t lanes) {
   block_->threads_exited(static_cast<uint32_t>(std::popcount(lanes)));
 }
 
-// ---- lanes that wait for others
-// --------------------------------------------------------------------------------------
+// ---- lanes that wait for others -------------------------------------------------------------------------------------
 bool Warp::release_arrived(bool only_old) {
   bool any = false;
   for (size_t i = 0; i < fragments_.size(); i++) {

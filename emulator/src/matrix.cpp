@@ -50,8 +50,7 @@ inline Row multiply_add(float a, Row b, Row c) {
 #endif
 }
 
-// ---- elements
-// --------------------------------------------------------------------------------------------------------
+// ---- elements -------------------------------------------------------------------------------------------------------
 
 enum class Element { kF16, kBf16, kTf32, kE4m3, kE5m2, kS8, kU8, kS4, kU4 };
 
@@ -173,8 +172,7 @@ __attribute__((noinline)) void expand_any_b(const void* const* b, int k, Number 
   expand_b<E>(b, k, dense);
 }
 
-// ---- accumulators
-// ----------------------------------------------------------------------------------------------------
+// ---- accumulators ---------------------------------------------------------------------------------------------------
 
 template <bool kHalf>
 inline Row load_row(const void* const* c, int row) {
@@ -204,8 +202,7 @@ inline void store_row(void* const* d, int row, Row value) {
   }
 }
 
-// ---- sparse A
-// --------------------------------------------------------------------------------------------------------
+// ---- sparse A -------------------------------------------------------------------------------------------------------
 
 // Metadata: a 2-bit index says where in its chunk of four a nonzero stands. 16- and 8-bit elements: one index each.
 // tf32 (one of two): two indices each, 0b0100 the first, 0b1110 the second of the chunk. 4-bit elements: one index a
@@ -250,8 +247,7 @@ void expand_metadata(Element e, int k, const uint32_t* metadata, int selector, u
   }
 }
 
-// ---- products
-// --------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 constexpr int kMaxK = 128;  // of a sparse product of 4-bit elements; no more than 64 are multiplied for one sum
 
@@ -419,8 +415,7 @@ void run_double(void* const* d, const void* const* a, const void* const* b, cons
   }
 }
 
-// ---- the table
-// -------------------------------------------------------------------------------------------------------
+// ---- the table ------------------------------------------------------------------------------------------------------
 
 using Table = std::map<std::string, MatrixOp>;
 
@@ -573,8 +568,7 @@ const MatrixOp* find_matrix_op(const std::vector<std::string>& parts) {
   return found == table.end() ? nullptr : &found->second;
 }
 
-// ---- moving 8 x 8 matrices
-// -------------------------------------------------------------------------------------------
+// ---- moving 8 x 8 matrices ------------------------------------------------------------------------------------------
 
 void ldmatrix(const uint8_t* const rows[8], bool transpose, uint32_t* lanes) {
   uint32_t words[kLanes];

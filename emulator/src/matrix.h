@@ -2,17 +2,16 @@
 // matrix.h: mma.sync, ldmatrix, stmatrix and movmatrix as pure functions on the lane arrays of a warp.
 //
 // Layouts    lane = 4 g + t. With p elements in a 32-bit register (f64: one in 64 bits), for every shape:
-//              A  register r, element i   row g + 8 (r % 2), column 4 p (r / 2) + p t + i      (m8: row g, one
-//              register) B  register r, element i   row 4 p r + p t + i, column g C  element i (D likewise)  row g + 8
-//              (i / 2), column 2 t + i % 2                (f16: two in a register)
-//            mma.sp: A as in the dense shape of half the k, the nonzeros of a row moved together; metadata in
-//            matrix.cpp.
+//              A  register r, element i   row g + 8 (r % 2), column 4 p (r / 2) + p t + i   (m8: row g, one register)
+//              B  register r, element i   row 4 p r + p t + i, column g
+//              C  element i (D likewise)  row g + 8 (i / 2), column 2 t + i % 2             (f16: two in a register)
+//            mma.sp: A as in the dense shape of half the k, the nonzeros of a row moved together; metadata: matrix.cpp.
 // Numerics   floats narrower than f64: products exact, added to C in float32 in ascending k, each sum rounded to
-// nearest
-//            even; f16 results are rounded once, at the end. A tensor core adds the products of a step together with
-//            fewer guard bits and truncates: its inner rounding is not modelled, so compare with a tolerance of a few
-//            float32 ulps of the largest product. tf32 operands lose their last 13 bits first, as the hardware ignores
-//            them. f64: a chain of fma. Integers: exact, wrapped to 32 bits or clamped (.satfinite). NaN: 0x7fffffff.
+//            nearest even; f16 results are rounded once, at the end. A tensor core adds the products of a step together
+//            with fewer guard bits and truncates: its inner rounding is not modelled, so compare with a tolerance of a
+//            few float32 ulps of the largest product. tf32 operands lose their last 13 bits first, as the hardware
+//            ignores them. f64: a chain of fma. Integers: exact, wrapped to 32 bits or clamped (.satfinite). NaN:
+//            0x7fffffff.
 #pragma once
 
 #include <cstdint>

@@ -22,8 +22,7 @@ std::string bytes(uint64_t count) { return std::to_string(count) + (count == 1 ?
 
 }  // namespace
 
-// ---- DeviceMemory
-// ------------------------------------------------------------------------------------------------------
+// ---- DeviceMemory ---------------------------------------------------------------------------------------------------
 
 thread_local constinit DeviceMemory::Hit DeviceMemory::last_hit_;
 
@@ -95,8 +94,7 @@ std::string DeviceMemory::describe(uint64_t address, uint32_t num_bytes) const {
   return "at byte " + std::to_string(address - begin) + " of " + what;
 }
 
-// ---- BlockWrites
-// -------------------------------------------------------------------------------------------------------
+// ---- BlockWrites ----------------------------------------------------------------------------------------------------
 
 namespace {
 

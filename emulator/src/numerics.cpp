@@ -8,8 +8,7 @@
 
 namespace emulator::numerics {
 
-// ---- formats
-// ---------------------------------------------------------------------------------------------------------
+// ---- formats --------------------------------------------------------------------------------------------------------
 
 Decoded decode(const Format& format, uint64_t bits) {
   const uint64_t magnitude = bits & (format.sign() - 1);
@@ -159,8 +158,7 @@ bool test_property(Test test, const Format& format, uint64_t bits) {
   return false;
 }
 
-// ---- arithmetic of 32 lanes
-// ------------------------------------------------------------------------------------------
+// ---- arithmetic of 32 lanes -----------------------------------------------------------------------------------------
 
 namespace {
 
@@ -248,8 +246,7 @@ void lanes_arithmetic(FloatOp op, FloatControl control, double* d, const double*
   arithmetic(op, control, d, a, b, c);
 }
 
-// ---- functions
-// -------------------------------------------------------------------------------------------------------
+// ---- functions ------------------------------------------------------------------------------------------------------
 
 void lanes_ex2(float* d, const float* a) {
   // 2^f on [-1/2, 1/2], interpolated at Chebyshev nodes: relative error 2^-51.

@@ -3,21 +3,14 @@
 // instruction.
 //
 // Scalar part  round_to(), decode() and convert() handle every floating format the ISA has, with every rounding mode,
-// by
-//              one integer algorithm. The rest of the file is arithmetic that must be fast.
+//              by one integer algorithm. The rest of the file is arithmetic that must be fast.
 // Lane part    functions named lanes_* work on the 32 lanes of a warp. They are straight loops without branches, so
-// that
-//              -O3 -mavx2 -mfma vectorises them; they compute the same bits without these options.
+//              that -O3 -mavx2 -mfma vectorises them; they compute the same bits without these options.
 // NaN          results are canonical: 0x7fffffff (f32, tf32), 0x7fff (f16, bf16), 0x7f (e4m3, e5m2), 0xfff8000000000000
 //              (f64). Conversions that only widen bf16 keep the payload, as the hardware's shift does.
-// Must be compiled with -ffp-contract=off: a product and a sum that PTX rounds twice are never fused.
+// Must be compiled with -ffp-contract=off: a product and a sum that PTX rounds twice are never fused. gcc vectorises a
+// loop that selects between two floats with -fno-trapping-math -fno-math-errno alone: nobody reads exceptions or errno.
 #pragma once
-
-// Nobody reads the host's floating-point exceptions or errno. Without saying so, gcc does not vectorise a loop that
-// selects between two floats; so this header comes first in the files that have such loops.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-trapping-math", "no-math-errno")
-#endif
 
 #include <bit>
 #include <cstdint>
@@ -30,8 +23,7 @@ inline constexpr int kLanes = 32;
 // kRna is to nearest, ties away from zero. The integer roundings rni rzi rmi rpi are kRn kRz kRm kRp.
 enum class Rounding : uint8_t { kRn, kRz, kRm, kRp, kRna };
 
-// ---- formats
-// ---------------------------------------------------------------------------------------------------------
+// ---- formats --------------------------------------------------------------------------------------------------------
 
 struct Format {
   int exponent_bits, mantissa_bits;
@@ -103,8 +95,7 @@ inline uint64_t extend(uint64_t value, int num_bits, bool is_signed) {
 }
 uint64_t clamp_integer(uint64_t value, bool value_is_signed, int num_bits, bool is_signed);
 
-// ---- f32 and f64, one lane
-// -------------------------------------------------------------------------------------------
+// ---- f32 and f64, one lane ------------------------------------------------------------------------------------------
 
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline double as_double(uint64_t bits) { return std::bit_cast<double>(bits); }
@@ -144,8 +135,7 @@ inline float minimum(float a, float b) {
 double maximum(double a, double b);
 double minimum(double a, double b);
 
-// ---- f16 and bf16, one lane
-// ------------------------------------------------------------------------------------------
+// ---- f16 and bf16, one lane -----------------------------------------------------------------------------------------
 
 // Rounds to nearest even. Two roundings to one are avoided where it matters by round_odd below.
 inline uint32_t bf16_from_float(float x) {
@@ -239,8 +229,7 @@ inline float bf16_fma(float a, float b, float c) {
   return odd_float(round_odd(sum, sum_error(product, static_cast<double>(c), sum)));
 }
 
-// ---- comparisons
-// -----------------------------------------------------------------------------------------------------
+// ---- comparisons ----------------------------------------------------------------------------------------------------
 
 // As PTX names them; those ending in u are true also when an operand is NaN.
 enum class Compare : uint8_t { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
@@ -270,8 +259,7 @@ inline bool compare(Compare how, T a, T b) {
 enum class Test : uint8_t { kFinite, kInfinite, kNumber, kNotANumber, kNormal, kSubnormal };
 bool test_property(Test test, const Format& format, uint64_t bits);
 
-// ---- 32 lanes
-// --------------------------------------------------------------------------------------------------------
+// ---- 32 lanes -------------------------------------------------------------------------------------------------------
 
 // d = a op b (op c), rounded in any direction. kSqrt and kRcp use a only.
 enum class FloatOp : uint8_t { kAdd, kSub, kMul, kFma, kDiv, kSqrt, kRcp };

@@ -43,8 +43,7 @@ struct Instruction;
 constexpr int kWarpLanes = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// ---- Types
-// -----------------------------------------------------------------------------------------------------------
+// ---- Types ----------------------------------------------------------------------------------------------------------
 enum class Type : uint8_t {
   kNone,
   kPred,
@@ -118,8 +117,7 @@ struct Address {
   bool uniform = false;
 };
 
-// ---- Instructions
-// ----------------------------------------------------------------------------------------------------
+// ---- Instructions ---------------------------------------------------------------------------------------------------
 using Execute = void (*)(Warp&, const Instruction&);
 
 struct Instruction {
@@ -210,8 +208,7 @@ struct Program {
   const InstructionInfo& info(uint32_t pc) const { return places[pc].first->info[places[pc].second]; }
 };
 
-// ---- Decoding
-// --------------------------------------------------------------------------------------------------------
+// ---- Decoding -------------------------------------------------------------------------------------------------------
 class CodeBuilder;  // decode.cpp
 
 class Decoder {

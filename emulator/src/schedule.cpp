@@ -26,8 +26,7 @@ std::byte* align_up(std::byte* p, size_t align) {
 
 }  // namespace
 
-// ---- block
-// -----------------------------------------------------------------------------------------------------------
+// ---- block ----------------------------------------------------------------------------------------------------------
 Block::Block(LaunchState& launch, Counters* counters) : launch_(&launch), counters_(counters) {
   const uint32_t* dims = launch.launch().block;
   num_threads_ = static_cast<int>(dims[0] * dims[1] * dims[2]);
@@ -141,8 +140,7 @@ void Block::report_stuck(Fault fault) {
   launch_->stop();
 }
 
-// ---- barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 void Block::arrive_at_barrier(int id, Warp& warp, uint32_t lanes, uint32_t counted, uint32_t lanes_true) {
   Barrier& barrier = barriers_[id];
   barrier.arrived += counted;
@@ -186,8 +184,7 @@ void Block::threads_exited(uint32_t count) {
   }
 }
 
-// ---- launch
-// ----------------------------------------------------------------------------------------------------------
+// ---- launch ---------------------------------------------------------------------------------------------------------
 LaunchState::LaunchState(const Function& function, const Launch& launch, const Options& options)
     : function_(function), launch_(launch), options_(options) {
   params_storage_ = std::make_unique<std::byte[]>(launch.params_bytes + 2 * 64);

@@ -84,8 +84,7 @@ SharedShadow::Entry* SharedShadow::entries(Cells& cells, Kind kind, uint32_t war
   return array.get();
 }
 
-// ---- Time and knowledge
-// ------------------------------------------------------------------------------------------------
+// ---- Time and knowledge ---------------------------------------------------------------------------------------------
 
 // What came before is ordered from now on: all ids are nothing, and clocks of the era that ends say nothing.
 void SharedShadow::forget() {
@@ -278,8 +277,7 @@ void SharedShadow::acquire(int warp, const VectorClock& from, uint32_t lanes) {
   me.floor_valid = false;
 }
 
-// ---- Accesses
-// ----------------------------------------------------------------------------------------------------------
+// ---- Accesses -------------------------------------------------------------------------------------------------------
 
 bool SharedShadow::access(Access kind, int warp, uint32_t lanes, const uint32_t* address, uint32_t num_bytes,
                           uint32_t pc, bool collective, std::vector<Finding>& found, const SameBytes* same) {

@@ -2,16 +2,15 @@
 // The shadow of one block's shared memory: who read and wrote each byte last, and whether the program orders it.
 //
 // Time       Every call of access() takes the next id of one counter. An event of a warp that hands knowledge on (a
-// lane
-//            synchronisation, a release) closes an interval of it; all that is known of a warp is "its accesses up to
-//            id x".
+//            lane synchronisation, a release) closes an interval of it; all that is known of a warp is "its accesses up
+//            to id x".
 // Knowledge  A warp knows an id of every warp (`all`), and the accesses up to it happened before whatever it does next.
 //            When only some lanes synchronise, release or acquire, what single lanes know beyond it is kept apart
 //            (Lanes), so that an elected thread which arrives at an mbarrier does not vouch for lanes it has not waited
 //            for.
 // Cells      A cell is a 4-byte word, or a byte of a word in which accesses of less than 4 bytes met. It has its last
-// plain
-//            write, and for each warp the last reads, atomics and atomic reads that the warp itself does not order.
+//            plain write, and for each warp the last reads, atomics and atomic reads that the warp itself does not
+//            order.
 // Fast path  Four whole words at a time: nothing in flight, all written, and the last change (for a write: the last
 //            access) at or before `floor`, the id up to which the warp knows everything of everybody.
 #pragma once

@@ -26,8 +26,7 @@ std::string hex(uint32_t value) {
 
 }  // namespace
 
-// ---- start
-// -----------------------------------------------------------------------------------------------------------
+// ---- start ----------------------------------------------------------------------------------------------------------
 void Warp::start(Block& block, int index, uint32_t absent) {
   block_ = &block;
   index_ = index;
@@ -109,8 +108,7 @@ void Warp::set_special_lanes(const uint32_t (&ntid)[3]) {
   wide(Special::kParamBase, reinterpret_cast<uint64_t>(block_->params()));
 }
 
-// ---- frames
-// ----------------------------------------------------------------------------------------------------------
+// ---- frames ---------------------------------------------------------------------------------------------------------
 Frame* Warp::new_frame(const Code& code, uint32_t local_base) {
   Frame* frame = nullptr;
   if (!free_frames_.empty()) {
@@ -160,8 +158,7 @@ bool Warp::grow_local(uint32_t top, const Instruction& in) {
   return true;
 }
 
-// ---- faults and waiting
-// ----------------------------------------------------------------------------------------------
+// ---- faults and waiting ---------------------------------------------------------------------------------------------
 bool Warp::again(Fault fault, const Instruction& in) { return block_->launch().reports().again(fault, &in); }
 
 void Warp::add_report(Fault fault, const Instruction& in, int lane, std::string text) {
@@ -233,8 +230,7 @@ std::string Warp::describe_waits() const {
   return out;
 }
 
-// ---- unwritten registers
-// ---------------------------------------------------------------------------------------------
+// ---- unwritten registers --------------------------------------------------------------------------------------------
 void Warp::check_reads(const Instruction& in, uint32_t lanes) {
   const RegisterCheck& check = current_->frame->code->checks[in.check];
   uint32_t guarded = in.flags & Instruction::kGuarded ? lanes & mask(in.guard) : lanes;
@@ -256,8 +252,7 @@ void Warp::track_writes(const Instruction& in) {
   for (uint32_t to : check.writes) frame.written[to] = (frame.written[to] & ~active_) | written;
 }
 
-// ---- the loop
-// --------------------------------------------------------------------------------------------------------
+// ---- the loop -------------------------------------------------------------------------------------------------------
 Fragment* Warp::next_ready() {
   for (size_t tried = 0; tried < fragments_.size(); tried++) {
     if (turn_ >= fragments_.size()) turn_ = 0;

@@ -113,8 +113,5 @@ def test_bounds_are_checked_without_checks(modules):
 
 
 def test_the_shadow_alone():
-    """shadow_test, the C++ tests of the shadow and of device memory, where the build has made it."""
-    program = emulator.library_dir / "shadow_test"
-    if not program.exists():
-        pytest.skip("built with -DEMULATOR_TESTS=ON only")
-    run_quietly(program, "20")
+    """shadow_test, the C++ tests of the shadow and of device memory."""
+    run_quietly(emulator.library_dir / "shadow_test", "20")
