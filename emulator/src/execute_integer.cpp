@@ -433,9 +433,12 @@ bool decode_dot(Decoder& decoder, const ptx::Instruction& in, Instruction& out) 
   bool four = in.parts[0] == "dp4a";
   Modifiers mods(decoder, in);
   int form = four ? 0 : mods.take_one_of({"lo", "hi"});
-  bool a_signed = mods.take_type() == Type::kS32, b_signed = mods.take_type() == Type::kS32;
+  Type a_type = mods.take_type(), b_type = mods.take_type();
   mods.finish();
   if (form < 0) decoder.error("expected .lo or .hi");
+  for (Type type : {a_type, b_type})
+    if (type != Type::kU32 && type != Type::kS32) decoder.error("expected .u32 or .s32 twice");
+  bool a_signed = a_type == Type::kS32, b_signed = b_type == Type::kS32;
   auto pick = [&](Execute uu, Execute us, Execute su, Execute ss) {
     return a_signed ? (b_signed ? ss : su) : (b_signed ? us : uu);
   };

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = sorted(path.stem for path in (Path(__file__).parent / "programs").glob("*.cu"))
-FLAGS = {name: ("--extended-lambda",) for name in ("control", "simd")}
+FLAGS = dict.fromkeys(("control", "simd"), ("--extended-lambda",))
 PRINTED = {"control": "-5 7  3.14|text  |z 1099511627776 ff %\n(nil) 1.235e+04 +9 no argument\n"}
 
 
