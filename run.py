@@ -43,9 +43,6 @@ MIN_VERSIONS = {"setuptools": (77,), "cmake": (3, 25, 2)}
 NEEDED_TO_BUILD = ("setuptools", "cmake", "ninja")
 SHOWN_LINES = 30  # of a failed step's output
 
-# Left out under the sanitizers: they say nothing about the kernels and take minutes there.
-NOT_SANITIZED = "not compile and not opcheck and not hypothesis"
-
 
 class StepFailed(Exception):
     """A step that did not succeed; the text says which, how it ended and what to do."""
@@ -277,6 +274,14 @@ def build(environment: Environment) -> str:
     return "; ".join(dict.fromkeys(said)) or "fmkernels/_C and fmkernels/_C_cuda"
 
 
+def build_emulated(environment: Environment) -> str:
+    """The emulator, and the CUDA kernels over it."""
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    command = ["cmake", "--build", BUILD / "cuda", "--target", "emulated", "--parallel", jobs]
+    run_logged("emulator", command, "FMKERNELS_CUDA=off leaves the emulated backend out.", environment.variables())
+    return "build/emulated"
+
+
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +314,33 @@ def setup(environment: Environment) -> None:
         steps.append(("CUDA compiler", install_compiler))
     steps.append(("build", build))
     run_steps([(name, lambda step=step: step(environment)) for name, step in steps])
+
+
+def setup_with_nvcc(environment: Environment) -> bool:
+    """`setup`; where it finds no nvcc, again with one of the package index. Whether there are CUDA kernels then."""
+    library = ROOT / "fmkernels" / "_C_cuda.abi3.so"
+    setup(environment)
+    if not library.exists() and os.environ.get("FMKERNELS_CUDA") != "off":
+        print("no nvcc here: installing one from the package index, to compile the CUDA kernels")
+        os.environ["FMKERNELS_CUDA"] = "pip"
+        setup(environment)
+    return library.exists()
+
+
+def setup_for_tests(environment: Environment) -> None:
+    """`setup_with_nvcc`, and the emulated backend. A machine that can have no nvcc tests the CPU kernels."""
+    try:
+        has_cuda = setup_with_nvcc(environment)
+    except StepFailed as failure:
+        if not str(failure).startswith("step 'CUDA compiler'"):
+            raise
+        print(f"{str(failure).splitlines()[0]}: the emulated backend is left out")
+        os.environ["FMKERNELS_CUDA"] = "off"
+        has_cuda = setup_with_nvcc(environment)
+    if has_cuda:
+        run_steps([("emulator", lambda: build_emulated(environment))])
+    else:  # one of an earlier build would run other kernels
+        (BUILD / "emulated" / "_C_emulated.abi3.so").unlink(missing_ok=True)
 
 
 def python(environment: Environment, *words: object, **variables: str) -> int:
@@ -344,8 +376,8 @@ def run_demo(environment: Environment, extra: list[str]) -> int:
 
 
 def run_test(environment: Environment, extra: list[str]) -> int:
-    """the test suite; further arguments go to pytest"""
-    setup(environment)
+    """the test suite; installs an nvcc where there is none; further arguments go to pytest"""
+    setup_for_tests(environment)
     return python(environment, "-m", "pytest", *([] if names_path(extra) else ["tests"]), *extra)
 
 
@@ -358,6 +390,12 @@ def run_bench(environment: Environment, extra: list[str]) -> int:
     """the benchmarks, each beside its strongest peer; further arguments go to pytest"""
     setup(environment)
     return python(environment, "-m", "pytest", *([] if names_path(extra) else ["bench"]), *extra)
+
+
+def run_counters(environment: Environment, extra: list[str]) -> int:
+    """count what the kernels of an op do on its standard shapes, beside the baseline: `counters attention_forward`"""
+    setup_for_tests(environment)
+    return python(environment, "bench/counters.py", *extra)
 
 
 def run_doctor(environment: Environment, extra: list[str]) -> int:
@@ -373,81 +411,42 @@ def run_cuda_report(environment: Environment, extra: list[str]) -> int:
 
 
 def run_sanitize(environment: Environment, extra: list[str]) -> int:
-    """the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer; further arguments go to pytest"""
+    """the CPU kernels and the emulator under AddressSanitizer and UndefinedBehaviorSanitizer; arguments go to pytest"""
     setup(environment)
     return sanitize(environment, extra)
 
 
 def sanitize(environment: Environment, extra: list[str]) -> int:
-    folder = BUILD / "sanitize"
-    locate = "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
-    command = [environment.python, "-c", locate]
-    torch = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch}", "-DFMKERNELS_SANITIZE=ON"]
-    configure += [f"-DFMKERNELS_OUTPUT_DIR={folder / 'lib'}", "-DFMKERNELS_CUDA_ARCHS="]
-    configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1"]  # at -O3 it compiles for five minutes
-    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    hint = "The sanitizer build needs g++ with libasan and libubsan, which Debian's g++ carries."
-
-    def build_sanitized() -> str:
-        run_logged("sanitizer configuration", configure, hint, environment.variables())
-        run_logged("sanitizer build", ["cmake", "--build", folder, "--parallel", jobs], hint, environment.variables())
-        return "build/sanitize"
-
-    run_steps([("sanitizer build", build_sanitized)])
-    names = ("libasan.so", "libstdc++.so")
-    found = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout for name in names
-    ]
-    variables = {
-        "LD_PRELOAD": ":".join(str(Path(path.strip()).resolve()) for path in found),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "FMKERNELS_LIBRARY_DIR": str(folder / "lib"),
-    }
-    rooms = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_op.cpp"))
-    files = [path for room in ("dtype", *rooms) for path in sorted(ROOT.glob(f"tests/test_{room}*.py"))]
-    tests = [] if names_path(extra) else files
-    # The sanitizers write to the process's own error output, which pytest must not keep to itself.
-    options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-k", NOT_SANITIZED]
-    return python(environment, "-m", "pytest", *options, *tests, *extra, **variables)
+    return python(environment, "tools/sanitize.py", *extra)
 
 
 def run_check(environment: Environment, extra: list[str]) -> int:
-    """the gate: format, lint, device-code budgets, sanitizers; installs an nvcc where there is none"""
-    setup(environment)
-    if not (ROOT / "fmkernels" / "_C_cuda.abi3.so").exists() and os.environ.get("FMKERNELS_CUDA") != "off":
-        print("no nvcc here: installing one from the package index, to compile the CUDA kernels")
-        os.environ["FMKERNELS_CUDA"] = "pip"
-        setup(environment)
-    sources = sorted(path for suffix in ("h", "cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{suffix}"))
+    """the gate: format, lint, device-code budgets, sanitized CPU kernels; installs an nvcc where there is none"""
+    setup_with_nvcc(environment)
+    folders = ("csrc/**", "emulator/src", "tests/emulator/programs")
+    sources = sorted(path for folder in folders for path in ROOT.glob(f"{folder}/*.[ch]*"))
     checks: dict[str, Callable[[], int]] = {
         "ruff format": lambda: python(environment, "-m", "ruff", "format", "--check", "."),
         "ruff check": lambda: python(environment, "-m", "ruff", "check", "."),
         "clang-format": lambda: run_tool(environment, "clang-format", "--dry-run", "-Werror", *sources),
         "cuda-report": lambda: python(environment, "tools/cuda_report.py"),
-        "sanitize": lambda: sanitize(environment, []),
+        "sanitize": lambda: sanitize(environment, ["--kernels"]),
     }
     results = {}
     for name, check in checks.items():
         print(f"--- {name}", flush=True)
         results[name] = check()
     failed = [name for name, code in results.items() if code != 0]
-    print(
-        f"check: {len(results) - len(failed)} of {len(results)} passed"
-        + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+    named = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"check: {len(results) - len(failed)} of {len(results)} passed{named}")
     return 1 if failed else 0
 
 
 def run_clean(environment: Environment, extra: list[str]) -> int:
     """remove what was built; .venv stays (to have it made again: rm -r .venv)"""
     caches = [".pytest_cache", ".ruff_cache", ".hypothesis", ".benchmarks", "dist", "build"]
-    caches += [
-        str(path.relative_to(ROOT))
-        for top in ("fmkernels", "tests", "bench", "tools", "examples")
-        for path in (ROOT / top).rglob("__pycache__")
-    ]
+    folders = [ROOT / top for top in ("fmkernels", "emulator", "tests", "bench", "tools", "examples")]
+    caches += [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("__pycache__")]
     for path in [ROOT / name for name in caches] + list((ROOT / "fmkernels").glob("*.so")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -465,11 +464,12 @@ COMMANDS: dict[str, Callable[[Environment, list[str]], int]] = {
     "check": run_check,
     "cuda-report": run_cuda_report,
     "bench": run_bench,
+    "counters": run_counters,
     "sanitize": run_sanitize,
     "doctor": run_doctor,
     "clean": run_clean,
 }
-TAKES_MORE = ("demo", "test", "test-slow", "bench", "sanitize")
+TAKES_MORE = ("demo", "test", "test-slow", "bench", "counters", "sanitize")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,6 +26,9 @@ MIN_TORCH = (2, 11)
 # FMKERNELS_LIBRARY_DIR, read once: other builds of the libraries, as the sanitizer run uses.
 library_dir = Path(os.environ.get("FMKERNELS_LIBRARY_DIR", Path(__file__).parent))
 cuda_path = library_dir / "_C_cuda.abi3.so"
+# FMKERNELS_CHECK=1, read once: values that only the device can see are copied to the host and checked, which waits for
+# the device. On the CPU they always are.
+check_values = os.environ.get("FMKERNELS_CHECK", "0") == "1"
 cuda_error: str | None = None
 """Why the CUDA kernels are not loaded; None when they are."""
 

@@ -7,18 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
+from . import _library
+from ._attention_checks import check_attention, check_attention_varlen, check_scalars
 from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
-
-MAX_HEAD_DIM = 256
-_LAYOUTS = (
-    "[batch, seq_q, heads, head_dim]",
-    "[batch, seq_k, kv_heads, head_dim]",
-    "[batch, seq_k, kv_heads, v_head_dim]",
-)
-_PACKED_LAYOUTS = ("[total_q, heads, head_dim]", "[total_k, kv_heads, head_dim]", "[total_k, kv_heads, v_head_dim]")
 
 
 def attention(
@@ -66,15 +59,16 @@ def attention(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    Supported on the CPU; CUDA kernels do not exist yet. Not differentiable yet: backward raises RuntimeError.
+    Supported on the CPU and, float16 and bfloat16, on CUDA (sm_80 and later). Not differentiable yet: backward raises
+    RuntimeError.
     Deterministic: a row's bits depend on its own sequence, and not on the batch or the number of threads.
     Algorithm: Dao 2023, FlashAttention-2.
     """
-    _check_scalars("attention", causal, window, softmax_scale, softcap, return_lse)
+    check_scalars("attention", causal, window, softmax_scale, softcap, return_lse)
     _check_no_grad("attention", alibi_slopes)
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
     args = (q, k, v, bias, alibi_slopes, sinks, causal, *window, scale, softcap)
-    o, lse = _call(ops.attention_forward, args, (q, k, v, bias, sinks), _check_attention)
+    o, lse = _call(ops.attention_forward, args, (q, k, v, bias, sinks), check_attention)
     return (o, lse) if return_lse else o
 
 
@@ -117,14 +111,16 @@ def attention_varlen(
     Raises, support and determinism: as `attention`. Under torch.compile the kernel checks the values of the prefix sums
     and raises RuntimeError.
     """
-    _check_scalars("attention_varlen", causal, window, softmax_scale, softcap, return_lse)
+    check_scalars("attention_varlen", causal, window, softmax_scale, softcap, return_lse)
     _check_no_grad("attention_varlen", alibi_slopes)
     check.integer("attention_varlen", "max_seqlen_q", max_seqlen_q, 0)
     check.integer("attention_varlen", "max_seqlen_k", max_seqlen_k, 0)
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     args += (alibi_slopes, sinks, causal, *window, scale, softcap)
-    o, lse = _call(ops.attention_varlen_forward, args, (q, k, v, sinks), _check_attention_varlen)
+    if _library.check_values and not torch.compiler.is_compiling():
+        check_attention_varlen(*args)
+    o, lse = _call(ops.attention_varlen_forward, args, (q, k, v, sinks), check_attention_varlen)
     return (o, lse) if return_lse else o
 
 
@@ -147,34 +143,6 @@ class _Attention(torch.autograd.Function):
         raise RuntimeError("attention: the backward pass does not exist yet; call it under torch.no_grad().")
 
 
-def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str, str]) -> None:
-    any_dtype = _under_autocast(q)
-    for name, t, layout in zip("qkv", (q, k, v), layouts, strict=True):
-        check.is_tensor(op, name, t)
-        check.rank(op, name, t, 4 if op == "attention" else 3, layout)
-        if t is q or any_dtype:
-            check.dtype(op, name, t, check.FLOAT_DTYPES)
-        else:
-            check.same_dtype(op, name, t, "q", q)
-        check.same_device(op, name, t, "q", q)
-        check.last_dim_contiguous(op, name, t)
-    (heads, head_dim), (kv_heads, k_head_dim) = q.shape[-2:], k.shape[-2:]
-    for name, dim in (("head_dim of q", head_dim), ("v_head_dim of v", v.shape[-1])):
-        if dim % 8 != 0 or not 8 <= dim <= MAX_HEAD_DIM:
-            raise ValueError(f"{op}: {name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {dim}.")
-    if k_head_dim != head_dim:
-        raise ValueError(f"{op}: k must have the head_dim of q, {head_dim}, got {k_head_dim}.")
-    if kv_heads < 1 or heads % kv_heads != 0:
-        raise ValueError(f"{op}: k has {kv_heads} kv_heads, which must divide the {heads} heads of q.")
-    check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
-
-
-def _under_autocast(q: Any) -> bool:
-    """Whether the op will be given other dtypes than the caller's."""
-    has_autocast = isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")  # asking for another, as meta, raises
-    return has_autocast and torch.is_autocast_enabled(q.device.type)
-
-
 def _check_no_grad(op: str, alibi_slopes: Tensor | None) -> None:
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad:
         raise ValueError(f"{op}: alibi_slopes must not require a gradient: none is computed for it.")
@@ -185,90 +153,9 @@ def _default_scale(q: Any) -> float:
     return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0 else 1.0
 
 
-def _check_scalars(
-    op: str, causal: bool, window: tuple[int, int], softmax_scale: float | None, softcap: float, return_lse: bool
-) -> None:
-    check.flag(op, "causal", causal)
-    check.flag(op, "return_lse", return_lse)
-    check.window(op, "window", window)
-    if softmax_scale is not None:
-        check.number(op, "softmax_scale", softmax_scale)
-        if abs(softmax_scale) > 2.0**127:  # the kernels work in units of log2
-            raise ValueError(f"{op}: softmax_scale must be at most 2**127 in magnitude, got {softmax_scale}.")
-    check.number(op, "softcap", softcap, non_negative=True)
-    largest_scale = 1.0 if softmax_scale is None else abs(softmax_scale)
-    vanishes = softcap <= 2.0**-150  # in float32
-    if softcap != 0 and (vanishes or largest_scale > check.FLOAT32_MAX * softcap):
-        raise ValueError(f"{op}: softcap must be 0 or leave softmax_scale / softcap finite in float32, got {softcap}.")
-
-
-def _check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
-    heads = q.shape[-2]
-    if alibi_slopes is not None:
-        check.is_tensor(op, "alibi_slopes", alibi_slopes)
-        if alibi_slopes.dim() != 2:
-            check.rank(op, "alibi_slopes", alibi_slopes, 1, "[heads] or [batch, heads]")
-        else:
-            check.size(op, "alibi_slopes", alibi_slopes, 0, "batch", batch)
-        check.dtype(op, "alibi_slopes", alibi_slopes, (torch.float32,))
-        check.same_device(op, "alibi_slopes", alibi_slopes, "q", q)
-        check.last_dim_contiguous(op, "alibi_slopes", alibi_slopes)
-        check.size(op, "alibi_slopes", alibi_slopes, -1, "heads", heads)
-    if sinks is not None:
-        check.is_tensor(op, "sinks", sinks)
-        check.rank(op, "sinks", sinks, 1, "[heads]")
-        check.dtype(op, "sinks", sinks, (torch.float32,))
-        check.same_device(op, "sinks", sinks, "q", q)
-        check.last_dim_contiguous(op, "sinks", sinks)
-        check.size(op, "sinks", sinks, 0, "heads", heads)
-
-
-def _check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
-    op = "attention"
-    _check_qkv(op, q, k, v, _LAYOUTS)
-    for name, t in (("k", k), ("v", v)):
-        check.size(op, name, t, 0, "batch", q.shape[0])
-    check.size(op, "v", v, 1, "the seq_k of k,", k.shape[1])
-    _check_modifiers(op, q, q.shape[0], alibi_slopes, sinks)
-    if bias is not None:
-        check.is_tensor(op, "bias", bias)
-        check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
-        check.same_device(op, "bias", bias, "q", q)
-        bias_dtypes = (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype)
-        check.dtype(op, "bias", bias, check.FLOAT_DTYPES if _under_autocast(q) else bias_dtypes)
-        for dim, (what, full) in enumerate(
-            (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
-        ):
-            if bias.shape[dim] not in (1, full):
-                raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
-    check.kernel_exists(op, "attention_forward", q)
-
-
-def _check_attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, *_scalars
-) -> None:
-    op = "attention_varlen"
-    _check_qkv(op, q, k, v, _PACKED_LAYOUTS)
-    check.size(op, "v", v, 0, "the total_k of k,", k.shape[0])
-    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check.is_tensor(op, name, t)
-        check.rank(op, name, t, 1, "[batch + 1]")
-        check.dtype(op, name, t, (torch.int32,))
-        check.same_device(op, name, t, "q", q)
-        check.last_dim_contiguous(op, name, t)
-        if t.shape[0] < 1:
-            raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
-    check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
-    _check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
-    if q.device.type == "cpu" and not (torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)):
-        check.cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        check.cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    check.kernel_exists(op, "attention_varlen_forward", q)
-
-
 @register_fake("attention_forward")
 def _(*args):
-    _check_attention(*args)
+    check_attention(*args)
     q, _k, v, *_ = args
     batch, seq_q, heads, _ = q.shape
     return q.new_empty(batch, seq_q, heads, v.shape[-1]), q.new_empty(batch, heads, seq_q, dtype=torch.float32)
@@ -276,7 +163,7 @@ def _(*args):
 
 @register_fake("attention_varlen_forward")
 def _(*args):
-    _check_attention_varlen(*args)
+    check_attention_varlen(*args)
     q, _k, v, *_ = args
     total_q, heads, _ = q.shape
     return q.new_empty(total_q, heads, v.shape[-1]), q.new_empty(heads, total_q, dtype=torch.float32)

@@ -18,7 +18,11 @@ from . import _library, reference
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
-from .testing import BACKENDS, Backend, Case, assert_as_good_as_torch
+from .testing import BACKENDS as ALL_BACKENDS
+from .testing import Backend, Case, assert_as_good_as_torch
+
+BACKENDS = tuple(backend for backend in ALL_BACKENDS if backend.namespace == "fmkernels")
+"""Those of an installation: the emulated one belongs to the tests."""
 
 
 def report() -> dict[str, Any]:

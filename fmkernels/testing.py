@@ -3,16 +3,46 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._library import has_kernel, ops
+from ._library import has_kernel, library_dir, ops
+
+EMULATED_NAMESPACE = "fmkernels_emulated"
+_root = Path(__file__).resolve().parent.parent
+_emulated_library = _root / "build" / "emulated" / "_C_emulated.abi3.so"
+
+
+def _load_emulated() -> str | None:
+    """Loads the CUDA kernels over the emulator, which only a build of the repository has; else why they are absent."""
+    if library_dir != Path(__file__).parent:
+        return "left out: FMKERNELS_LIBRARY_DIR names the libraries under test"
+    if not _emulated_library.exists():
+        return "not built: `run.py test` builds it, except with FMKERNELS_CUDA=off"
+    if importlib.util.find_spec("emulator") is None:
+        sys.path.append(str(_root))
+    try:
+        import emulator
+
+        torch.ops.load_library(_emulated_library)
+    except (ImportError, OSError) as error:
+        return f"broken: {error}"
+    emulator.configure(counters=False)
+    return None
+
+
+emulated_error: str | None = _load_emulated()
+"""Why there is no emulated backend; None where there is."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +52,7 @@ class Backend:
     name: str
     device: str
     namespace: str = "fmkernels"
+    architecture: int = 80  # of the emulated GPU
 
     def __str__(self) -> str:
         return self.name
@@ -33,17 +64,42 @@ class Backend:
     def has_kernel(self, op: str) -> bool:
         return has_kernel(op, self.device, self.namespace)
 
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether its matrix products are those of a GPU: of half inputs, weights rounded to their dtype."""
+        return self.name != "cpu"
+
+    @property
+    def attention_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What attention takes, the first for tests to which it does not matter."""
+        return (torch.bfloat16, torch.float16) if self.has_tensor_cores else FLOAT_DTYPES
+
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls a public function of fmkernels over this backend's ops."""
+        """Calls a public function of fmkernels over this backend's ops.
+
+        Emulated, it raises `emulator.FaultError` with what the checks found: a kernel that is wrong and happens to give
+        the right result is wrong.
+        """
         before = ops.namespace
         ops.use(self.namespace)
         try:
-            return function(*args, **kwargs)
+            with self._watch():
+                return function(*args, **kwargs)
         finally:
             ops.use(before)
 
+    def _watch(self) -> AbstractContextManager[Any]:
+        if self.namespace != EMULATED_NAMESPACE:
+            return nullcontext()
+        import emulator
 
+        return emulator.watch(architecture=self.architecture)
+
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = (Backend("cpu", "cpu"), Backend("cuda", "cuda"))
+if emulated_error is None:
+    BACKENDS += (Backend("emulated", "cpu", EMULATED_NAMESPACE),)
 
 
 def backends(op: str) -> list[Backend]:
@@ -131,9 +187,15 @@ _OPTIONS = ("causal", "window", "softmax_scale", "softcap")
 _OPTION_DEFAULTS = {field.name: field.default for field in fields(Case) if field.name in _OPTIONS}
 
 
-# Where the error of torch is measured: at the inputs and at two neighbours with full mantissas. A run of few elements
-# can be right by luck, and float32 arithmetic on the short mantissas of half inputs rounds hardly at all.
-_NEIGHBOURS = (1.0, 1.0 + math.pi / 4096, 1.0 - math.e / 4096)
+# Where the error of torch is measured: at the inputs and at neighbours with full mantissas, two or, for few elements,
+# more. A run of few elements can be right by luck, and float32 arithmetic on the short mantissas of half inputs rounds
+# hardly at all.
+_ENOUGH_ELEMENTS, _MOST_NEIGHBOURS = 2048, 8
+
+
+def _neighbours(num_elements: int) -> list[float]:
+    count = min(max(2, _ENOUGH_ELEMENTS // max(num_elements, 1)), _MOST_NEIGHBOURS)
+    return [1.0, *(1.0 + (math.pi if i % 2 else -math.e) * (i // 2 + 1) / 4096 for i in range(count))]
 
 
 def assert_as_good_as_torch(
@@ -165,7 +227,7 @@ def assert_as_good_as_torch(
     computed_in = computed_in or torch.float32
     truths = run(torch.float64, 1.0)
     torch_errors = [0.0] * len(truths)
-    for factor in _NEIGHBOURS:
+    for factor in _neighbours(min(truth.numel() for truth in truths)):
         pairs = zip(run(computed_in, factor), truths if factor == 1.0 else run(torch.float64, factor), strict=True)
         torch_errors = [max(known, _error(*pair)) for known, pair in zip(torch_errors, pairs, strict=True)]
     results = _results(actual)
@@ -186,6 +248,16 @@ def assert_as_good_as_torch(
         assert error <= allowed, (
             f"output {index}: error {error:.3g}, allowed {allowed:.3g}; torch in {computed_in} has {torch_error:.3g}"
         )
+
+
+def assert_attention(
+    backend: Backend, actual: Sequence[Tensor], reference: Callable[..., Sequence[Tensor]], *inputs: Any, **kwargs: Any
+) -> None:
+    """`assert_as_good_as_torch` for (o, lse): on tensor cores o may be computed in the dtype of the inputs."""
+    dtype = inputs[0].dtype if backend.has_tensor_cores else None
+    o, lse = ((lambda *a, _i=i, **k: reference(*a, **k)[_i]) for i in (0, 1))
+    assert_as_good_as_torch(actual[0], o, *inputs, computed_in=dtype, **kwargs)
+    assert_as_good_as_torch(actual[1], lse, *inputs, **kwargs)
 
 
 def _error(result: Tensor, truth: Tensor) -> float:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hypothesis draws the same examples in every run, and no test leaves another thread count behind."""
+"""Hypothesis draws the same examples in every run, and no test leaves another thread count behind. The header of a run
+says which backends it covers."""
 
 import zlib
 
@@ -7,8 +8,16 @@ import hypothesis
 import pytest
 import torch
 
+from fmkernels import testing
+
 hypothesis.settings.register_profile("fmkernels", derandomize=True, deadline=None, max_examples=60, database=None)
 hypothesis.settings.load_profile("fmkernels")
+
+
+def pytest_report_header():
+    names = [backend.name for backend in testing.BACKENDS if backend.has_device]
+    absent = f"; emulated is {testing.emulated_error}" if testing.emulated_error else ""
+    return f"fmkernels backends: {', '.join(names)}{absent}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/cuda_report.py: budgets on made-up kernels, occupancy, and what it reads from a real compilation."""
+"""tools/cuda_report.py: budgets on made-up kernels, and what it reads from a real compilation."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_report  # noqa: E402
-from cuda_report import Budget, Compilation, Kernel, check_kernel, check_report  # noqa: E402
-from occupancy import LIMITS, occupancy  # noqa: E402
+import device_code  # noqa: E402
+from cuda_report import Budget, Compilation, Kernel, LoopBudget, check_kernel, check_report  # noqa: E402
+from sass_loop import Loop  # noqa: E402
 
 KERNEL = Kernel(
     name="scale_kernel<float, 4>",
@@ -115,12 +114,12 @@ def test_architecture_without_budgets_must_compile_and_no_more():
 
 
 def test_expensive_compilation_fails():
-    slow = [
-        compilation(KERNEL, seconds=40.0),
-        compilation(dataclasses.replace(KERNEL, arch="90a"), arch="90a", seconds=30.0),
-    ]
+    quick = compilation(KERNEL, seconds=40.0)
+    slow = compilation(dataclasses.replace(KERNEL, arch="90a"), arch="90a", seconds=70.0)
     both = dataclasses.replace(BUDGET, archs=["80", "90a"])
-    assert check_report(slow, [both]) == ["csrc/scale/scale.cu takes 70 s to compile, over 60"]
+    assert check_report([quick, slow], [both]) == ["csrc/scale/scale.cu takes 70 s to compile, over 60"]
+    also_quick = dataclasses.replace(slow, seconds=40.0)
+    assert check_report([quick, also_quick], [both]) == [], "the limit holds for each architecture"
     large = check_report([compilation(KERNEL, peak_bytes=3 << 30)], [BUDGET])
     assert large == ["csrc/scale/scale.cu takes 3072 MiB to compile, over 2048"]
 
@@ -135,6 +134,65 @@ def test_occupancy_in_the_json_is_that_of_the_budget_of_the_architecture():
     assert resident == [8, 2]
 
 
+LOOP = Loop(
+    address=0x100,
+    units=128.0,
+    is_warpgroup=False,
+    num_instructions=512,
+    num_all_instructions=600,
+    num_spills=0,
+    num_wavefronts=192,
+    counts={"mma": 128, "integer": 12, "imad": 4, "fp32": 368},
+)
+LOOP_BUDGET = LoopBudget(
+    room="scale",
+    name="scale_kernel<*>",
+    archs=["80"],
+    max_not_mma_per_unit=3.0,
+    max_int_per_unit=0.125,
+    max_shared_wavefronts_per_unit=1.5,
+    max_spills=0,
+)
+
+
+def check_loops(*loops: Loop, budgets: list[LoopBudget]) -> list[str]:
+    return check_report([compilation(dataclasses.replace(KERNEL, loops=list(loops)))], [BUDGET], budgets)
+
+
+def test_loop_within_its_budget_is_silent_and_so_is_one_without():
+    assert check_loops(LOOP, budgets=[LOOP_BUDGET]) == []
+    assert check_loops(LOOP, budgets=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_instructions": 514}, "has 3.016 instructions other than mma a unit, over its budget of 3"),
+        ({"counts": {"mma": 128, "integer": 17}}, "has 0.1328 integer instructions a unit, over its budget of 0.125"),
+        ({"num_wavefronts": 256}, "has 2 shared wavefronts a unit, over its budget of 1.5"),
+        ({"num_spills": 1}, "has 1 spill instructions, over its budget of 0"),
+    ],
+)
+def test_loop_over_its_budget_fails(changes, sentence):
+    found = check_loops(dataclasses.replace(LOOP, **changes), budgets=[LOOP_BUDGET])
+    assert found == [f"main loop of scale_kernel<float, 4> for sm_80 {sentence}"]
+
+
+def test_loops_beside_the_main_one_may_not_spill_either():
+    masked = dataclasses.replace(LOOP, num_instructions=900, num_spills=2)
+    (found,) = check_loops(LOOP, masked, budgets=[LOOP_BUDGET])
+    assert "has 2 spill instructions" in found
+
+
+def test_loop_budget_without_a_loop_or_a_kernel_or_beside_another_fails():
+    (found,) = check_loops(budgets=[LOOP_BUDGET])
+    assert found == "scale_kernel<float, 4> for sm_80 has no loop with tensor-core instructions, but a budget for one"
+    (found,) = check_loops(LOOP, budgets=[LOOP_BUDGET, LOOP_BUDGET])
+    assert "must have one budget in csrc/scale/budget.toml, has 2" in found
+    (found,) = check_loops(LOOP, budgets=[dataclasses.replace(LOOP_BUDGET, name="gone*")])
+    assert found == "csrc/scale/budget.toml: gone* matches no kernel for sm_80"
+
+
 def test_source_that_the_build_does_not_know_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
     known, unknown = (tmp_path / "csrc" / "scale" / name for name in ("scale.cu", "unknown.cu"))
@@ -146,17 +204,18 @@ def test_source_that_the_build_does_not_know_fails(tmp_path, monkeypatch):
     assert cuda_report.check_sources(tools) == [expected]
 
 
-def budget_text(**changes) -> str:
-    fields = {**dataclasses.asdict(BUDGET), **changes}
+def budget_text(kind: str = "kernel", budget: Budget | LoopBudget = BUDGET, **changes) -> str:
+    fields = {**dataclasses.asdict(budget), **changes}
     del fields["room"]
-    return "[[kernel]]\n" + "".join(f"{key} = {value!r}\n" for key, value in fields.items() if value is not None)
+    return f"[[{kind}]]\n" + "".join(f"{key} = {value!r}\n" for key, value in fields.items() if value is not None)
 
 
 def test_budget_file_is_read(tmp_path):
     path = tmp_path / "scale" / "budget.toml"
     path.parent.mkdir()
-    path.write_text(budget_text())
+    path.write_text(budget_text() + budget_text("loop", LOOP_BUDGET))
     assert cuda_report.read_budgets(path) == [BUDGET]
+    assert cuda_report.read_loop_budgets(path) == [LOOP_BUDGET]
 
 
 @pytest.mark.parametrize(
@@ -172,93 +231,9 @@ def test_wrong_budget_file_is_named(tmp_path, changes, sentence):
     path.write_text(budget_text(**changes))
     with pytest.raises(ValueError, match=sentence):
         cuda_report.read_budgets(path)
-
-
-# ---- Occupancy -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("arch", "blocks"), [("80", 2), ("90a", 2), ("100a", 2), ("89", 1), ("120a", 1)])
-def test_occupancy_of_a_measured_kernel(arch, blocks):
-    assert occupancy(arch, threads=256, registers=122, smem_bytes=60 << 10).blocks_per_sm == blocks
-
-
-def test_occupancy_names_what_runs_out():
-    assert occupancy("80", threads=256, registers=122, smem_bytes=0).limit == "registers"
-    assert occupancy("89", threads=256, registers=122, smem_bytes=60 << 10).limit == "smem"
-    assert occupancy("80", threads=1024, registers=16, smem_bytes=0).limit == "warps"
-    assert occupancy("80", threads=32, registers=16, smem_bytes=0).limit == "blocks"
-    assert occupancy("89", threads=128, registers=16, smem_bytes=0, barriers=8).limit == "barriers"
-    full = occupancy("80", threads=256, registers=32, smem_bytes=0)
-    assert (full.blocks_per_sm, full.warps) == (8, 1.0)
-
-
-def test_block_that_cannot_run_has_occupancy_zero():
-    assert occupancy("80", threads=1024, registers=128, smem_bytes=0).blocks_per_sm == 0
-    assert occupancy("80", threads=128, registers=64, smem_bytes=164 << 10).blocks_per_sm == 0
-
-
-def toolchain():
-    tools = cuda_report.Toolchain.of_build(ROOT / "build" / "cuda")
-    if tools is None:
-        pytest.skip("no nvcc here")
-    return tools
-
-
-ASK_HEADER = """
-#include <cuda_occupancy.h>
-#include <cstdio>
-int main() {
-  int major, minor, max_threads, threads, registers;
-  size_t sm_smem, smem;
-  while (scanf("%d %d %d %zu", &major, &minor, &max_threads, &sm_smem) == 4 &&
-         scanf("%d %d %zu", &threads, &registers, &smem) == 3) {
-    cudaOccDeviceProp device{};
-    device.computeMajor = major;
-    device.computeMinor = minor;
-    device.maxThreadsPerBlock = 1024;
-    device.maxThreadsPerMultiprocessor = max_threads;
-    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
-    device.warpSize = 32;
-    device.sharedMemPerBlock = 49152;
-    device.sharedMemPerMultiprocessor = sm_smem;
-    device.sharedMemPerBlockOptin = sm_smem - 1024;
-    device.reservedSharedMemPerBlock = 1024;
-    device.numSms = 1;
-    cudaOccFuncAttributes kernel{};
-    kernel.maxThreadsPerBlock = 1024;
-    kernel.numRegs = registers;
-    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
-    kernel.maxDynamicSharedSizeBytes = sm_smem - 1024;
-    cudaOccDeviceState state{};
-    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
-    cudaOccResult result{};
-    int status = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, smem);
-    printf("%d\\n", status == CUDA_OCC_SUCCESS ? result.activeBlocksPerMultiprocessor : -1);
-  }
-}
-"""
-
-
-def test_occupancy_agrees_with_the_header_of_the_toolkit(tmp_path):
-    """Every combination below, for every architecture, against cuda_occupancy.h, which is plain host code."""
-    places = [toolchain().nvcc.resolve().parent.parent / "include", Path("/usr/local/cuda/include")]
-    places += sorted(Path("/usr/local").glob("cuda-*/include"))
-    include = next((place for place in places if (place / "cuda_occupancy.h").exists()), None)
-    if include is None:
-        pytest.skip("this toolkit carries no cuda_occupancy.h")
-    grid = list(
-        itertools.product(LIMITS, (32, 96, 128, 256, 640, 1024), (16, 40, 65, 122, 255), (0, 5000, 60 << 10, 99 << 10))
-    )
-    lines = []
-    for arch, threads, registers, smem_bytes in grid:
-        limits, number = LIMITS[arch], int(arch)
-        device = [number // 10, number % 10, limits.max_warps * 32, limits.smem_kib << 10]
-        lines.append(" ".join(map(str, [*device, threads, registers, smem_bytes])))
-    (tmp_path / "ask.cpp").write_text(ASK_HEADER)
-    subprocess.run(["g++", f"-I{include}", "ask.cpp", "-o", "ask"], cwd=tmp_path, check=True)
-    answer = subprocess.run([tmp_path / "ask"], input="\n".join(lines), capture_output=True, text=True, check=True)
-    expected = [int(line) for line in answer.stdout.split()]
-    assert [occupancy(*case).blocks_per_sm for case in grid] == expected
+    path.write_text(budget_text("loop", LOOP_BUDGET, max_spills=None))
+    with pytest.raises(ValueError, match=r"\[\[loop\]\] scale_kernel.* has missing or unknown keys: max_spills"):
+        cuda_report.read_loop_budgets(path)
 
 
 # ---- Reading the compiler --------------------------------------------------------------------------------------------
@@ -312,19 +287,26 @@ def test_resources_of_a_kernel_hold_those_of_the_functions_that_it_calls():
     ],
 )
 def test_short_name_of_a_kernel(demangled, name):
-    assert cuda_report.short_name(demangled) == name
+    assert device_code.short_name(demangled) == name
 
 
 def test_command_of_the_build_loses_architecture_and_output():
     command = (
         "nvcc -O3 -gencode=arch=compute_80,code=sm_80 '-Xcompiler=-Wall -g' -MD -MT a.o -MF a.d -x cu -c a.cu -o a.o"
     )
-    assert cuda_report.strip_command(command) == ["nvcc", "-O3", "-Xcompiler=-Wall -g", "-x", "cu", "a.cu"]
+    assert device_code.strip_command(command) == ["nvcc", "-O3", "-Xcompiler=-Wall -g", "-x", "cu", "a.cu"]
 
 
 def test_report_without_a_cuda_build_says_how_to_get_a_compiler(tmp_path):
     assert cuda_report.Toolchain.of_build(tmp_path) is None
     assert "FMKERNELS_CUDA=pip python3 run.py setup" in cuda_report.NO_COMPILER
+
+
+def toolchain():
+    tools = cuda_report.Toolchain.of_build(ROOT / "build" / "cuda")
+    if tools is None:
+        pytest.skip("no nvcc here")
+    return tools
 
 
 SOURCE = """
@@ -389,6 +371,12 @@ def test_compilation_is_cached_until_a_header_changes(room, tmp_path):
     (source.parent / "helper.h").write_text("#pragma once\n// changed\n")
     _, other_path = cuda_report.compile_cached(tools, source, "80", cache)
     assert other_path != path
+
+
+def test_loops_survive_the_cache(room, tmp_path, monkeypatch):
+    result = compilation(dataclasses.replace(KERNEL, loops=[LOOP]))
+    monkeypatch.setattr(cuda_report, "compile_source", lambda *_: result)
+    assert [cuda_report.compile_cached(*room, "80", tmp_path)[0] for _ in range(2)] == [result, result]
 
 
 def test_source_that_does_not_compile_shows_the_compiler(room, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fmkernels
-from fmkernels import _library, reference
+from fmkernels import _library, reference, testing
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -107,6 +107,17 @@ def test_the_library_lists_no_other_ops():
 @pytest.mark.parametrize("op", schemas())
 def test_every_op_passes_opcheck(op):
     assert f"opcheck(torch.ops.fmkernels.{op}.default" in text_of_tests(room_of(op))
+
+
+@pytest.mark.parametrize("op", [op for op in schemas() if room_of(op) in CUDA_ROOMS])
+def test_every_cuda_op_is_tested_on_the_emulator(op):
+    """A kernel that nobody can run is a guess: its tests run over `backends(op)`, of which the emulated one is one."""
+    tested = re.findall(r'\bbackends\(\s*"(\w+)"', text_of_tests(room_of(op)))
+    assert [name for name in tested if room_of(name) == room_of(op)], f"no test of {op} runs over its backends"
+    assert not (testing.emulated_error or "").startswith("broken")
+    if testing.emulated_error is None:
+        assert _library.has_kernel(op, "cpu", testing.EMULATED_NAMESPACE)
+        assert "emulated" in [backend.name for backend in testing.backends(op)]
 
 
 @pytest.mark.parametrize("name", public_functions())

@@ -131,7 +131,7 @@ FALLBACKS = {
     "a last dimension that is not contiguous": ((q.mT.contiguous().mT, k, v), {}),
     "attn_mask together with is_causal": ((q, k, v, visible(12, 12)), {"is_causal": True}),
     "attn_mask of torch.float64": ((q, k, v, torch.zeros(12, 12).double()), {}),
-    "a tensor that is not on the CPU": (tuple(t.to("meta") for t in (q, k, v)), {}),
+    "a device without a kernel, meta": (tuple(t.to("meta") for t in (q, k, v)), {}),
     "a nested or sparse tensor": (nested(q, k, v), {}),
     "shapes that do not match": ((q[:1], k, v), {}),
     "an argument of the wrong type": ((q, None, v), {}),

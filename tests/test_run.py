@@ -264,18 +264,29 @@ def test_check_reports_every_failure_and_fails(run, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "check: 3 of 5 passed; failed: ruff check, sanitize"
 
 
-def test_every_test_of_the_cpu_kernels_runs_under_the_sanitizers(run, monkeypatch):
+@pytest.fixture
+def sanitize(monkeypatch):
+    """tools/sanitize.py, which builds nothing here; what it gives to pytest is recorded."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    module = importlib.import_module("sanitize")
+    module.words = []
+    monkeypatch.setattr(module, "build", lambda name, configure: None)
+    monkeypatch.setattr(module, "pytest", lambda *words, **variables: module.words.extend(map(str, words)) or 0)
+    return module
+
+
+def test_every_test_of_the_cpu_kernels_and_the_emulator_runs_under_the_sanitizers(sanitize):
     """Packed sequences and hostile arguments, which sanitizers are for, were left out."""
-    environment = run.Environment(Path(sys.executable), in_place=True)
-    words = []
-    monkeypatch.setattr(run, "run_steps", lambda steps: None)
-    monkeypatch.setattr(run, "python", lambda environment, *given, **variables: words.extend(map(str, given)) or 0)
-    assert run.sanitize(environment, []) == 0
-    names = {Path(word).stem for word in words if word.endswith(".py")}
+    assert sanitize.main([]) == 0
+    names = {Path(word).stem for word in sanitize.words if "tests" in word}
     assert names >= {"test_attention", "test_attention_varlen", "test_attention_errors", "test_merge_attention"}
-    words.clear()
-    run.sanitize(environment, ["tests/test_dtype.py"])
-    assert [word for word in words if word.endswith(".py")] == ["tests/test_dtype.py"]
+    assert "emulator" in names
+
+
+@pytest.mark.parametrize("test", ["tests/test_dtype.py", "tests/emulator/test_python.py::test_names_of_kernels"])
+def test_only_the_named_test_runs_under_the_sanitizers(sanitize, test):
+    sanitize.main([test])
+    assert [word for word in sanitize.words if "tests" in word] == [test]
 
 
 def test_check_without_a_formatter_says_which_and_goes_on(run, monkeypatch, capsys):

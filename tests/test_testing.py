@@ -2,6 +2,8 @@
 """fmkernels.testing: that the rule of exactness can fail, and that another execution of the ops can be a backend."""
 
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from fmkernels import _library, attention, reference, testing
 from fmkernels.testing import Backend, Case, assert_as_good_as_torch, backends
 
+ROOT = Path(__file__).resolve().parent.parent
 X = torch.linspace(-3, 3, 40).reshape(5, 8)
 
 
@@ -86,3 +89,64 @@ def test_another_execution_of_the_ops_is_a_backend(elsewhere):
         backend.run(attention, args[0][0], *args[1:])
     attention(*args)
     assert calls == ["attention_forward", "attention_forward"], "the ops of the library are bound again"
+
+
+# ---- the emulated backend --------------------------------------------------------------------------------------------
+
+EMULATED = [backend for backend in testing.BACKENDS if backend.name == "emulated"]
+
+
+@pytest.mark.parametrize("backend", EMULATED, ids=str)
+def test_a_fault_in_an_emulated_run_is_raised_even_where_the_result_is_right(backend):
+    import emulator
+
+    ptx = """.version 9.0\n.target sm_80\n.address_size 64
+    .visible .entry reads(.param .u64 x) { .reg .b64 %x; .reg .b32 %v; ld.param.u64 %x, [x]; ld.global.u32 %v, [%x+8];
+    st.global.u32 [%x], %v; ret; }"""
+    x = torch.arange(3, dtype=torch.int32)
+
+    def run():
+        emulator.Module(ptx).launch("reads", 1, 1, [x[:2].numpy()])
+        return "a result"
+
+    with pytest.raises(emulator.FaultError, match="out of bounds: reads"):
+        backend.run(run)
+    assert emulator.reports() == []
+    assert Backend("cpu", "cpu").run(lambda: "a result") == "a result"
+
+
+VIEWS = """
+#include "common/emulated_memory.h"
+#include <cstdio>
+
+void emulator_register_memory(const void* begin, uint64_t bytes, const char* name) {
+  std::printf("+%llu %llu %s;", (unsigned long long)begin, (unsigned long long)bytes, name);
+}
+void emulator_unregister_memory(const void* begin) { std::printf("-%llu;", (unsigned long long)begin); }
+
+int main() {
+  using Sizes = std::vector<int64_t>;
+  const auto note = [](int64_t address, const Sizes& sizes, const Sizes& strides, int64_t bytes) {
+    fmkernels::note_view(reinterpret_cast<void*>(address), sizes, strides, bytes);
+  };
+  note(1000, {2, 3}, {100, 2}, 4);  // 1 * 100 + 2 * 2 + 1 elements
+  note(2000, {5, 0}, {1, 1}, 4);    // nothing
+  note(3000, {7, 4}, {0, 1}, 2);    // expanded
+  { const fmkernels::EmulatedLaunch first; }
+  std::puts("");
+  { const fmkernels::EmulatedLaunch second_of_the_same_op; }
+  std::puts("");
+  note(4000, {}, {}, 8);
+  { const fmkernels::EmulatedLaunch of_the_next_op; }
+}
+"""
+
+
+def test_kernels_reach_the_views_of_their_op_to_the_byte(tmp_path):
+    (tmp_path / "main.cpp").write_text(VIEWS)
+    folders = [f"-I{ROOT / name}" for name in ("csrc", "emulator/src")]
+    command = ["g++", "-std=c++20", *folders, tmp_path / "main.cpp", "-o", tmp_path / "main"]
+    subprocess.run(command, check=True)
+    lines = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout.splitlines()
+    both = "+1000 420 tensor [2, 3];+3000 8 tensor [7, 4];-1000;-3000;"
+    assert lines == [both, both, "+4000 8 tensor [];-4000;"]

@@ -12,9 +12,17 @@ No GPU is needed. A budget is one `[[kernel]]` of csrc/<room>/budget.toml:
     min_blocks_per_sm  blocks that must be resident on a multiprocessor
     require            globs over opcodes with their modifiers, each of which must occur: "LDG.E.128*"
 
+A `[[loop]]` holds one turn of the main loop of a tensor-core kernel (tools/sass_loop.py), per 4096 mma FLOPs:
+
+    name, archs                     as above
+    max_not_mma_per_unit            instructions other than mma
+    max_int_per_unit                integer instructions, without those of the uniform datapath
+    max_shared_wavefronts_per_unit  128-byte accesses to shared memory, without conflicts
+    max_spills                      local memory instructions anywhere in the loop
+
 Spilled registers and local memory are always an error. So is a kernel without exactly one budget for each architecture,
-a budget without a kernel, and a source that takes a minute or 2 GiB to compile. The compile command is the one of the
-build (build/cuda/compile_commands.json). Writes build/cuda_report.json.
+a budget without a kernel or loop, and a source that takes a minute or 2 GiB to compile. The compile command is the one
+of the build (build/cuda/compile_commands.json). Writes build/cuda_report.json.
 """
 
 from __future__ import annotations
@@ -23,30 +31,32 @@ import argparse
 import dataclasses
 import fnmatch
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import device_code
+import sass_loop
 import tomllib
+from device_code import Toolchain, count_opcodes, demangle, parse_ptxas, parse_sections
 from occupancy import Occupancy, occupancy
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from sass_loop import KernelLoops, Loop, loop_tables, mma_loops
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_ARCHS = ("80", "90a")
 OTHER_ARCHS = ("86", "89", "100a", "120a")  # must compile
-MAX_COMPILE_SECONDS = 60  # of processor time, for all of BUDGET_ARCHS
+MAX_COMPILE_SECONDS = 60  # of processor time, for each of BUDGET_ARCHS
 MAX_COMPILE_BYTES = 2 << 30  # of the largest process of one compilation
 NO_COMPILER = "no CUDA build to report on (build/cuda): run `FMKERNELS_CUDA=pip python3 run.py setup`"
 
@@ -64,6 +74,7 @@ class Kernel:
     stack_bytes: int
     static_smem_bytes: int
     opcodes: dict[str, int]  # with modifiers: {"LDG.E.128": 4}; functions that it calls included
+    loops: list[Loop] = field(default_factory=list)  # with mma, the main one first
 
     @property
     def num_instructions(self) -> int:
@@ -109,22 +120,46 @@ class Budget:
         return occupancy(kernel.arch, self.threads, kernel.registers, smem_bytes, kernel.barriers)
 
 
+@dataclass(frozen=True)
+class LoopBudget:
+    """One `[[loop]]` of a budget.toml; the fields are those of the module's text."""
+
+    room: str
+    name: str
+    archs: list[str]
+    max_not_mma_per_unit: float
+    max_int_per_unit: float
+    max_shared_wavefronts_per_unit: float
+    max_spills: int
+
+    def matches(self, kernel: Kernel) -> bool:
+        return self.room == kernel.room and fnmatch.fnmatchcase(kernel.name, self.name)
+
+
 # ---- Budgets ---------------------------------------------------------------------------------------------------------
 
 
-def read_budgets(path: Path) -> list[Budget]:
-    """The budgets of one budget.toml."""
-    fields = {field.name for field in dataclasses.fields(Budget)} - {"room"}
-    budgets = []
-    for entry in tomllib.loads(path.read_text()).get("kernel", []):
-        if set(entry) != fields:
-            difference = ", ".join(sorted(set(entry) ^ fields))
-            raise ValueError(f"{path}: [[kernel]] {entry.get('name')} has missing or unknown keys: {difference}")
+def read_entries(path: Path, kind: str, entry_type: type) -> list:
+    """The `[[kind]]` entries of one budget.toml."""
+    names = {field.name for field in dataclasses.fields(entry_type)} - {"room"}
+    entries = []
+    for entry in tomllib.loads(path.read_text()).get(kind, []):
+        if set(entry) != names:
+            difference = ", ".join(sorted(set(entry) ^ names))
+            raise ValueError(f"{path}: [[{kind}]] {entry.get('name')} has missing or unknown keys: {difference}")
         unknown = set(entry["archs"]) - set(BUDGET_ARCHS)
         if unknown:
             raise ValueError(f"{path}: archs of {entry['name']} must be of {BUDGET_ARCHS}, got {sorted(unknown)}")
-        budgets.append(Budget(room=path.parent.name, **entry))
-    return budgets
+        entries.append(entry_type(room=path.parent.name, **entry))
+    return entries
+
+
+def read_budgets(path: Path) -> list[Budget]:
+    return read_entries(path, "kernel", Budget)
+
+
+def read_loop_budgets(path: Path) -> list[LoopBudget]:
+    return read_entries(path, "loop", LoopBudget)
 
 
 def budgets_of(kernel: Kernel, budgets: list[Budget]) -> list[Budget]:
@@ -164,19 +199,41 @@ def check_kernel(kernel: Kernel, budgets: list[Budget]) -> list[str]:
     return found
 
 
-def check_report(compilations: list[Compilation], budgets: list[Budget]) -> list[str]:
+def check_loop(kernel: Kernel, budgets: list[LoopBudget]) -> list[str]:
+    """The sentences to say about the main loop of one kernel; none when it keeps its budget or has none."""
+    which = f"main loop of {kernel.name} for sm_{kernel.arch}"
+    matching = [budget for budget in budgets if budget.matches(kernel) and kernel.arch in budget.archs]
+    if len(matching) > 1:
+        return [f"{which} must have one budget in csrc/{kernel.room}/budget.toml, has {len(matching)}"]
+    if not matching:
+        return []
+    if not kernel.loops:
+        return [f"{kernel.name} for sm_{kernel.arch} has no loop with tensor-core instructions, but a budget for one"]
+    loop, budget = kernel.loops[0], matching[0]
+    held = [
+        ("instructions other than mma a unit", loop.not_mma_per_unit, budget.max_not_mma_per_unit),
+        ("integer instructions a unit", loop.int_per_unit, budget.max_int_per_unit),
+        ("shared wavefronts a unit", loop.wavefronts_per_unit, budget.max_shared_wavefronts_per_unit),
+        ("spill instructions", max(loop.num_spills for loop in kernel.loops), budget.max_spills),
+    ]
+    return [f"{which} has {x:.4g} {what}, over its budget of {limit:g}" for what, x, limit in held if x > limit]
+
+
+def check_report(
+    compilations: list[Compilation], budgets: list[Budget], loop_budgets: list[LoopBudget] | None = None
+) -> list[str]:
     """Every sentence to say about the whole report; none when all is well."""
     found = [f"{c.source} does not compile for sm_{c.arch}:\n{c.error}" for c in compilations if c.error]
     kernels = [kernel for c in compilations if c.arch in BUDGET_ARCHS for kernel in c.kernels]
     for kernel in kernels:
-        found += check_kernel(kernel, budgets)
+        found += check_kernel(kernel, budgets) + check_loop(kernel, loop_budgets or [])
     failed = {(Path(c.source).parent.name, c.arch) for c in compilations if c.error}
-    for budget in budgets:
+    for budget in [*budgets, *(loop_budgets or [])]:
         for arch in set(budget.archs) - {arch for room, arch in failed if room == budget.room}:
             if not any(budget.matches(kernel) and kernel.arch == arch for kernel in kernels):
                 found.append(f"csrc/{budget.room}/budget.toml: {budget.name} matches no kernel for sm_{arch}")
     for source in sorted({c.source for c in compilations}):
-        seconds = sum(c.seconds for c in compilations if c.source == source and c.arch in BUDGET_ARCHS)
+        seconds = max(c.seconds for c in compilations if c.source == source and c.arch in BUDGET_ARCHS)
         peak_bytes = max(c.peak_bytes for c in compilations if c.source == source)
         if seconds > MAX_COMPILE_SECONDS:
             found.append(f"{source} takes {seconds:.0f} s to compile, over {MAX_COMPILE_SECONDS}")
@@ -213,102 +270,6 @@ def include_closure(source: Path) -> tuple[set[Path], set[str]]:
     return files, others
 
 
-def short_name(demangled: str) -> str:
-    """`merge_attention_kernel<float, 4>` of a demangled signature."""
-    name = re.sub(r"\(anonymous namespace\)::|\bfmkernels::|^void ", "", demangled)
-    depth = 0
-    for position, character in enumerate(name):
-        depth += (character == "<") - (character == ">")
-        if character == "(" and depth == 0:
-            return name[:position]
-    return name
-
-
-def demangle(symbols: list[str]) -> list[str]:
-    listing = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    return [short_name(line) for line in listing.stdout.splitlines()]
-
-
-def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
-    """Resources of each kernel, by symbol, of what `ptxas -v` prints."""
-
-    def numbers(pattern: str, part: str) -> list[int]:
-        return [int(number) for number in re.findall(pattern, part)] or [0]
-
-    resources = {}
-    for part in text.split("Compiling entry function '")[1:]:
-        resources[part.split("'")[0]] = {
-            "registers": numbers(r"Used (\d+) registers", part)[0],
-            "barriers": numbers(r"used (\d+) barriers", part)[0],
-            # The functions that a kernel calls have a line of their own behind it.
-            "stack_bytes": sum(numbers(r"(\d+) bytes stack frame", part)),
-            "spill_bytes": sum(numbers(r"(\d+) bytes spill (?:stores|loads)", part)),
-            "static_smem_bytes": numbers(r"(\d+) bytes smem", part)[0],
-        }
-    return resources
-
-
-def parse_sass(text: str) -> dict[str, Counter[str]]:
-    """Opcodes of each code section, by symbol, of what `nvdisasm -c` prints; padding is left out."""
-    opcodes: dict[str, Counter[str]] = {}
-    for line in text.splitlines():
-        if section := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
-            current = opcodes.setdefault(section[1], Counter())
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            current[instruction[1]] += instruction[1] != "NOP"
-    return {symbol: +counter for symbol, counter in opcodes.items()}
-
-
-def find_nvdisasm(nvcc: Path) -> Path | None:
-    """nvdisasm of the toolkit, of the PATH, or of this Python's packages."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    on_path = shutil.which("nvdisasm")
-    places = [nvcc.parent / "nvdisasm", *([Path(on_path)] if on_path else [])]
-    places += [found for folder in folders for found in sorted(folder.glob("*/bin/nvdisasm"))]
-    return next((place for place in places if place.exists()), None)
-
-
-@dataclass(frozen=True)
-class Toolchain:
-    nvcc: Path
-    nvdisasm: Path
-    version: str  # of both, as they print it
-    commands: dict[Path, list[str]]  # source -> the build's command, without architecture, action and output
-
-    @classmethod
-    def of_build(cls, build_dir: Path) -> Toolchain | None:
-        """The compiler and the flags of a CUDA build; None where there was none or its compiler is gone."""
-        database = build_dir / "compile_commands.json"
-        entries = json.loads(database.read_text()) if database.exists() else []
-        commands = {Path(e["file"]): strip_command(e["command"]) for e in entries if e["file"].endswith(".cu")}
-        commands = {source: command for source, command in commands.items() if source.exists()}
-        nvcc = Path(next(iter(commands.values()))[0]) if commands else None
-        if nvcc is None or not nvcc.exists():
-            return None
-        nvdisasm = find_nvdisasm(nvcc)
-        if nvdisasm is None:
-            raise FileNotFoundError("nvdisasm is missing; run: python3 run.py setup")
-        printed = [
-            subprocess.run([tool, "--version"], capture_output=True, text=True).stdout for tool in (nvcc, nvdisasm)
-        ]
-        return cls(nvcc, nvdisasm, "".join(printed), commands)
-
-    def command(self, source: Path, arch: str) -> list[str]:
-        return [*self.commands[source], f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-cubin"]
-
-
-def strip_command(command: str) -> list[str]:
-    words = iter(shlex.split(command))
-    kept = []
-    for word in words:
-        if word in ("-o", "-MF", "-MT"):
-            next(words)
-        elif not word.startswith("-gencode") and word not in ("-c", "-MD"):
-            kept.append(word)
-    return kept
-
-
 def compile_source(tools: Toolchain, source: Path, arch: str) -> Compilation:
     """Compiles for one architecture and takes the result apart."""
     name, room = str(source.relative_to(ROOT)), source.parent.name
@@ -323,9 +284,16 @@ def compile_source(tools: Toolchain, source: Path, arch: str) -> Compilation:
         if process.returncode != 0:
             return Compilation(name, arch, seconds, peak_bytes, [], printed or f"exit status {process.returncode}")
         sass = subprocess.run([tools.nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    resources, opcodes = parse_ptxas(printed), parse_sass(sass)
+    resources, sections = parse_ptxas(printed), parse_sections(sass)
     kernels = [
-        Kernel(name=short, room=room, arch=arch, opcodes=dict(opcodes[symbol]), **resources[symbol])
+        Kernel(
+            name=short,
+            room=room,
+            arch=arch,
+            opcodes=dict(count_opcodes(sections[symbol])),
+            loops=mma_loops(sections[symbol]),
+            **resources[symbol],
+        )
         for symbol, short in zip(resources, demangle(list(resources)), strict=True)
     ]
     return Compilation(name, arch, seconds, peak_bytes, sorted(kernels, key=lambda kernel: kernel.name))
@@ -334,13 +302,15 @@ def compile_source(tools: Toolchain, source: Path, arch: str) -> Compilation:
 def compile_cached(tools: Toolchain, source: Path, arch: str, cache_dir: Path) -> tuple[Compilation, Path]:
     """The compilation, from the cache where sources, flags and tools are the same; and its file there."""
     files, _ = include_closure(source)
-    parts = [path.read_bytes() for path in sorted(files)] + [Path(__file__).read_bytes(), tools.version.encode()]
+    readers = [Path(module.__file__) for module in (device_code, sass_loop)]
+    parts = [path.read_bytes() for path in (*sorted(files), Path(__file__), *readers)] + [tools.version.encode()]
     parts.append(shlex.join(tools.command(source, arch)).encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     path = cache_dir / f"{source.stem}-{arch}-{key}.json"
     if path.exists():
         record = json.loads(path.read_text())
-        return Compilation(**{**record, "kernels": [Kernel(**kernel) for kernel in record["kernels"]]}), path
+        kernels = [Kernel(**{**k, "loops": [Loop(**loop) for loop in k["loops"]]}) for k in record["kernels"]]
+        return Compilation(**{**record, "kernels": kernels}), path
     result = compile_source(tools, source, arch)
     if not result.error:
         path.with_suffix(".part").write_text(json.dumps(dataclasses.asdict(result)))
@@ -408,6 +378,9 @@ def print_report(console: Console, compilations: list[Compilation], budgets: lis
         cells = [f"sm_{kernel.arch}", *map(str, sizes), str(kernel.num_instructions), mix]
         table.add_row(kernel.name, *cells, f"{resident.blocks_per_sm} ({resident.limit})" if resident else "no budget")
     console.print(table)
+    loops = [KernelLoops(k.name, k.arch, k.loops) for c in compilations for k in c.kernels if k.loops]
+    if loops := [entry for entry in loops if entry.arch in BUDGET_ARCHS]:
+        console.print(*loop_tables(loops))
     costs = Table(title="compilation", title_justify="left")
     for heading, justify in (("source", "left"), ("arch", "left"), ("processor s", "right"), ("peak MiB", "right")):
         costs.add_column(heading, justify=justify)
@@ -424,6 +397,7 @@ def as_json(tools: Toolchain, compilations: list[Compilation], budgets: list[Bud
             budget = next(iter(budgets_of(kernel, budgets)), None)
             entry["num_instructions"] = kernel.num_instructions
             entry["mix"] = instruction_mix(kernel.opcodes)
+            entry["loops"] = [sass_loop.as_dict(loop, kernel.arch) for loop in kernel.loops]
             entry["occupancy"] = dataclasses.asdict(budget.occupancy(kernel)) if budget else None
         records.append(record)
     report = {"nvcc": tools.version.splitlines()[-1], "compilations": records, "violations": violations}
@@ -437,13 +411,15 @@ def main() -> int:
         console.width = 160
     try:
         tools = Toolchain.of_build(ROOT / "build" / "cuda")
-        budgets = [budget for path in sorted(ROOT.glob("csrc/*/budget.toml")) for budget in read_budgets(path)]
+        files = sorted(ROOT.glob("csrc/*/budget.toml"))
+        budgets = [budget for path in files for budget in read_budgets(path)]
+        loop_budgets = [budget for path in files for budget in read_loop_budgets(path)]
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"cuda-report: {error}")
     if tools is None:
         sys.exit(f"cuda-report: {NO_COMPILER}")
     compilations = compile_all(tools, ROOT / "build" / "cuda_report", console)
-    violations = check_sources(tools) + check_report(compilations, budgets)
+    violations = check_sources(tools) + check_report(compilations, budgets, loop_budgets)
     (ROOT / "build" / "cuda_report.json").write_text(as_json(tools, compilations, budgets, violations))
     print_report(console, compilations, budgets)
     for violation in violations:

@@ -12,6 +12,13 @@
 #include "../common/dtype.h"
 #include "../common/isa.h"
 
+#ifdef __CUDACC__
+#include <cuda_runtime_api.h>
+#else
+struct CUstream_st;
+typedef struct CUstream_st* cudaStream_t;
+#endif
+
 namespace fmkernels {
 
 // A tensor [batch, tokens, heads, dim], dim contiguous; packed sequences are [total_tokens, heads, dim] with a batch
@@ -31,6 +38,7 @@ struct AttentionForwardParams {
   int64_t head_dim, v_head_dim;                  // multiples of 8, at most 256
   const int32_t* cu_seqlens_q;                   // [batch + 1] or null
   const int32_t* cu_seqlens_k;                   // [batch + 1] or null, together with cu_seqlens_q
+  int64_t total_q, total_k;                      // tokens of the packed tensors, where cu_seqlens are given
 
   float softmax_scale, softcap;       // softcap 0: none
   int64_t window_left, window_right;  // -1: unlimited; causal is window_right = 0
@@ -44,5 +52,30 @@ struct AttentionForwardParams {
 
 template <Isa isa>
 void run_attention_forward(const AttentionForwardParams& p);
+
+// On CUDA the keys of a sequence with few rows are split into chunks of fixed length, whose results are merged in
+// order. A rule on the sequence alone: its bits depend neither on the batch nor on the GPU.
+constexpr int kSplitRows = 32, kSplitKeys = 576;
+FM_HOST_DEVICE constexpr bool is_split(int64_t num_rows, int64_t seq_k) {
+  return num_rows <= kSplitRows && seq_k > kSplitKeys;
+}
+
+// Results of the chunks: o [row of the batch][kv head][chunk][v_head_dim] and lse [row of the batch][kv head][chunk].
+struct AttentionPartials {
+  float *o, *lse;
+  int64_t rows_per_batch, num_chunks;  // 0: no sequence is split
+
+  FM_HOST_DEVICE int64_t index(int64_t batch, int64_t row, int64_t kv_head, int64_t kv_heads, int64_t chunk) const {
+    return ((batch * rows_per_batch + row) * kv_heads + kv_head) * num_chunks + chunk;
+  }
+};
+// The sizes for these parameters; the pointers are the caller's.
+AttentionPartials attention_partials(const AttentionForwardParams& p);
+
+struct AttentionForwardCall {
+  AttentionForwardParams p;
+  AttentionPartials partials;
+};
+void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t stream);
 
 }  // namespace fmkernels

@@ -4,10 +4,9 @@
 // Rows       The query rows of one kv head are the (query, head of its group) pairs, query major: a group shares every
 //            packed key and value, and the visible range grows with the row.
 // Two paths  A sequence of more than kDirectRows rows is cut into row tiles. A tile packs each block of kBlockK keys
-// and
-//            values once, converted to float, and multiplies from cache with a register tile of kStrip rows x kPanel
-//            columns. Fewer rows (decode) read keys and values where they lie; the keys are cut into chunks of kChunk,
-//            so that a single long sequence keeps every core busy, and the chunks are merged in order.
+//            and values once, converted to float, and multiplies from cache with a register tile of kStrip rows x
+//            kPanel columns. Fewer rows (decode) read keys and values where they lie; the keys are cut into chunks of
+//            kChunk, so that a single long sequence keeps every core busy, and the chunks are merged in order.
 // Masks      Every row has a visible range [begin, end) of keys. Scores are computed in whole panels and the softmax
 //            reads the visible range alone. Inside a strip a weight of 0 hides a value; where a block holds a value
 //            that is not finite, the ragged ends of a strip go row by row: nothing hidden reaches a row, NaN included.

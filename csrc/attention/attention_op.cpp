@@ -14,6 +14,40 @@ TokenView view_tokens(const Tensor& t) {
   return {data_of(t), packed ? 0 : stride_of(t, 0), stride_of(t, first), stride_of(t, first + 1)};
 }
 
+// A tensor whose rows the kernels of this backend can read: itself or, where the 16-byte copies of CUDA cannot reach
+// its rows, a contiguous copy.
+Tensor readable(const Tensor& t) {
+#ifdef FM_CUDA
+  const int64_t last = t.dim() - 1;
+  if (last < 2 || t.stride(last) != 1) return t;           // refused later
+  constexpr int64_t kRowBytes = 16, kMaxStride = 1 << 23;  // elements of a token stride
+  bool aligned = reinterpret_cast<uintptr_t>(data_of(t)) % kRowBytes == 0;
+  for (int64_t dim = 0; dim < last; ++dim) {
+    aligned = aligned && stride_of(t, dim) * t.element_size() % kRowBytes == 0;
+  }
+  if (aligned && stride_of(t, last - 2) < kMaxStride) return t;
+  Tensor copy = torch::stable::new_empty(t, {t.sizes().begin(), t.sizes().end()});
+  torch::stable::copy_(copy, t);
+  return copy;
+#else
+  return t;
+#endif
+}
+
+void execute(const AttentionForwardParams& p, const Tensor& q) {
+#ifdef FM_CUDA
+  AttentionPartials partials = attention_partials(p);
+  const int64_t rows = p.batch * partials.rows_per_batch * p.kv_heads * partials.num_chunks;
+  Tensor o = torch::stable::new_empty(q, {rows, p.v_head_dim}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, {rows}, ScalarType::Float);
+  partials.o = static_cast<float*>(data_of(o));
+  partials.lse = static_cast<float*>(data_of(lse));
+  FM_EXECUTE(attention_forward, (AttentionForwardCall{p, partials}), q);
+#else
+  FM_EXECUTE(attention_forward, p, q);
+#endif
+}
+
 // What fixed-length and packed attention check and fill in alike. `first` is the dimension of tokens.
 AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
@@ -84,11 +118,12 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   return p;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
                                              const std::optional<Tensor>& bias,
                                              const std::optional<Tensor>& alibi_slopes,
                                              const std::optional<Tensor>& sinks, bool causal, int64_t window_left,
                                              int64_t window_right, double softmax_scale, double softcap) {
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   check_rank("q", q, 4);
   const int64_t batch = q.size(0);
   AttentionForwardParams p =
@@ -114,17 +149,20 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
   p.lse = static_cast<float*>(data_of(lse));
   p.lse_batch_stride = lse.stride(0);
   p.lse_head_stride = lse.stride(1);
-  if (lse.numel() > 0) FM_EXECUTE(attention_forward, p, q);
+  if (lse.numel() > 0) execute(p, q);
   return {o, lse};
 }
 
-// Prefix sums on the CPU, where their values can be checked before they are used as addresses.
+// Prefix sums; on the CPU their values are checked before they are used as addresses.
 const int32_t* checked_cu_seqlens(const char* name, const Tensor& t, int64_t total, int64_t max_seqlen) {
   check_scalar_type(name, t, ScalarType::Int, "int32");
   check_rank(name, t, 1);
   check_last_dim_contiguous(name, t);
   FM_CHECK(t.size(0) >= 1, name, " must have batch + 1 elements, got none");
   const auto* prefix = static_cast<const int32_t*>(data_of(t));
+#ifdef FM_CUDA
+  return prefix;  // on the device, where the kernel keeps within the tensors whatever it holds
+#endif
   FM_CHECK(prefix[0] == 0, name, " must begin with 0, got ", prefix[0]);
   for (int64_t b = 0; b + 1 < t.size(0); ++b) {
     const int64_t seqlen = int64_t{prefix[b + 1]} - prefix[b];
@@ -137,13 +175,14 @@ const int32_t* checked_cu_seqlens(const char* name, const Tensor& t, int64_t tot
   return prefix;
 }
 
-std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
                                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                                     int64_t max_seqlen_q, int64_t max_seqlen_k,
                                                     const std::optional<Tensor>& alibi_slopes,
                                                     const std::optional<Tensor>& sinks, bool causal,
                                                     int64_t window_left, int64_t window_right, double softmax_scale,
                                                     double softcap) {
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   check_rank("q", q, 3);
   check_rank("cu_seqlens_q", cu_seqlens_q, 1);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
@@ -151,7 +190,8 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& q, const Tenso
       common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
   check_same_device("cu_seqlens_q", cu_seqlens_q, q);
   check_same_device("cu_seqlens_k", cu_seqlens_k, q);
-  const int64_t total_q = p.seq_q;
+  const int64_t total_q = p.total_q = p.seq_q;
+  p.total_k = p.seq_k;
   p.cu_seqlens_q = checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q);
   p.cu_seqlens_k = checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, p.seq_k, max_seqlen_k);
   check_size("cu_seqlens_k", cu_seqlens_k, 0, batch + 1);
@@ -163,7 +203,7 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& q, const Tenso
   p.o = view_tokens(o);
   p.lse = static_cast<float*>(data_of(lse));
   p.lse_head_stride = lse.stride(0);
-  if (lse.numel() > 0) FM_EXECUTE(attention_forward, p, q);
+  if (lse.numel() > 0) execute(p, q);
   return {o, lse};
 }
 

@@ -17,6 +17,13 @@ void dispatch_dtype(DType dtype, F&& f) {
   }
 }
 
+// Calls f.template operator()<T>() with T = Half or BFloat16.
+template <class F>
+void dispatch_half(DType dtype, F&& f) {
+  FM_CHECK(dtype != DType::kFloat32, "dtype must be float16 or bfloat16");
+  dtype == DType::kFloat16 ? f.template operator()<Half>() : f.template operator()<BFloat16>();
+}
+
 // Calls f.template operator()<value>(), for a value that is one of kValues.
 template <int... kValues, class F>
 void dispatch_int(const char* name, int value, F&& f) {

@@ -10,6 +10,19 @@ namespace fmkernels {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;  // more must be opted in to, per kernel
 
+#ifdef __CUDACC__
+// The shared memory that a block was launched with, as one struct.
+template <class Smem>
+__device__ __forceinline__ Smem& dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[];
+  return *reinterpret_cast<Smem*>(dynamic_smem_bytes);
+}
+#endif
+
+inline void check_cuda(const char* name, cudaError_t status) {
+  FM_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status));
+}
+
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int smem_bytes, cudaStream_t stream,
             const Params& params) {

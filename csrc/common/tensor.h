@@ -18,7 +18,9 @@
 #include "dtype.h"
 #include "isa.h"
 
-#ifdef FM_CUDA
+#if defined(FM_EMULATED)
+#include "emulated_memory.h"
+#elif defined(FM_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 
 struct CUstream_st;
@@ -29,7 +31,16 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
                                                                                    void** ret_stream);
 #endif
 
-#ifdef FM_CUDA  // set by the build for _C_cuda
+// FM_CUDA is set by the build for _C_cuda and _C_emulated, FM_EMULATED for the latter, where the launchers of the CUDA
+// kernels run on CPU tensors over the emulator's CUDA runtime.
+#if defined(FM_EMULATED)
+#define FM_BACKEND CPU
+#define FM_EXECUTE(name, params, tensor)       \
+  do {                                         \
+    const EmulatedLaunch memory_is_accessible; \
+    launch_##name(params, nullptr);            \
+  } while (0)
+#elif defined(FM_CUDA)
 #define FM_BACKEND CUDA
 #define FM_EXECUTE(name, params, tensor)   \
   do {                                     \
@@ -64,7 +75,11 @@ inline void* data_of(const Tensor& t) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage_bytes));
   FM_CHECK(end * static_cast<int64_t>(t.element_size()) <= storage_bytes || t.numel() == 0,
            "a tensor has a storage of ", storage_bytes, " bytes, which does not hold its elements");
-  return const_cast<void*>(t.const_data_ptr());
+  void* data = const_cast<void*>(t.const_data_ptr());
+#ifdef FM_EMULATED
+  note_view(data, sizes, strides, static_cast<int64_t>(t.element_size()));
+#endif
+  return data;
 }
 
 // A dimension of size 1 is never stepped along, so its stride says nothing; 0 keeps later checks simple.
@@ -91,7 +106,7 @@ inline void check_scalar_type(const char* name, const Tensor& t, ScalarType expe
   FM_CHECK(t.scalar_type() == expected, name, " must be ", expected_name);
 }
 
-#ifdef FM_CUDA
+#if defined(FM_CUDA) && !defined(FM_EMULATED)
 // Makes the device of a tensor current for a scope and knows torch's stream on it.
 class StreamScope {
  public:

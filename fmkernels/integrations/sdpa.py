@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check as check
-from .._library import needs_grad
-from ..attention import MAX_HEAD_DIM, attention
+from .._attention_checks import HALF_DTYPES, MAX_HEAD_DIM
+from .._library import cuda_ops, needs_grad
+from ..attention import attention
 
 _logger = logging.getLogger("fmkernels")
 _torch_sdpa = F.scaled_dot_product_attention
@@ -72,8 +73,9 @@ def scaled_dot_product_attention(
     Returns:
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
-    Calls that the kernels do not serve (dropout, gradients, CUDA tensors, float64, head sizes off the multiples of 8,
-    other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each reason.
+    Calls that the kernels do not serve (dropout, gradients, float64, float32 on CUDA, head sizes off the multiples of
+    8, other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each
+    reason.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
@@ -125,14 +127,18 @@ def _unsupported(
         return "a nested or sparse tensor"
     if not torch.compiler.is_compiling() and any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
         return "a tensor subclass"
-    if any(t.device.type != "cpu" for t in tensors):
-        return "a tensor that is not on the CPU"
+    if any(t.device != query.device for t in tensors):
+        return "tensors on several devices"
+    if query.device.type != "cpu" and not (query.device.type == "cuda" and "attention_forward" in cuda_ops):
+        return f"a device without a kernel, {query.device.type}"
     if dropout_p != 0.0:
         return "dropout"
     if needs_grad(*tensors):
         return "an input that requires a gradient"
     if query.dtype not in check.FLOAT_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
+    if query.device.type == "cuda" and query.dtype not in HALF_DTYPES:
+        return f"{query.dtype} on CUDA"
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
         return f"ranks {query.dim()}, {key.dim()}, {value.dim()}"
     if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in (query.shape[-1], value.shape[-1])):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check as check
-from ..attention import MAX_HEAD_DIM, attention
+from .._attention_checks import MAX_HEAD_DIM
+from ..attention import attention
 
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

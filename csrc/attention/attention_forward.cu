@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention_forward.cu: o = softmax(q k^T) v for float16 and bfloat16, sm_80 and later.
+//
+// Contract   see attention.h; rows of q, k, v and o begin on 16-byte boundaries.
+// Rows       The query rows of a kv head are the (query, head of its group) pairs, query major: a group shares every
+//            key and value that is loaded, and what a row sees grows with the row.
+// Work       grid (units, kv heads, batch). A unit is a tile of kRows rows, the last tile first, or, for a sequence of
+//            at most kSplitRows rows, a chunk of kSplitKeys keys; chunks are merged in their order by a second kernel.
+//            The rule looks at the sequence alone, so its bits depend on nothing else. A warp owns kWarpRows rows; keys
+//            and values stream past in blocks of kKeys, from the last visible one to the first.
+// Shared     struct Smem below: q, overlaid by o; one block of keys and one of values.
+// Pipeline   wait k[i] | B1 | load v[i] | s = q k[i] | wait v[i] | B2 | load k[i-1] | softmax | o += p v[i].
+//            B1: all warps see k[i], and have read the values before it. B2: all see v[i], and have read k[i].
+// Masks      Blocks that every row of the tile sees whole, and no modifiers: one loop without a mask. Others: a loop
+//            that modifies and masks scores, where a warp skips a block that none of its rows sees.
+// Numerics   float32 accumulation, base-2 exponent. o is rescaled only when a maximum grows by more than 2^8: weights
+//            up to 2^8 lose nothing. A hidden value never reaches a row, NaN included. Deterministic.
+// Cost       4 * visible pairs * dim flops; bound by the tensor cores beyond seq ~ 500.
+// After      Dao 2023, FlashAttention-2, algorithm 1.
+
+#include <algorithm>
+
+#include "../common/dispatch.h"
+#include "../common/launch.h"
+#include "attention_scores_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ void run_tile(const Args& a) {
+  using Element = typename T::Element;
+  const AttentionForwardParams& p = a.p;
+  auto& smem = dynamic_smem<Smem<T>>();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Unit u = unit_of(p, T::kRows);
+  if (!u.exists) return;
+
+  const int warp_row = u.row_begin + warp * T::kWarpRows;
+  const RowsVisible tile = visible_to(p, u, u.row_begin, u.row_begin + T::kRows);
+  const int first_block = tile.any.begin / T::kKeys;
+  const int end_block = tile.any.begin < tile.any.end ? (tile.any.end + T::kKeys - 1) / T::kKeys : first_block;
+
+  // Queries, and the first keys and values; rows and columns that do not exist are zeros.
+  const uint32_t sQ = ptx::smem_address(smem.q);
+  {
+    const int q_chunks = static_cast<int>(p.head_dim) / kChunkElements;
+    const int chunk = threadIdx.x % T::kRowThreads;
+    const int first = threadIdx.x / T::kRowThreads;
+    const uint32_t to = sQ + swizzled<T::kDim>(first, chunk);
+    for (int pass = 0; pass < T::kRows / T::kPassRows; ++pass) {
+      const int row = u.row_begin + first + pass * T::kPassRows;
+      const Element* q = static_cast<const Element*>(p.q.data) + (row < u.num_rows ? row_offset(p.q, u, row) : 0);
+#pragma unroll
+      for (int c = 0; c < T::kColumnPasses; ++c) {
+        const int column = chunk + c * T::kRowThreads;
+        const bool valid = row < u.num_rows && column < q_chunks;
+        ptx::cp_async_16_or_zero(to + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16,
+                                 valid ? q + column * kChunkElements : q, valid);
+      }
+    }
+  }
+  if (lane == 0) smem.visible[warp] = visible_to(p, u, warp_row, warp_row + T::kWarpRows);
+  if (threadIdx.x == 0) smem.unit = u;
+  int block = end_block - 1;
+  {
+    const uint32_t offset = ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset();
+    BlockCopy<T, false> keys(p.k, u, p.head_dim, offset, block);
+    BlockCopy<T, true> values(p.v, u, p.v_head_dim, offset, block);
+    keys.zero_columns();
+    values.zero_columns();
+    if (first_block < end_block) keys.issue_ragged(u.seq_k - block * T::kKeys);
+  }
+  ptx::cp_async_commit();
+
+  WarpState<T> w;
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+    for (int half = 0; half < 2; ++half) w.shift[m][half] = kNoMax, w.sum[m][half] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < T::kColumnTiles; ++n) {
+      for (int i = 0; i < 4; ++i) w.o[m][n][i] = 0.0f;
+    }
+  }
+  // Made anew for every run of plain blocks and every other block: nothing of it lives through the other loop.
+  auto addresses = [&] { return Addresses<T>(p, smem.unit, smem, block); };
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // every warp sees q, the unit and what is visible
+  QFragments<T> q;
+  if constexpr (T::kKeepsQ) {
+    static_for<T::kDim / 16>([&]<int step>() { load_q<T, step>(q.kept[step], Addresses<T>::of_q(smem)); });
+  }
+
+  // One block. With kGeneral it modifies, masks and may skip.
+  auto step = [&]<bool kGeneral>(Addresses<T>& at) {
+    Scores<T> s;
+    const int first_key = block * T::kKeys;
+
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // B1: every warp sees k[block], and has read the values of the block before
+    const RowsVisible mine = kGeneral ? smem.visible[warp] : RowsVisible{};
+    const bool works = !kGeneral || (first_key < mine.any.end && first_key + T::kKeys > mine.any.begin);
+    if (kGeneral && block == end_block - 1) at.copy_values.issue_ragged(smem.unit.seq_k - first_key);
+    else at.copy_values.issue(true);
+    ptx::cp_async_commit();
+    float scale = a.scale_log2;
+    if (works) {
+      multiply_keys<T>(s, q, at.q, at.k);
+      if constexpr (kGeneral) {
+        const Unit& u = smem.unit;
+        if (a.is_general) modify<T>(s, p, u, first_key), scale = 1.0f;
+        const bool low = first_key < (mine.all.begin), high = mine.all.end < first_key + T::kKeys;
+        if (low || high) mask<T>(s, p, u, first_key, low, high);
+      }
+    }
+
+    ptx::cp_async_wait<0>();
+    bool nonfinite = false;
+    if constexpr (kGeneral) nonfinite = __syncthreads_or(at.copy_values.template has_nonfinite<Element>());
+    else __syncthreads();
+    // B2: every warp sees v[block], and has read k[block]
+    at.copy_keys.issue(block > first_block);
+    ptx::cp_async_commit();
+    if (works) softmax<T>(w, s, scale);
+    if (kGeneral && nonfinite) {
+      if (works) add_nonfinite<T>(w, &smem.kv[1][0][0], p, smem.unit, first_key);
+      __syncthreads();  // every warp has read what is not finite
+      at.copy_values.template zero_nonfinite<Element>();
+      __syncthreads();  // every warp sees zeros in its place
+    }
+    if (works) multiply_values<T>(w, s, at.v);
+    --block;
+  };
+
+  // Blocks [plain_begin, plain_end) are seen whole by every row.
+  const int plain_begin = a.is_general ? first_block : max(first_block, (tile.all.begin + T::kKeys - 1) / T::kKeys);
+  const int plain_end = a.is_general ? first_block : clamp(tile.all.end / T::kKeys, plain_begin, end_block);
+  while (block >= first_block) {
+    Addresses<T> at = addresses();
+    if (block >= plain_begin && block < plain_end) {
+      do step.template operator()<false>(at);
+      while (block >= plain_begin);
+    } else {
+      step.template operator()<true>(at);
+    }
+  }
+  store_results<T>(w, smem, a, smem.unit);
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    attention_forward_kernel(const __grid_constant__ Args a) {
+  if constexpr (is_launched<T::kSmemKiB, T::kDim>()) run_tile<T>(a);
+  else __trap();
+}
+
+// Merges the chunks of the sequences that were split, a warp for each (row, kv head, sequence).
+template <class Element>
+__global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __grid_constant__ Args a) {
+  const AttentionForwardParams& p = a.p;
+  const Unit u = unit_of(p, 1 << 20);
+  const int lane = threadIdx.x % kWarp, row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (!is_split(u.num_rows, u.seq_k) || row >= u.num_rows) return;
+  const int num_chunks = (u.seq_k + kSplitKeys - 1) / kSplitKeys;
+  const int64_t first = a.partials.index(blockIdx.z, row, blockIdx.y, p.kv_heads, 0);
+  float largest = -INFINITY;
+  for (int chunk = 0; chunk < num_chunks; ++chunk) largest = fmaxf(largest, a.partials.lse[first + chunk]);
+  const float reference = largest == -INFINITY ? 0.0f : largest;
+  float sum = 0.0f;
+  for (int chunk = 0; chunk < num_chunks; ++chunk)
+    sum += ptx::ex2((a.partials.lse[first + chunk] - reference) * kLog2E);
+  const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+  const Total total = total_of(largest * kLog2E, sum, p.sinks, head);
+  Element* o = static_cast<Element*>(p.o.data) + row_offset(p.o, u, row);
+  for (int column = lane; column < p.v_head_dim; column += kWarp) {
+    float x = 0.0f;
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      const float lse = a.partials.lse[first + chunk];
+      if (lse == -INFINITY) continue;  // a chunk without a visible key
+      x += ptx::ex2((lse - reference) * kLog2E) * a.partials.o[(first + chunk) * p.v_head_dim + column];
+    }
+    o[column] = from_float<Element>(x * total.factor);
+  }
+  if (lane == 0)
+    p.lse[blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start + row / u.group] = total.lse;
+}
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+void launch_with(const Args& a, int64_t units, cudaStream_t stream) {
+  launch("attention_forward", attention_forward_kernel<T>, dim3(units, a.p.kv_heads, a.p.batch), T::kThreads,
+         sizeof(Smem<T>), stream, a);
+}
+
+// Whether every row of the tensor begins on a 16-byte boundary.
+bool is_aligned(const TokenView& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % kChunkElements == 0 &&
+         view.token_stride % kChunkElements == 0 && view.head_stride % kChunkElements == 0;
+}
+
+}  // namespace
+
+AttentionPartials attention_partials(const AttentionForwardParams& p) {
+  const int64_t max_rows = p.seq_q * (p.heads / p.kv_heads);
+  // Packed sequences may be shorter than the longest, in any way.
+  const bool may_split = p.cu_seqlens_q != nullptr ? p.seq_k > kSplitKeys : is_split(max_rows, p.seq_k);
+  return {nullptr, nullptr, std::min<int64_t>(max_rows, kSplitRows),
+          may_split ? (p.seq_k + kSplitKeys - 1) / kSplitKeys : 0};
+}
+
+void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t stream) {
+  const AttentionPartials& partials = call.partials;
+  Args a{call.p, partials, static_cast<float>(call.p.softmax_scale * kLog2E), false};
+  AttentionForwardParams& p = a.p;
+  constexpr int64_t kMaxLength = 1 << 30, kMaxGrid = 65535, kMaxStride = 1 << 23;
+  FM_CHECK(p.dtype != DType::kFloat32, "attention_forward: CUDA tensors must be float16 or bfloat16");
+  FM_CHECK(p.batch <= kMaxGrid && p.kv_heads <= kMaxGrid, "attention_forward: batch and kv_heads must be at most ",
+           kMaxGrid, " on CUDA, got ", p.batch, " and ", p.kv_heads);
+  FM_CHECK(p.seq_q * (p.heads / p.kv_heads) <= kMaxLength && p.seq_k <= kMaxLength && p.total_q <= kMaxLength &&
+               p.total_k <= kMaxLength,
+           "attention_forward: sequences must be at most ", kMaxLength, " rows long on CUDA");
+  for (const TokenView* view : {&p.q, &p.k, &p.v, &p.o}) {
+    FM_CHECK(is_aligned(*view), "attention_forward: rows of q, k, v and o must begin on 16-byte boundaries");
+    FM_CHECK(view->token_stride < kMaxStride, "attention_forward: a token stride must be below ", kMaxStride,
+             " elements on CUDA, got ", view->token_stride);
+  }
+  p.window_left = std::min<int64_t>(p.window_left, kMaxLength);
+  p.window_right = std::min<int64_t>(p.window_right, kMaxLength);
+  a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
+
+  int device = 0, smem_bytes = 0;
+  check_cuda("attention_forward", cudaGetDevice(&device));
+  check_cuda("attention_forward", cudaDeviceGetAttribute(&smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  FM_CHECK(smem_bytes >= 99 * 1024, "attention_forward: this GPU gives a block ", smem_bytes,
+           " bytes of shared memory; 99 KiB are needed (sm_80 and later)");
+  const int64_t max_rows = p.seq_q * (p.heads / p.kv_heads), dim = std::max(p.head_dim, p.v_head_dim);
+  dispatch_half(p.dtype, [&]<class Element>() {
+    const int bucket = dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
+    auto with = [&]<class T>() {
+      const int64_t tiles = (max_rows + T::kRows - 1) / T::kRows;
+      launch_with<T>(a, std::max(tiles, partials.num_chunks), stream);
+    };
+    dispatch_int<64, 96, 128, 192, 256>("dim", bucket, [&]<int kDim>() {
+      if constexpr (tile_of(99, kDim) == tile_of(163, kDim)) with.template operator()<Traits<Element, kDim, 163>>();
+      else if (smem_bytes >= 163 * 1024) with.template operator()<Traits<Element, kDim, 163>>();
+      else with.template operator()<Traits<Element, kDim, 99>>();
+    });
+    if (partials.num_chunks == 0) return;
+    const int64_t rows = std::min<int64_t>(max_rows, kSplitRows);
+    launch("attention_merge_chunks", attention_merge_chunks_kernel<Element>, dim3((rows + 3) / 4, p.kv_heads, p.batch),
+           128, 0, stream, a);
+  });
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// What attention_forward.cu does to scores in masked or modified blocks, and its results. Included by it alone.
+#pragma once
+
+#include "attention_warp_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+// ---- modifiers and masks --------------------------------------------------------------------------------------------
+
+// tanh to a few units in the last place everywhere: 1 - 2 / (1 + e^2x) or, near zero, where that cancels, an odd
+// polynomial.
+__device__ __forceinline__ float tanh(float x) {
+  const float far = 1.0f - 2.0f * ptx::rcp(1.0f + ptx::ex2(x * (2.0f * kLog2E))), u = x * x;
+  float near = u * -5.602740497e-3f + 2.053993824e-2f;
+  near = near * u - 5.370532051e-2f;
+  near = near * u + 1.333093216e-1f;
+  near = near * u - 3.333325220e-1f;
+  near = near * u + 1.0f;
+  return fabsf(x) < 0.625f ? near * x : far;
+}
+
+// x in log2 units; what is finite stays finite.
+__device__ __forceinline__ float to_log2(float x) {
+  const float scaled = x * kLog2E;
+  return isfinite(x) ? fminf(fmaxf(scaled, -0x1.fp127f), 0x1.fp127f) : scaled;
+}
+
+// Row of the unit that a lane's accumulators i = 2 * half and 2 * half + 1 of m belong to.
+template <class T>
+__device__ __forceinline__ int row_of(const Unit& u, int m, int half) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  return u.row_begin + warp * T::kWarpRows + m * 16 + half * 8 + lane / 4;
+}
+
+// s[m][n][2 * half + e] = f(that, row of the unit, key of the sequence).
+template <class T, class F>
+__device__ __forceinline__ void for_each_score(Scores<T>& s, const Unit& u, int first_key, F&& f) {
+  const int column = first_key + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto of_row = f(min(row_of<T>(u, m, half), u.num_rows - 1));
+#pragma unroll
+      for (int n = 0; n < T::kKeyTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s[m][n][2 * half + e] = of_row(s[m][n][2 * half + e], column + n * 8 + e);
+      }
+    }
+  }
+}
+
+template <class T, class Bias>
+__device__ __forceinline__ void add_bias(Scores<T>& s, const AttentionForwardParams& p, const Unit& u, int first_key) {
+  for_each_score<T>(s, u, first_key, [&](int row) {
+    const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+    const Bias* bias = static_cast<const Bias*>(p.bias) + blockIdx.z * p.bias_stride[0] + head * p.bias_stride[1] +
+                       row / u.group * p.bias_stride[2];
+    return
+        [&, bias](float x, int key) { return key < u.seq_k ? x + to_log2(to_float(bias[key * p.bias_stride[3]])) : x; };
+  });
+}
+
+// Products become scores in log2 units.
+template <class T>
+__device__ __forceinline__ void modify(Scores<T>& s, const AttentionForwardParams& p, const Unit& u, int first_key) {
+  if (p.softcap != 0.0f) {
+    const float to_argument = p.softmax_scale / p.softcap, cap = p.softcap * kLog2E;
+    for_each_score<T>(s, u, first_key, [&](int) { return [&](float x, int) { return tanh(x * to_argument) * cap; }; });
+  } else {
+    const float scale = p.softmax_scale * kLog2E;
+    for_each_score<T>(s, u, first_key, [&](int) { return [&](float x, int) { return x * scale; }; });
+  }
+  if (p.bias != nullptr) {
+    if (p.bias_dtype == DType::kFloat32) add_bias<T, float>(s, p, u, first_key);
+    else add_bias<T, typename T::Element>(s, p, u, first_key);
+  }
+  if (p.alibi_slopes != nullptr) {
+    for_each_score<T>(s, u, first_key, [&](int row) {
+      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+      const float slope = to_log2(p.alibi_slopes[blockIdx.z * p.alibi_batch_stride + head]);
+      const int diagonal = row / u.group + u.seq_k - u.seq_q;
+      return [=](float x, int key) { return x - slope * static_cast<float>(abs(diagonal - key)); };
+    });
+  }
+}
+
+// Hides the keys from `first_key` on that a row does not see. `low`, `high`: which end of a range may lie in the block.
+template <class T>
+__device__ __forceinline__ void mask(Scores<T>& s, const AttentionForwardParams& p, const Unit& u, int first_key,
+                                     bool low, bool high) {
+  const int column = first_key + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of<T>(u, m, half);
+      KeyRange keys = visible_keys(p, u, u.group == 1 ? row : row / u.group);
+      if (u.chunk >= 0) keys = {max(keys.begin, u.chunk * kSplitKeys), min(keys.end, (u.chunk + 1) * kSplitKeys)};
+      const int begin = keys.begin - column, end = keys.end - column;
+      if (high) {
+#pragma unroll
+        for (int n = 0; n < T::kKeyTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (n * 8 + e >= end) s[m][n][2 * half + e] = -INFINITY;
+          }
+        }
+      }
+      if (low) {
+#pragma unroll
+        for (int n = 0; n < T::kKeyTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (n * 8 + e < begin) s[m][n][2 * half + e] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+}
+
+// o += v for the values of a block that are not finite, in the rows that see them. A product with the weight 0 of a
+// hidden key would be NaN, so these values go this way and are zeros in the product.
+template <class T>
+__device__ __forceinline__ void add_nonfinite(WarpState<T>& w, const typename T::Element* values,
+                                              const AttentionForwardParams& p, const Unit& u, int first_key) {
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const KeyRange keys = visible_keys(p, u, row_of<T>(u, m, half) / u.group);
+      const int end = min(keys.end - first_key, T::kKeys);
+#pragma unroll 1
+      for (int key = max(keys.begin - first_key, 0); key < end; ++key) {
+#pragma unroll
+        for (int n = 0; n < T::kColumnTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float v = to_float(values[swizzled<T::kDim>(key, n) / 2 + threadIdx.x % 4 * 2 + e]);
+            if (!isfinite(v)) w.o[m][n][2 * half + e] += v;
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- results --------------------------------------------------------------------------------------------------------
+
+// What a row's weights add up to, the sink included: the factor of what it accumulated, and its lse.
+struct Total {
+  float factor, lse;
+};
+// `largest`: what the weights refer to, in log2 units; -infinity with a sum of 0 where no key was seen.
+__device__ __forceinline__ Total total_of(float largest, float sum, const float* sinks, int64_t head) {
+  float scale = 1.0f;
+  if (sinks != nullptr) {
+    const float sink = to_log2(sinks[head]), joint = fmaxf(largest, sink);
+    const float reference = joint == -INFINITY ? 0.0f : joint;
+    scale = ptx::ex2(largest - reference);
+    sum = sum * scale + ptx::ex2(sink - reference);
+    largest = joint;
+  }
+  if (sum == 0.0f) return {0.0f, -INFINITY};
+  return {scale * ptx::rcp(sum), (largest + ptx::lg2(sum)) * kLn2};
+}
+
+// A query row of o or q.
+__device__ __forceinline__ int64_t row_offset(const TokenView& view, const Unit& u, int row) {
+  return blockIdx.z * view.batch_stride + static_cast<int64_t>(u.q_start + row / u.group) * view.token_stride +
+         (static_cast<int64_t>(blockIdx.y) * u.group + row % u.group) * view.head_stride;
+}
+
+template <class T>
+__device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, const Args& a, const Unit& u) {
+  using Element = typename T::Element;
+  const AttentionForwardParams& p = a.p;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t first_o =
+      ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(lane / 4, 0) + lane % 4 * 4;
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of<T>(u, m, half);
+      const float sum = quad_sum(w.sum[m][half]), largest = sum == 0.0f ? -INFINITY : -w.shift[m][half];
+      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+      const int64_t partial = u.chunk < 0 ? 0 : a.partials.index(blockIdx.z, row, blockIdx.y, p.kv_heads, u.chunk);
+      const bool exists = row < u.num_rows;
+      Total total{0.0f, -INFINITY};
+      if (exists) total = total_of(largest, sum, u.chunk < 0 ? p.sinks : nullptr, head);
+      if (exists && lane % 4 == 0) {
+        float* lse = u.chunk >= 0 ? a.partials.lse + partial
+                                  : p.lse + blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start +
+                                        row / u.group;
+        *lse = total.lse;
+      }
+#pragma unroll
+      for (int n = 0; n < T::kColumnTiles; ++n) {
+        const float x = w.o[m][n][2 * half] * total.factor, y = w.o[m][n][2 * half + 1] * total.factor;
+        if (u.chunk < 0) {
+          constexpr int kPermuted = T::kDim * 2 % 128 == 0 ? 8 : 4;  // chunks that a swizzle permutes
+          const uint32_t at =
+              (first_o ^ (n % kPermuted * 16)) + (m * 16 + half * 8) * T::kDim * 2 + n / kPermuted * kPermuted * 16;
+          *static_cast<uint32_t*>(__cvta_shared_to_generic(at)) = ptx::pack<Element>(x, y);
+        } else if (exists && n * 8 < p.v_head_dim) {
+          *reinterpret_cast<float2*>(a.partials.o + partial * p.v_head_dim + n * 8 + lane % 4 * 2) = make_float2(x, y);
+        }
+      }
+    }
+  }
+  if (u.chunk >= 0) return;
+  __syncwarp();  // a warp's rows of o are written and read by the warp alone
+  const int chunks = static_cast<int>(p.v_head_dim) / kChunkElements;
+  for (int i = lane; i < T::kWarpRows * T::kRowChunks; i += kWarp) {
+    const int r = warp * T::kWarpRows + i / T::kRowChunks, chunk = i % T::kRowChunks, row = u.row_begin + r;
+    if (row >= u.num_rows || chunk >= chunks) continue;
+    const uint4 bits = *reinterpret_cast<const uint4*>(&smem.q[0][0] + swizzled<T::kDim>(r, chunk) / 2);
+    Element* o = static_cast<Element*>(p.o.data) + row_offset(p.o, u, row);
+    *reinterpret_cast<uint4*>(o + chunk * kChunkElements) = bits;
+  }
+}
+
+}  // namespace
+}  // namespace fmkernels

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles, shared memory and geometry of attention_forward.cu. Included by it alone.
+#pragma once
+
+#include <cmath>
+#include <utility>
+#include "../common/ptx.h"
+#include "attention.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kChunkElements = 8;  // elements of a 16-byte chunk
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.69314718f;
+constexpr float kRescaleLog2 = 8.0f;     // growth of a maximum, in log2 units, from which on o is rescaled
+constexpr float kNoMax = 3.4028235e38f;  // shift of a row that has seen no finite score: larger than any growth
+
+// f.template operator()<i>() for i in [0, kCount): a loop whose index is a constant of the instructions in it.
+template <int kCount, class F>
+__device__ __forceinline__ void static_for(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (f.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+struct Tile {
+  int rows, keys, warps;
+  bool operator==(const Tile&) const = default;
+};
+
+// The tile of an architecture whose blocks may have `smem_kib` of shared memory: 163 and more, or 99 (sm_86, 89, 120).
+// 32 rows a warp halve the traffic of keys and values from shared memory; beyond 128 columns o leaves room for 16.
+constexpr Tile tile_of(int smem_kib, int dim) {
+  const bool small = smem_kib < 163;
+  switch (dim) {
+    case 64: return {128, 64, 4};
+    case 96: return {128, 64, 4};
+    case 128: return small ? Tile{128, 32, 4} : Tile{128, 48, 4};
+    case 192: return small ? Tile{128, 32, 8} : Tile{128, 64, 8};
+    default: return small ? Tile{128, 32, 8} : Tile{128, 64, 8};  // 256
+  }
+}
+
+// Whether a kernel with this tile is launched on what is being compiled for. Code for sm_80 runs on sm_86 and 89 too.
+template <int kSmemKiB, int kDim>
+__device__ constexpr bool is_launched() {
+#ifdef __CUDA_ARCH__
+  constexpr bool is_small = __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200;
+  return __CUDA_ARCH__ == 800 || tile_of(99, kDim) == tile_of(163, kDim) || is_small == (kSmemKiB == 99);
+#else
+  return true;
+#endif
+}
+
+template <class Element_, int kDim_, int kSmemKiB_>
+struct Traits {
+  using Element = Element_;
+  static constexpr int kSmemKiB = kSmemKiB_;
+  static constexpr Tile kTile = tile_of(kSmemKiB, kDim_);
+  static constexpr int kDim = kDim_, kRows = kTile.rows, kKeys = kTile.keys, kWarps = kTile.warps;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kWarpRows = kRows / kWarps, kRowTiles = kWarpRows / 16;  // m16 tiles of a warp
+  static constexpr int kKeyTiles = kKeys / 8, kColumnTiles = kDim / 8;          // n8 tiles of s and of o
+  static constexpr int kRowChunks = kDim / kChunkElements;                      // 16-byte chunks of a row
+  // Threads along a row when a tile is loaded: a divisor of its chunks, so that a thread keeps to its columns.
+  static constexpr int kRowThreads = kRowChunks % 8 == 0 ? 8 : 4;
+  static constexpr int kPassRows = kThreads / kRowThreads, kColumnPasses = kRowChunks / kRowThreads;
+  static constexpr int kValueBytes = kKeys * kDim * 2;  // from a key to its value in shared memory
+  static constexpr int kBlocksPerSm = kThreads == 128 ? 2 : 1;
+  static constexpr bool kKeepsQ = kDim == 64;  // fragments of q stay in registers
+
+  static_assert(kWarpRows % 16 == 0 && kKeys % 16 == 0 && kDim % 32 == 0, "whole fragments");
+  static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0, "whole passes of a load");
+  static_assert(kSplitKeys % kKeys == 0, "whole blocks in a chunk");
+  static_assert(kPassRows % 8 == 0, "a pass keeps the swizzle of its rows");
+};
+
+// Byte offset of a 16-byte chunk of a row. Eight rows at one column, and one row's columns, fall into different banks.
+template <int kDim>
+__host__ __device__ constexpr int swizzled(int row, int chunk) {
+  constexpr bool whole_lines = kDim * 2 % 128 == 0;  // else rows of 192 bytes: two rows shift by half of the banks
+  return row * kDim * 2 + ((chunk ^ (whole_lines ? row & 7 : row >> 1 & 3)) << 4);
+}
+
+struct Args {
+  AttentionForwardParams p;
+  AttentionPartials partials;
+  float scale_log2;  // of products, where nothing else modifies them
+  bool is_general;   // every block goes through the loop that modifies and masks
+};
+
+// ---- geometry -------------------------------------------------------------------------------------------------------
+
+struct KeyRange {
+  int begin, end;
+};
+
+// One sequence of the batch, and the unit of this block.
+struct Unit {
+  int q_start, k_start, seq_q, seq_k, group, num_rows;
+  int row_begin, chunk;  // chunk: -1 where the keys are not split
+  bool exists;
+};
+
+// x, the same in every lane of the warp, in a register that the compiler knows to be so.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kAllLanes, x); }
+
+__device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
+
+__device__ __forceinline__ Unit unit_of(const AttentionForwardParams& p, int tile_rows) {
+  Unit u{0,  0,   static_cast<int>(p.seq_q), static_cast<int>(p.seq_k), static_cast<int>(p.heads / p.kv_heads), 0, 0,
+         -1, true};
+  if (p.cu_seqlens_q != nullptr) {  // lengths that only the device knows stay within the tensors, whatever they are
+    const int b = blockIdx.z;
+    u.q_start = uniform(clamp(p.cu_seqlens_q[b], 0, static_cast<int>(p.total_q)));
+    u.k_start = uniform(clamp(p.cu_seqlens_k[b], 0, static_cast<int>(p.total_k)));
+    u.seq_q = uniform(min(clamp(p.cu_seqlens_q[b + 1], u.q_start, static_cast<int>(p.total_q)) - u.q_start, u.seq_q));
+    u.seq_k = uniform(min(clamp(p.cu_seqlens_k[b + 1], u.k_start, static_cast<int>(p.total_k)) - u.k_start, u.seq_k));
+  }
+  u.num_rows = u.seq_q * u.group;
+  const int unit = blockIdx.x;
+  if (is_split(u.num_rows, u.seq_k)) {
+    u.chunk = unit;
+    u.exists = unit < (u.seq_k + kSplitKeys - 1) / kSplitKeys && u.num_rows > 0;
+  } else {
+    const int num_tiles = (u.num_rows + tile_rows - 1) / tile_rows;
+    u.exists = unit < num_tiles;
+    u.row_begin = (num_tiles - 1 - unit) * tile_rows;  // causal: the longest first
+  }
+  return u;
+}
+
+// Keys that a query sees.
+__device__ __forceinline__ KeyRange visible_keys(const AttentionForwardParams& p, const Unit& u, int query) {
+  const int diagonal = query + u.seq_k - u.seq_q;
+  return {p.window_left < 0 ? 0 : max(0, diagonal - static_cast<int>(p.window_left)),
+          p.window_right < 0 ? u.seq_k : clamp(diagonal + static_cast<int>(p.window_right) + 1, 0, u.seq_k)};
+}
+
+// For rows [begin, end): keys that any of them sees, and keys that all of them see.
+struct RowsVisible {
+  KeyRange any, all;
+};
+__device__ __forceinline__ RowsVisible visible_to(const AttentionForwardParams& p, const Unit& u, int begin, int end) {
+  end = min(end, u.num_rows);
+  if (begin >= end) return {{0, 0}, {0, 0}};
+  const KeyRange first = visible_keys(p, u, begin / u.group), last = visible_keys(p, u, (end - 1) / u.group);
+  RowsVisible v{{first.begin, last.end}, {last.begin, first.end}};
+  if (u.chunk >= 0) {
+    v.any = {max(v.any.begin, u.chunk * kSplitKeys), min(v.any.end, (u.chunk + 1) * kSplitKeys)};
+    v.all = {max(v.all.begin, u.chunk * kSplitKeys), min(v.all.end, (u.chunk + 1) * kSplitKeys)};
+  }
+  return v;
+}
+
+template <class T>
+struct Smem {
+  typename T::Element q[T::kRows][T::kDim];      // [row, column], swizzled; then o
+  typename T::Element kv[2][T::kKeys][T::kDim];  // [keys or values, key, column], swizzled
+  // What only masks and results ask for: kept here, because the products leave no register for it.
+  Unit unit;
+  RowsVisible visible[T::kWarps];
+};
+
+}  // namespace
+}  // namespace fmkernels

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies of blocks, products and softmax of attention_forward.cu, a warp's work. Included by it alone.
+#pragma once
+
+#include "attention_tile_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+// ---- copies ---------------------------------------------------------------------------------------------------------
+
+// x, out of a shuffle with itself: the compiler keeps the result instead of computing it again in the loop.
+__device__ __forceinline__ uint32_t pinned(uint32_t x) { return __shfl_sync(ptx::kAllLanes, x, threadIdx.x % kWarp); }
+
+// The compiler for sm_90 spills a register of head_dim 128 for it, that for sm_80 three without it.
+__device__ __forceinline__ uint32_t pinned_before_sm90(uint32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return x;
+#else
+  return pinned(x);
+#endif
+}
+
+// Keys or values of one kv head, and where this thread writes the part of a block that it copies.
+template <class T, bool kValues>
+struct BlockCopy {
+  const char* next;  // this thread's row of the first pass over the block to come, at its first column
+  int pass_bytes;
+  uint32_t smem;  // where that goes
+  int columns;    // 16-byte chunks that the tensor has from this thread's first column on
+
+  // The first block to come is `block`; each is the one before the last.
+  __device__ __forceinline__ BlockCopy(const TokenView& view, const Unit& u, int64_t dim, uint32_t offset, int block) {
+    const int row = threadIdx.x / T::kRowThreads, chunk = threadIdx.x % T::kRowThreads;
+    next = static_cast<const char*>(view.data) + chunk * 16 +
+           2 * (blockIdx.z * view.batch_stride + blockIdx.y * view.head_stride +
+                (u.k_start + static_cast<int64_t>(block) * T::kKeys + row) * view.token_stride);
+    pass_bytes = static_cast<int>(view.token_stride) * T::kPassRows * 2;
+    smem = offset;
+    columns = static_cast<int>(dim / kChunkElements) - chunk;
+  }
+
+  // Of this thread's row in the first pass over the keys, at its first column.
+  static __device__ __forceinline__ uint32_t thread_offset() {
+    return swizzled<T::kDim>(threadIdx.x / T::kRowThreads, threadIdx.x % T::kRowThreads);
+  }
+  // From `smem` to the same row and column of another pass; kRowThreads chunks leave the swizzled bits alone.
+  static constexpr int smem_bytes(int pass, int c) {
+    return (kValues ? T::kValueBytes : 0) + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
+  }
+  // A block that lies inside the sequence; with !wanted nothing is read.
+  __device__ __forceinline__ void issue(bool wanted) {
+    const char* from = next;
+    const int wanted_columns = wanted ? columns : 0;
+    static_for<T::kKeys / T::kPassRows>([&]<int pass>() {
+      static_for<T::kColumnPasses>([&]<int c>() {
+        ptx::cp_async_16_if<smem_bytes(pass, c), c * T::kRowThreads * 16, c * T::kRowThreads>(wanted_columns, smem,
+                                                                                              from);
+      });
+      from += pass_bytes;
+    });
+    next += static_cast<int64_t>(pass_bytes) * -(T::kKeys / T::kPassRows);
+  }
+  // A block of which the sequence has `num_keys` keys: rows past them are zeros.
+  __device__ __forceinline__ void issue_ragged(int num_keys) {
+    const char* from = next;
+    const int row = threadIdx.x / T::kRowThreads;
+    for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
+      const bool valid = row + pass * T::kPassRows < num_keys;
+      for (int c = 0; c < T::kColumnPasses; ++c) {
+        if (c * T::kRowThreads < columns) {
+          ptx::cp_async_16_or_zero(smem + smem_bytes(pass, c), valid ? from + c * T::kRowThreads * 16 : from, valid);
+        }
+      }
+      from += pass_bytes;
+    }
+    next += static_cast<int64_t>(pass_bytes) * -(T::kKeys / T::kPassRows);
+  }
+  // Zeros in the columns that the tensor lacks: written once, never loaded over.
+  __device__ __forceinline__ void zero_columns() const {
+    for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
+      for (int c = 0; c < T::kColumnPasses; ++c) {
+        if (c * T::kRowThreads >= columns) {
+          *static_cast<uint4*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c))) = uint4{};
+        }
+      }
+    }
+  }
+  // Whether any of this thread's chunks holds an element that is not finite.
+  template <class Element>
+  __device__ __forceinline__ bool has_nonfinite() const {
+    constexpr uint32_t kExponent =
+        sizeof(Element) == 2 && kDType<Element> == DType::kFloat16 ? 0x7c007c00u : 0x7f807f80u;
+    constexpr uint32_t kCarry = kDType<Element> == DType::kFloat16 ? 0x04000400u : 0x00800080u;
+    uint32_t found = 0;
+#pragma unroll
+    for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
+#pragma unroll
+      for (int c = 0; c < T::kColumnPasses; ++c) {
+        const uint4 x = *static_cast<const uint4*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
+        for (uint32_t word : {x.x, x.y, x.z, x.w}) found |= (word & kExponent) + kCarry;  // a full exponent carries
+      }
+    }
+    return (found & 0x80008000u) != 0;
+  }
+  // The elements of this thread's chunks that are not finite become zeros.
+  template <class Element>
+  __device__ __forceinline__ void zero_nonfinite() const {
+    constexpr uint32_t kExponent = kDType<Element> == DType::kFloat16 ? 0x7c00u : 0x7f80u;
+    for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
+      for (int c = 0; c < T::kColumnPasses; ++c) {
+        auto* element = static_cast<uint16_t*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
+        for (int i = 0; i < kChunkElements; ++i) {
+          if ((element[i] & kExponent) == kExponent) element[i] = 0;
+        }
+      }
+    }
+  }
+};
+
+// ---- one warp -------------------------------------------------------------------------------------------------------
+
+// What a lane keeps of its rows: row 16 * m + 8 * half + g of the warp, m < kRowTiles, g = lane / 4.
+template <class T>
+struct WarpState {
+  float o[T::kRowTiles][T::kColumnTiles][4];
+  float shift[T::kRowTiles][2];  // minus the maximum that weights refer to, in log2 units; kNoMax: none yet
+  float sum[T::kRowTiles][2];    // of this lane's weights
+};
+
+template <class T>
+using Scores = float[T::kRowTiles][T::kKeyTiles][4];
+
+// The lane's row and 16-byte chunk of a 16 x 16 fragment: ldmatrix.x4 gives its four 8 x 8 matrices column by column,
+// as fragments of q and of transposed values are numbered, or row by row, as those of keys are.
+template <class T>
+__device__ __forceinline__ uint32_t lane_offset(bool by_column) {
+  const int lane = threadIdx.x % kWarp;
+  return by_column ? swizzled<T::kDim>(lane % 16, lane / 16)
+                   : swizzled<T::kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+
+// ldmatrix.x4 of the fragment at row `row` and column step `step` (16 columns) from that at `first`. Rows are whole
+// multiples of what the swizzle permutes, so a step flips bits.
+template <class T, int row, int step, bool kTransposed = false>
+__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], uint32_t first) {
+  constexpr int kSteps = T::kDim * 2 % 128 == 0 ? 4 : 2;
+  constexpr int kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
+  const uint32_t column = first ^ (step % kSteps * 32);
+  if constexpr (kTransposed) ptx::ldmatrix_x4_trans<kOffset>(r, column);
+  else ptx::ldmatrix_x4<kOffset>(r, column);
+}
+
+template <class T, int step>
+__device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][4], uint32_t at) {
+  static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, m * 16, step>(q[m], at); });
+}
+
+template <class T>
+struct QFragments {
+  uint32_t kept[T::kKeepsQ ? T::kDim / 16 : 1][T::kRowTiles][4];
+};
+
+// s = q k^T for one block.
+template <class T>
+__device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>& q, uint32_t q_at, uint32_t k_at) {
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < T::kKeyTiles; ++n) {
+      for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
+    }
+  }
+  static_for<T::kDim / 16>([&]<int step>() {
+    [[maybe_unused]] uint32_t loaded[T::kRowTiles][4];
+    if constexpr (!T::kKeepsQ) load_q<T, step>(loaded, q_at);
+    const auto& a = [&]() -> const uint32_t (&)[T::kRowTiles][4] {
+      if constexpr (T::kKeepsQ) return q.kept[step];
+      else return loaded;
+    }();
+    static_for<T::kKeyTiles / 2>([&]<int pair>() {
+      constexpr int n = pair * 2;
+      uint32_t b[4];
+      load_fragment<T, n * 8, step>(b, k_at);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename T::Element>(s[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<typename T::Element>(s[m][n + 1], a[m], b[2], b[3]);
+      }
+    });
+  });
+}
+
+// o += p v for one block, with the weights p in place of the scores.
+template <class T>
+__device__ __forceinline__ void multiply_values(WarpState<T>& w, const Scores<T>& s, uint32_t v_at) {
+  using Element = typename T::Element;
+  static_for<T::kKeys / 16>([&]<int step>() {
+    uint32_t a[T::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      const auto &left = s[m][2 * step], &right = s[m][2 * step + 1];
+      a[m][0] = ptx::pack<Element>(left[0], left[1]);
+      a[m][1] = ptx::pack<Element>(left[2], left[3]);
+      a[m][2] = ptx::pack<Element>(right[0], right[1]);
+      a[m][3] = ptx::pack<Element>(right[2], right[3]);
+    }
+    static_for<T::kColumnTiles / 2>([&]<int pair>() {
+      constexpr int n = pair * 2;
+      uint32_t b[4];
+      load_fragment<T, step * 16, pair, true>(b, v_at);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) {
+        ptx::mma_m16n8k16<Element>(w.o[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<Element>(w.o[m][n + 1], a[m], b[2], b[3]);
+      }
+    });
+  });
+}
+
+// The largest of the four lanes that share a row; all four hold it.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ptx::kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ptx::kAllLanes, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(ptx::kAllLanes, x, 1);
+  return x + __shfl_xor_sync(ptx::kAllLanes, x, 2);
+}
+
+// Scores, in units of 1 / scale, become weights exp2(score * scale + shift); the sums grow by them.
+template <class T>
+__device__ __forceinline__ void softmax(WarpState<T>& w, Scores<T>& s, float scale) {
+  float largest[T::kRowTiles][2];
+  bool grows = false;
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x = fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]);
+#pragma unroll
+      for (int n = 1; n < T::kKeyTiles; ++n) x = fmaxf(fmaxf(x, s[m][n][2 * half]), s[m][n][2 * half + 1]);
+      largest[m][half] = quad_max(x);
+      grows = grows || fmaf(largest[m][half], scale, w.shift[m][half]) > kRescaleLog2;
+    }
+  }
+  if (__builtin_expect(__any_sync(ptx::kAllLanes, grows), 0)) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float old_shift = w.shift[m][half];
+        const bool row_grows = fmaf(largest[m][half], scale, old_shift) > kRescaleLog2;
+        if (row_grows) w.shift[m][half] = -largest[m][half] * scale;
+        const float factor = row_grows ? ptx::ex2(w.shift[m][half] - old_shift) : 1.0f;
+        w.sum[m][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < T::kColumnTiles; ++n) {
+          w.o[m][n][2 * half] *= factor;
+          w.o[m][n][2 * half + 1] *= factor;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < T::kKeyTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[m][n][i] = ptx::ex2(fmaf(s[m][n][i], scale, w.shift[m][i / 2]));
+        w.sum[m][i / 2] += s[m][n][i];
+      }
+    }
+  }
+}
+
+// What the loops address: copies of the blocks to come, and the lane's row of the first fragment of q, k and v.
+template <class T>
+struct Addresses {
+  BlockCopy<T, false> copy_keys;
+  BlockCopy<T, true> copy_values;
+  uint32_t q, k, v;
+
+  static __device__ __forceinline__ uint32_t of_q(const Smem<T>& smem) {
+    return ptx::smem_address(smem.q[threadIdx.x / kWarp * T::kWarpRows]) + lane_offset<T>(true);
+  }
+  __device__ __forceinline__ Addresses(const AttentionForwardParams& p, const Unit& u, const Smem<T>& smem, int block)
+      : Addresses(p, u, smem, block, pinned(ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset())) {}
+
+ private:
+  __device__ __forceinline__ Addresses(const AttentionForwardParams& p, const Unit& u, const Smem<T>& smem, int block,
+                                       uint32_t offset)
+      : copy_keys(p.k, u, p.head_dim, offset, block - 1),
+        copy_values(p.v, u, p.v_head_dim, offset, block),
+        q(pinned(of_q(smem))),
+        k(pinned(ptx::smem_address(smem.kv[0]) + lane_offset<T>(false))),
+        v(pinned_before_sm90(ptx::smem_address(smem.kv[1]) + lane_offset<T>(true))) {}
+};
+
+}  // namespace
+}  // namespace fmkernels

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// One function per instruction of the PTX ISA, its contract above it; inline assembly stands here and nowhere else.
+//
+// A lane of a warp is 4 * g + t. Fragments of m16n8k16 hold two 16-bit elements a register:
+//   A [16 x 16]  a[0] row g, columns 2t, 2t+1;  a[1] row g+8;  a[2] row g, columns 2t+8, 2t+9;  a[3] row g+8
+//   B [16 x 8]   b[0] rows 2t, 2t+1 of column g;  b[1] rows 2t+8, 2t+9
+//   C [16 x 8]   c[0], c[1] row g, columns 2t, 2t+1;  c[2], c[3] row g+8
+// The accumulators of two neighbouring C tiles, rounded, are therefore an A fragment of the next product.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fmkernels::ptx {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Address of shared memory as the instructions below take it.
+__device__ __forceinline__ uint32_t smem_address(const void* smem) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+}
+
+// cp.async.cg: 16 bytes from gmem + kGmem to smem + kSmem where count > kCount, both 16-byte aligned. They are there
+// for this thread after a cp_async_wait that covers them, for the others after a barrier that follows it.
+template <int kSmem, int kGmem, int kCount>
+__device__ __forceinline__ void cp_async_16_if(int count, uint32_t smem, const void* gmem) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.gt.s32 p, %0, %1;\n @p cp.async.cg.shared.global [%2 + %3], [%4 + %5], 16;\n}" ::"r"(
+          count),
+      "n"(kCount), "r"(smem), "n"(kSmem), "l"(gmem), "n"(kGmem)
+      : "memory");
+}
+// The same, or 16 bytes of zeros where !valid; gmem is not read then.
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t smem, const void* gmem, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
+}
+// cp.async.commit_group: what this thread has issued since the last one becomes a group.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// cp.async.wait_group: all groups of this thread but the newest kPending have landed.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ldmatrix.x4 at smem + kOffset: four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i+7 give the rows of matrix i, 16
+// bytes each. A lane gets elements 2t, 2t+1 of row g of each. All lanes of the warp together.
+template <int kOffset = 0>
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem), "n"(kOffset)
+               : "memory");
+}
+// The same with each matrix transposed: a lane gets rows 2t, 2t+1 of column g.
+template <int kOffset = 0>
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem), "n"(kOffset)
+               : "memory");
+}
+
+// mma.m16n8k16: c += a b with float32 accumulators. All lanes of the warp together.
+template <class Element>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                       uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// cvt.rn.x2: two floats rounded to nearest even in one register, `low` in the lower half.
+template <class Element>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// ex2.approx.ftz: 2^x within 2 units in the last place; subnormal results are 0, -infinity gives 0.
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// lg2.approx.ftz: log2(x), absolute error below 2^-22; 0 gives -infinity.
+__device__ __forceinline__ float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// rcp.approx.ftz: 1 / x within 1 unit in the last place; infinity gives 0.
+__device__ __forceinline__ float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace fmkernels::ptx

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The argument checks of `attention` and `attention_varlen`, in the manner of `_check`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import _check as check
+from . import _library
+
+MAX_HEAD_DIM = 256
+HALF_DTYPES = (torch.bfloat16, torch.float16)  # what the tensor cores multiply
+_LAYOUTS = (
+    "[batch, seq_q, heads, head_dim]",
+    "[batch, seq_k, kv_heads, head_dim]",
+    "[batch, seq_k, kv_heads, v_head_dim]",
+)
+_PACKED_LAYOUTS = ("[total_q, heads, head_dim]", "[total_k, kv_heads, head_dim]", "[total_k, kv_heads, v_head_dim]")
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str, str]) -> None:
+    any_dtype = under_autocast(q)
+    for name, t, layout in zip("qkv", (q, k, v), layouts, strict=True):
+        check.is_tensor(op, name, t)
+        check.rank(op, name, t, 4 if op == "attention" else 3, layout)
+        if t is q or any_dtype:
+            check.dtype(op, name, t, check.FLOAT_DTYPES)
+        else:
+            check.same_dtype(op, name, t, "q", q)
+        check.same_device(op, name, t, "q", q)
+        check.last_dim_contiguous(op, name, t)
+    (heads, head_dim), (kv_heads, k_head_dim) = q.shape[-2:], k.shape[-2:]
+    for name, dim in (("head_dim of q", head_dim), ("v_head_dim of v", v.shape[-1])):
+        if dim % 8 != 0 or not 8 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{op}: {name} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {dim}.")
+    if k_head_dim != head_dim:
+        raise ValueError(f"{op}: k must have the head_dim of q, {head_dim}, got {k_head_dim}.")
+    if kv_heads < 1 or heads % kv_heads != 0:
+        raise ValueError(f"{op}: k has {kv_heads} kv_heads, which must divide the {heads} heads of q.")
+    check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
+
+
+def under_autocast(q: Any) -> bool:
+    """Whether the op will be given other dtypes than the caller's."""
+    has_autocast = isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")  # asking for another, as meta, raises
+    return has_autocast and torch.is_autocast_enabled(q.device.type)
+
+
+def check_scalars(
+    op: str, causal: bool, window: tuple[int, int], softmax_scale: float | None, softcap: float, return_lse: bool
+) -> None:
+    check.flag(op, "causal", causal)
+    check.flag(op, "return_lse", return_lse)
+    check.window(op, "window", window)
+    if softmax_scale is not None:
+        check.number(op, "softmax_scale", softmax_scale)
+        if abs(softmax_scale) > 2.0**127:  # the kernels work in units of log2
+            raise ValueError(f"{op}: softmax_scale must be at most 2**127 in magnitude, got {softmax_scale}.")
+    check.number(op, "softcap", softcap, non_negative=True)
+    largest_scale = 1.0 if softmax_scale is None else abs(softmax_scale)
+    vanishes = softcap <= 2.0**-150  # in float32
+    if softcap != 0 and (vanishes or largest_scale > check.FLOAT32_MAX * softcap):
+        raise ValueError(f"{op}: softcap must be 0 or leave softmax_scale / softcap finite in float32, got {softcap}.")
+
+
+def check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    heads = q.shape[-2]
+    if alibi_slopes is not None:
+        check.is_tensor(op, "alibi_slopes", alibi_slopes)
+        if alibi_slopes.dim() != 2:
+            check.rank(op, "alibi_slopes", alibi_slopes, 1, "[heads] or [batch, heads]")
+        else:
+            check.size(op, "alibi_slopes", alibi_slopes, 0, "batch", batch)
+        check.dtype(op, "alibi_slopes", alibi_slopes, (torch.float32,))
+        check.same_device(op, "alibi_slopes", alibi_slopes, "q", q)
+        check.last_dim_contiguous(op, "alibi_slopes", alibi_slopes)
+        check.size(op, "alibi_slopes", alibi_slopes, -1, "heads", heads)
+    if sinks is not None:
+        check.is_tensor(op, "sinks", sinks)
+        check.rank(op, "sinks", sinks, 1, "[heads]")
+        check.dtype(op, "sinks", sinks, (torch.float32,))
+        check.same_device(op, "sinks", sinks, "q", q)
+        check.last_dim_contiguous(op, "sinks", sinks)
+        check.size(op, "sinks", sinks, 0, "heads", heads)
+
+
+def check_device(op: str, schema: str, q: Tensor) -> None:
+    check.kernel_exists(op, schema, q)
+    if q.device.type == "cuda" and not under_autocast(q):
+        check.dtype(op, "q on CUDA", q, HALF_DTYPES)
+
+
+def check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
+    op = "attention"
+    check_qkv(op, q, k, v, _LAYOUTS)
+    for name, t in (("k", k), ("v", v)):
+        check.size(op, name, t, 0, "batch", q.shape[0])
+    check.size(op, "v", v, 1, "the seq_k of k,", k.shape[1])
+    check_modifiers(op, q, q.shape[0], alibi_slopes, sinks)
+    if bias is not None:
+        check.is_tensor(op, "bias", bias)
+        check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
+        check.same_device(op, "bias", bias, "q", q)
+        bias_dtypes = (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype)
+        check.dtype(op, "bias", bias, check.FLOAT_DTYPES if under_autocast(q) else bias_dtypes)
+        for dim, (what, full) in enumerate(
+            (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
+        ):
+            if bias.shape[dim] not in (1, full):
+                raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
+    check_device(op, "attention_forward", q)
+
+
+def check_attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, *_scalars
+) -> None:
+    op = "attention_varlen"
+    check_qkv(op, q, k, v, _PACKED_LAYOUTS)
+    check.size(op, "v", v, 0, "the total_k of k,", k.shape[0])
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check.is_tensor(op, name, t)
+        check.rank(op, name, t, 1, "[batch + 1]")
+        check.dtype(op, name, t, (torch.int32,))
+        check.same_device(op, name, t, "q", q)
+        check.last_dim_contiguous(op, name, t)
+        if t.shape[0] < 1:
+            raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
+    check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
+    check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
+    if (q.device.type == "cpu" or _library.check_values) and not (
+        torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)
+    ):
+        check.cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        check.cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    check_device(op, "attention_varlen_forward", q)

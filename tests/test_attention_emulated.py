@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention on emulated GPUs: the tiles of every architecture class, and whether the checks see what holds them up."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fmkernels import _library, attention, attention_varlen, reference
+from fmkernels.testing import Case, assert_attention, backends
+
+EMULATED = [backend for backend in backends("attention_forward") if backend.name == "emulated"]
+pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulated backend is not built")
+
+SMALL_SHARED_MEMORY = 86  # 99 KiB a block, where sm_80 gives 163 and more
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [(80, torch.bfloat16), (80, torch.float16), (SMALL_SHARED_MEMORY, torch.bfloat16), (90, torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 192, 256])
+def test_every_tile(head_dim, dtype, architecture):
+    """Blocks of keys that are plain, cut by the diagonal, by a window and by the end of the sequence."""
+    backend = replace(EMULATED[0], architecture=architecture)
+    plain = Case(
+        "tile", batch=1, seq_q=140, seq_k=210, heads=1, kv_heads=1, head_dim=head_dim, dtype=dtype, causal=True
+    )
+    for case in (plain, replace(plain, window=(90, 0)), replace(plain, causal=False, v_head_dim=64)):
+        args, kwargs = case.inputs()
+        actual = backend.run(attention, *args, **kwargs, return_lse=True)
+        assert_attention(backend, actual, reference.attention, *args, **kwargs)
+
+
+# ---- what the host cannot see, and what a GPU does not take ----------------------------------------------------------
+
+HOSTILE = [
+    [0, 5, 3, 40],
+    [-7, 5, 9, 40],
+    [0, 5, 2**31 - 1, 40],
+    [0, 39, 40, 41],
+    [-(2**31), 2**31 - 1, 0, 3],
+    [3, 2, 1, 0],
+]
+
+
+@pytest.mark.parametrize("which", ["queries", "keys", "both"])
+@pytest.mark.parametrize("prefix", HOSTILE, ids=str)
+def test_prefix_sums_that_lie_reach_nothing_outside_the_tensors(prefix, which, monkeypatch):
+    import emulator
+
+    case = Case("hostile", heads=2, kv_heads=1, seqlens=((5, 9), (4, 0), (31, 31)), dtype=torch.float16)
+    args, kwargs = case.inputs()
+    lie = torch.tensor(prefix, dtype=torch.int32)
+    args = list(args)
+    args[3] = args[3] if which == "keys" else lie
+    args[4] = args[4] if which == "queries" else lie
+    reports = ()
+    try:
+        EMULATED[0].run(attention_varlen, *args, **kwargs)
+    except emulator.FaultError as error:
+        reports = error.reports
+    # Sequences that overlap are written by several blocks, inside the tensors: that much, and nothing else, may happen.
+    assert {report.fault for report in reports} <= {"race of blocks"}
+    monkeypatch.setattr(_library, "check_values", True)  # as FMKERNELS_CHECK=1
+    with pytest.raises(ValueError, match=r"^attention_varlen: (cu_seqlens|max_seqlen)_[qk] must"):
+        EMULATED[0].run(attention_varlen, *args, **kwargs)
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_unaligned_rows_are_copied(name, offset):
+    (q, k, v), _ = Case("aligned", seq_q=20, head_dim=24, dtype=torch.bfloat16).inputs()
+    tensors = {"q": q, "k": k, "v": v}
+    expected = EMULATED[0].run(attention, q, k, v)
+    rows = tensors[name]
+    wide = torch.zeros(*rows.shape[:-1], rows.shape[-1] + 8 + offset, dtype=rows.dtype)
+    wide[..., offset : offset + rows.shape[-1]] = rows
+    tensors[name] = wide[..., offset : offset + rows.shape[-1]]
+    assert torch.equal(EMULATED[0].run(attention, **tensors), expected)
+
+
+def test_sizes_that_no_grid_holds_and_float32_are_sentences():
+    forward = torch.ops.fmkernels_emulated.attention_forward.default
+    tail = (None, None, None, False, -1, -1, 0.25, 0.0)
+    many = torch.zeros(1, 1, 1, 8, dtype=torch.float16).expand(70000, -1, -1, -1)
+    with pytest.raises(RuntimeError, match="batch and kv_heads must be at most 65535 on CUDA, got 70000 and 1"):
+        forward(many, many, many, *tail)
+    with pytest.raises(RuntimeError, match="CUDA tensors must be float16 or bfloat16"):
+        forward(*(torch.zeros(1, 3, 1, 8) for _ in range(3)), *tail)
+
+
+# ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
+
+KERNEL = "attention_forward_kernel"
+SYNCHRONISATION = re.compile(
+    r"^\s*(?:bar(?:rier)?(?:\.cta)?\.sync|bar\.warp\.sync|cp\.async\.wait_group)\b.*;$"
+    r"|^\s*bar(?:rier)?(?:\.cta)?\.red\.or\.pred\s+(?P<result>%p\d+), 0, (?P<own>%p\d+);$",
+    re.MULTILINE,
+)
+# Masked and plain blocks, and a value that is not finite: every path of the kernel runs.
+CASE = Case(
+    "faulty", batch=1, seq_q=300, seq_k=300, heads=1, kv_heads=1, head_dim=64, dtype=torch.bfloat16, causal=True
+)
+
+
+def kernels_of(text: str) -> list[tuple[int, int]]:
+    """Where in a PTX text the bodies of the kernel's bfloat16 instances for head_dim 64 stand."""
+    starts = [m.start() for m in re.finditer(r"^(?:\.visible )?\.entry ", text, re.MULTILINE)] + [len(text)]
+    return [
+        (a, b)
+        for a, b in itertools.pairwise(starts)
+        if KERNEL in text[a : a + 400] and "BFloat16ELi64E" in text[a : a + 400]
+    ]
+
+
+def without(number: int):
+    """An edit that takes out one synchronisation of the kernel."""
+
+    def edit(text: str) -> str:
+        for begin, end in kernels_of(text):
+            found = list(SYNCHRONISATION.finditer(text, begin, end))
+            if number < len(found):
+                result, own = found[number]["result"], found[number]["own"]
+                instead = f"mov.pred {result}, {own};" if result else ""  # a warp's own answer for that of the block
+                text = text[: found[number].start()] + instead + text[found[number].end() :]
+        return text
+
+    return edit
+
+
+def count_synchronisations() -> int:
+    import emulator
+
+    counts = []
+
+    def count(text: str) -> str:
+        counts.extend(len(SYNCHRONISATION.findall(text, *body)) for body in kernels_of(text))
+        return text
+
+    with emulator.edited(count):
+        run_case()
+    return max(counts, default=0)
+
+
+def run_case() -> None:
+    (q, k, v), kwargs = CASE.inputs()
+    v[:, 290] = float("inf")
+    EMULATED[0].run(attention, q, k, v, **kwargs)
+
+
+def test_every_barrier_and_wait_that_is_taken_out_is_reported():
+    import emulator
+
+    total = count_synchronisations()
+    assert total >= 12
+    unseen = []
+    for number in range(total):
+        with emulator.edited(without(number)):
+            try:
+                run_case()
+                unseen.append(number)
+            except emulator.FaultError:
+                pass
+    assert unseen == []
