@@ -35,7 +35,7 @@ __device__ __forceinline__ void run_tile(const Args& a) {
   const AttentionForwardParams& p = a.p;
   auto& smem = dynamic_smem<Smem<T>>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Unit u = unit_of(p, T::kRows);
+  const Unit u = unit_of(a, T::kRows);
   if (!u.exists) return;
 
   const int warp_row = u.row_begin + warp * T::kWarpRows;
@@ -44,31 +44,33 @@ __device__ __forceinline__ void run_tile(const Args& a) {
   const int end_block = tile.any.begin < tile.any.end ? (tile.any.end + T::kKeys - 1) / T::kKeys : first_block;
 
   // Queries, and the first keys and values; rows and columns that do not exist are zeros.
-  const uint32_t sQ = ptx::smem_address(smem.q);
   {
-    const int q_chunks = static_cast<int>(p.head_dim) / kChunkElements;
-    const int chunk = threadIdx.x % T::kRowThreads;
-    const int first = threadIdx.x / T::kRowThreads;
-    const uint32_t to = sQ + swizzled<T::kDim>(first, chunk);
-    for (int pass = 0; pass < T::kRows / T::kPassRows; ++pass) {
-      const int row = u.row_begin + first + pass * T::kPassRows;
-      const Element* q = static_cast<const Element*>(p.q.data) + (row < u.num_rows ? row_offset(p.q, u, row) : 0);
-#pragma unroll
-      for (int c = 0; c < T::kColumnPasses; ++c) {
-        const int column = chunk + c * T::kRowThreads;
-        const bool valid = row < u.num_rows && column < q_chunks;
-        ptx::cp_async_16_or_zero(to + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16,
-                                 valid ? q + column * kChunkElements : q, valid);
-      }
-    }
+    const RowsOfWarp<T> rows(p.q, u);
+    const int first = lane / T::kRowThreads, chunk = lane % T::kRowThreads;
+    const uint32_t to = ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(first, chunk);
+    static_for<T::kWarpRows / T::kWarpPassRows>([&]<int pass>() {
+      const int r = first + pass * T::kWarpPassRows;
+      const Element* q = rows.at(r) + chunk * kChunkElements;
+      static_for<T::kColumnPasses>([&]<int c>() {
+        const bool valid =
+            warp_row + r < u.num_rows && (chunk + c * T::kRowThreads) * kChunkElements < static_cast<int>(p.head_dim);
+        ptx::cp_async_16_or_zero(in_pass<T, pass>(to) + c * T::kRowThreads * 16,
+                                 q + c * T::kRowThreads * kChunkElements, valid);
+      });
+    });
   }
   if (lane == 0) smem.visible[warp] = visible_to(p, u, warp_row, warp_row + T::kWarpRows);
-  if (threadIdx.x == 0) smem.unit = u;
+  if (threadIdx.x == 0) {
+    const int plain_begin = max(first_block, (tile.all.begin + T::kKeys - 1) / T::kKeys);
+    const int plain_end = min(tile.all.end / T::kKeys, end_block);
+    smem.unit = u;
+    smem.plain = {plain_begin, a.is_general || plain_end <= plain_begin ? 0 : plain_end};
+  }
   int block = end_block - 1;
+  const uint32_t copy_to = pinned(ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset());
   {
-    const uint32_t offset = ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset();
-    BlockCopy<T, false> keys(p.k, u, p.head_dim, offset, block);
-    BlockCopy<T, true> values(p.v, u, p.v_head_dim, offset, block);
+    BlockCopy<T, false> keys(p.k, u, p.head_dim, copy_to, block);
+    BlockCopy<T, true> values(p.v, u, p.v_head_dim, copy_to, block);
     keys.zero_columns();
     values.zero_columns();
     if (first_block < end_block) keys.issue_ragged(u.seq_k - block * T::kKeys);
@@ -84,13 +86,13 @@ __device__ __forceinline__ void run_tile(const Args& a) {
       for (int i = 0; i < 4; ++i) w.o[m][n][i] = 0.0f;
     }
   }
-  // Made anew for every run of plain blocks and every other block: nothing of it lives through the other loop.
-  auto addresses = [&] { return Addresses<T>(p, smem.unit, smem, block); };
+  // Made anew for every run of plain blocks and of others: nothing of it lives through the other loop.
+  auto addresses = [&] { return Addresses<T>(p, smem.unit, smem, block, copy_to); };
   ptx::cp_async_wait<0>();
   __syncthreads();  // every warp sees q, the unit and what is visible
   QFragments<T> q;
   if constexpr (T::kKeepsQ) {
-    static_for<T::kDim / 16>([&]<int step>() { load_q<T, step>(q.kept[step], Addresses<T>::of_q(smem)); });
+    static_for<T::kDim / 16>([&]<int step>() { load_q<T, step>(q.kept[step], {Addresses<T>::of_q(smem)}); });
   }
 
   // One block. With kGeneral it modifies, masks and may skip.
@@ -102,8 +104,8 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     __syncthreads();  // B1: every warp sees k[block], and has read the values of the block before
     const RowsVisible mine = kGeneral ? smem.visible[warp] : RowsVisible{};
     const bool works = !kGeneral || (first_key < mine.any.end && first_key + T::kKeys > mine.any.begin);
-    if (kGeneral && block == end_block - 1) at.copy_values.issue_ragged(smem.unit.seq_k - first_key);
-    else at.copy_values.issue(true);
+    if (kGeneral && first_key + T::kKeys > smem.unit.seq_k) at.copy_values.issue_ragged(smem.unit.seq_k - first_key);
+    else at.copy_values.issue(true, a.passes);
     ptx::cp_async_commit();
     float scale = a.scale_log2;
     if (works) {
@@ -121,7 +123,7 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     if constexpr (kGeneral) nonfinite = __syncthreads_or(at.copy_values.template has_nonfinite<Element>());
     else __syncthreads();
     // B2: every warp sees v[block], and has read k[block]
-    at.copy_keys.issue(block > first_block);
+    at.copy_keys.issue(block > first_block, a.passes);
     ptx::cp_async_commit();
     if (works) softmax<T>(w, s, scale);
     if (kGeneral && nonfinite) {
@@ -134,16 +136,17 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     --block;
   };
 
-  // Blocks [plain_begin, plain_end) are seen whole by every row.
-  const int plain_begin = a.is_general ? first_block : max(first_block, (tile.all.begin + T::kKeys - 1) / T::kKeys);
-  const int plain_end = a.is_general ? first_block : clamp(tile.all.end / T::kKeys, plain_begin, end_block);
+  const int plain_begin = smem.plain.begin;
+  int plain_end = smem.plain.end;  // 0 when they are done
   while (block >= first_block) {
     Addresses<T> at = addresses();
-    if (block >= plain_begin && block < plain_end) {
+    if (block < plain_end) {
       do step.template operator()<false>(at);
       while (block >= plain_begin);
+      plain_end = 0;
     } else {
-      step.template operator()<true>(at);
+      do step.template operator()<true>(at);
+      while (block >= max(first_block, plain_end));
     }
   }
   store_results<T>(w, smem, a, smem.unit);
@@ -160,7 +163,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 template <class Element>
 __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __grid_constant__ Args a) {
   const AttentionForwardParams& p = a.p;
-  const Unit u = unit_of(p, 1 << 20);
+  const Unit u = unit_of(a, 1 << 20);
   const int lane = threadIdx.x % kWarp, row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (!is_split(u.num_rows, u.seq_k) || row >= u.num_rows) return;
   const int num_chunks = (u.seq_k + kSplitKeys - 1) / kSplitKeys;
@@ -171,9 +174,11 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
   float sum = 0.0f;
   for (int chunk = 0; chunk < num_chunks; ++chunk)
     sum += ptx::ex2((a.partials.lse[first + chunk] - reference) * kLog2E);
-  const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+  const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
   const Total total = total_of(largest * kLog2E, sum, p.sinks, head);
-  Element* o = static_cast<Element*>(p.o.data) + row_offset(p.o, u, row);
+  const int query = row / u.group;
+  Element* o = static_cast<Element*>(p.o.data) + blockIdx.z * p.o.batch_stride +
+               (u.q_start + query) * p.o.token_stride + head * p.o.head_stride;
   for (int column = lane; column < p.v_head_dim; column += kWarp) {
     float x = 0.0f;
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
@@ -183,14 +188,14 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
     }
     o[column] = from_float<Element>(x * total.factor);
   }
-  if (lane == 0)
-    p.lse[blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start + row / u.group] = total.lse;
+  if (lane == 0) p.lse[blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start + query] = total.lse;
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-void launch_with(const Args& a, int64_t units, cudaStream_t stream) {
+void launch_with(Args a, int64_t units, cudaStream_t stream) {
+  a.passes.back = -T::kKeys / T::kPassRows;
   launch("attention_forward", attention_forward_kernel<T>, dim3(units, a.p.kv_heads, a.p.batch), T::kThreads,
          sizeof(Smem<T>), stream, a);
 }
@@ -213,7 +218,12 @@ AttentionPartials attention_partials(const AttentionForwardParams& p) {
 
 void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t stream) {
   const AttentionPartials& partials = call.partials;
-  Args a{call.p, partials, static_cast<float>(call.p.softmax_scale * kLog2E), false};
+  Args a{call.p,
+         partials,
+         static_cast<float>(call.p.softmax_scale * kLog2E),
+         false,
+         Divisor(static_cast<int32_t>(call.p.heads / call.p.kv_heads)),
+         {}};
   AttentionForwardParams& p = a.p;
   constexpr int64_t kMaxLength = 1 << 30, kMaxGrid = 65535, kMaxStride = 1 << 23;
   FM_CHECK(p.dtype != DType::kFloat32, "attention_forward: CUDA tensors must be float16 or bfloat16");
@@ -227,8 +237,8 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
     FM_CHECK(view->token_stride < kMaxStride, "attention_forward: a token stride must be below ", kMaxStride,
              " elements on CUDA, got ", view->token_stride);
   }
-  p.window_left = std::min<int64_t>(p.window_left, kMaxLength);
-  p.window_right = std::min<int64_t>(p.window_right, kMaxLength);
+  p.window_left = std::min<int64_t>(p.window_left, kMaxLength - 1);
+  p.window_right = std::min<int64_t>(p.window_right, kMaxLength - 1);
   a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
 
   int device = 0, smem_bytes = 0;

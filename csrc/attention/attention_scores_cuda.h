@@ -55,7 +55,7 @@ __device__ __forceinline__ void for_each_score(Scores<T>& s, const Unit& u, int 
 template <class T, class Bias>
 __device__ __forceinline__ void add_bias(Scores<T>& s, const AttentionForwardParams& p, const Unit& u, int first_key) {
   for_each_score<T>(s, u, first_key, [&](int row) {
-    const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+    const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
     const Bias* bias = static_cast<const Bias*>(p.bias) + blockIdx.z * p.bias_stride[0] + head * p.bias_stride[1] +
                        row / u.group * p.bias_stride[2];
     return
@@ -79,7 +79,7 @@ __device__ __forceinline__ void modify(Scores<T>& s, const AttentionForwardParam
   }
   if (p.alibi_slopes != nullptr) {
     for_each_score<T>(s, u, first_key, [&](int row) {
-      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
       const float slope = to_log2(p.alibi_slopes[blockIdx.z * p.alibi_batch_stride + head]);
       const int diagonal = row / u.group + u.seq_k - u.seq_q;
       return [=](float x, int key) { return x - slope * static_cast<float>(abs(diagonal - key)); };
@@ -97,7 +97,7 @@ __device__ __forceinline__ void mask(Scores<T>& s, const AttentionForwardParams&
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_of<T>(u, m, half);
-      KeyRange keys = visible_keys(p, u, u.group == 1 ? row : row / u.group);
+      KeyRange keys = visible_keys(p, u, row / u.group);
       if (u.chunk >= 0) keys = {max(keys.begin, u.chunk * kSplitKeys), min(keys.end, (u.chunk + 1) * kSplitKeys)};
       const int begin = keys.begin - column, end = keys.end - column;
       if (high) {
@@ -168,12 +168,6 @@ __device__ __forceinline__ Total total_of(float largest, float sum, const float*
   return {scale * ptx::rcp(sum), (largest + ptx::lg2(sum)) * kLn2};
 }
 
-// A query row of o or q.
-__device__ __forceinline__ int64_t row_offset(const TokenView& view, const Unit& u, int row) {
-  return blockIdx.z * view.batch_stride + static_cast<int64_t>(u.q_start + row / u.group) * view.token_stride +
-         (static_cast<int64_t>(blockIdx.y) * u.group + row % u.group) * view.head_stride;
-}
-
 template <class T>
 __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, const Args& a, const Unit& u) {
   using Element = typename T::Element;
@@ -187,7 +181,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
     for (int half = 0; half < 2; ++half) {
       const int row = row_of<T>(u, m, half);
       const float sum = quad_sum(w.sum[m][half]), largest = sum == 0.0f ? -INFINITY : -w.shift[m][half];
-      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group + row % u.group;
+      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
       const int64_t partial = u.chunk < 0 ? 0 : a.partials.index(blockIdx.z, row, blockIdx.y, p.kv_heads, u.chunk);
       const bool exists = row < u.num_rows;
       Total total{0.0f, -INFINITY};
@@ -214,14 +208,20 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
   }
   if (u.chunk >= 0) return;
   __syncwarp();  // a warp's rows of o are written and read by the warp alone
-  const int chunks = static_cast<int>(p.v_head_dim) / kChunkElements;
-  for (int i = lane; i < T::kWarpRows * T::kRowChunks; i += kWarp) {
-    const int r = warp * T::kWarpRows + i / T::kRowChunks, chunk = i % T::kRowChunks, row = u.row_begin + r;
-    if (row >= u.num_rows || chunk >= chunks) continue;
-    const uint4 bits = *reinterpret_cast<const uint4*>(&smem.q[0][0] + swizzled<T::kDim>(r, chunk) / 2);
-    Element* o = static_cast<Element*>(p.o.data) + row_offset(p.o, u, row);
-    *reinterpret_cast<uint4*>(o + chunk * kChunkElements) = bits;
-  }
+  const RowsOfWarp<T> rows(p.o, u);
+  const int first = lane / T::kRowThreads, chunk = lane % T::kRowThreads;
+  const uint32_t from = ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(first, chunk);
+  static_for<T::kWarpRows / T::kWarpPassRows>([&]<int pass>() {
+    const int r = first + pass * T::kWarpPassRows;
+    Element* o = rows.at(r) + chunk * kChunkElements;
+    const bool exists = u.row_begin + warp * T::kWarpRows + r < u.num_rows;
+    static_for<T::kColumnPasses>([&]<int c>() {
+      const void* bits = __cvta_shared_to_generic(in_pass<T, pass>(from) + c * T::kRowThreads * 16);
+      if (exists && (chunk + c * T::kRowThreads) * kChunkElements < p.v_head_dim) {
+        *reinterpret_cast<uint4*>(o + c * T::kRowThreads * kChunkElements) = *static_cast<const uint4*>(bits);
+      }
+    });
+  });
 }
 
 }  // namespace

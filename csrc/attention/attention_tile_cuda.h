@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <utility>
+#include "../common/divisor.h"
 #include "../common/ptx.h"
 #include "attention.h"
 
@@ -69,12 +70,15 @@ struct Traits {
   // Threads along a row when a tile is loaded: a divisor of its chunks, so that a thread keeps to its columns.
   static constexpr int kRowThreads = kRowChunks % 8 == 0 ? 8 : 4;
   static constexpr int kPassRows = kThreads / kRowThreads, kColumnPasses = kRowChunks / kRowThreads;
-  static constexpr int kValueBytes = kKeys * kDim * 2;  // from a key to its value in shared memory
+  static constexpr int kWarpPassRows = kWarp / kRowThreads;  // the same for rows that a warp loads or stores alone
+  static constexpr int kValueBytes = kKeys * kDim * 2;       // from a key to its value in shared memory
   static constexpr int kBlocksPerSm = kThreads == 128 ? 2 : 1;
-  static constexpr bool kKeepsQ = kDim == 64;  // fragments of q stay in registers
+  static constexpr bool kKeepsQ = kDim == 64;        // fragments of q stay in registers
+  static constexpr bool kKeepsColumns = kDim == 64;  // as do the addresses of all column steps of the keys
 
   static_assert(kWarpRows % 16 == 0 && kKeys % 16 == 0 && kDim % 32 == 0, "whole fragments");
   static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0, "whole passes of a load");
+  static_assert(kKeys / kPassRows <= 4, "Passes");
   static_assert(kSplitKeys % kKeys == 0, "whole blocks in a chunk");
   static_assert(kPassRows % 8 == 0, "a pass keeps the swizzle of its rows");
 };
@@ -86,11 +90,20 @@ __host__ __device__ constexpr int swizzled(int row, int chunk) {
   return row * kDim * 2 + ((chunk ^ (whole_lines ? row & 7 : row >> 1 & 3)) << 4);
 }
 
+// Factors of the bytes from one pass over a block to the next. The kernel reads them from its arguments, where one
+// instruction multiplies and adds; of factors that it knows the compiler makes two.
+struct Passes {
+  int number[4] = {0, 1, 2, 3};
+  int back;  // from the first pass over a block to that over the block before it
+};
+
 struct Args {
   AttentionForwardParams p;
   AttentionPartials partials;
   float scale_log2;  // of products, where nothing else modifies them
   bool is_general;   // every block goes through the loop that modifies and masks
+  Divisor group;     // query heads of a kv head
+  Passes passes;
 };
 
 // ---- geometry -------------------------------------------------------------------------------------------------------
@@ -101,7 +114,8 @@ struct KeyRange {
 
 // One sequence of the batch, and the unit of this block.
 struct Unit {
-  int q_start, k_start, seq_q, seq_k, group, num_rows;
+  Divisor group;  // query heads of a kv head
+  int q_start, k_start, seq_q, seq_k, num_rows;
   int row_begin, chunk;  // chunk: -1 where the keys are not split
   bool exists;
 };
@@ -111,9 +125,9 @@ __device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kA
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
-__device__ __forceinline__ Unit unit_of(const AttentionForwardParams& p, int tile_rows) {
-  Unit u{0,  0,   static_cast<int>(p.seq_q), static_cast<int>(p.seq_k), static_cast<int>(p.heads / p.kv_heads), 0, 0,
-         -1, true};
+__device__ __forceinline__ Unit unit_of(const Args& a, int tile_rows) {
+  const AttentionForwardParams& p = a.p;
+  Unit u{a.group, 0, 0, static_cast<int>(p.seq_q), static_cast<int>(p.seq_k), 0, 0, -1, true};
   if (p.cu_seqlens_q != nullptr) {  // lengths that only the device knows stay within the tensors, whatever they are
     const int b = blockIdx.z;
     u.q_start = uniform(clamp(p.cu_seqlens_q[b], 0, static_cast<int>(p.total_q)));
@@ -121,7 +135,7 @@ __device__ __forceinline__ Unit unit_of(const AttentionForwardParams& p, int til
     u.seq_q = uniform(min(clamp(p.cu_seqlens_q[b + 1], u.q_start, static_cast<int>(p.total_q)) - u.q_start, u.seq_q));
     u.seq_k = uniform(min(clamp(p.cu_seqlens_k[b + 1], u.k_start, static_cast<int>(p.total_k)) - u.k_start, u.seq_k));
   }
-  u.num_rows = u.seq_q * u.group;
+  u.num_rows = u.seq_q * u.group.value();
   const int unit = blockIdx.x;
   if (is_split(u.num_rows, u.seq_k)) {
     u.chunk = unit;
@@ -157,12 +171,42 @@ __device__ __forceinline__ RowsVisible visible_to(const AttentionForwardParams& 
   return v;
 }
 
+// From a lane's chunk of the first rows that its warp loads or stores to its chunk of the rows of another pass.
+template <class T, int pass>
+__device__ __forceinline__ uint32_t in_pass(uint32_t first) {
+  constexpr bool flips = T::kWarpPassRows % 8 != 0;  // four rows further a swizzle flips the third bit of a chunk
+  return (first ^ (flips ? pass % 2 * 4 * 16 : 0)) + pass * T::kWarpPassRows * T::kDim * 2;
+}
+
+// Where the rows of q or o begin that this warp owns. A lane works out the place of one row and gives it to the others:
+// all lanes call at() together. Rows that do not exist begin where the last one does.
+template <class T>
+class RowsOfWarp {
+ public:
+  __device__ __forceinline__ RowsOfWarp(const TokenView& view, const Unit& u) {
+    const int row = min(u.row_begin + static_cast<int>(threadIdx.x) / kWarp * T::kWarpRows +
+                            static_cast<int>(threadIdx.x) % kWarp % T::kWarpRows,
+                        u.num_rows - 1);
+    const int query = row / u.group, head = blockIdx.y * u.group.value() + row - query * u.group.value();
+    mine_ = static_cast<typename T::Element*>(view.data) + blockIdx.z * view.batch_stride +
+            (u.q_start + query) * view.token_stride + head * view.head_stride;
+  }
+  __device__ __forceinline__ typename T::Element* at(int row) const {
+    return reinterpret_cast<typename T::Element*>(
+        __shfl_sync(ptx::kAllLanes, reinterpret_cast<unsigned long long>(mine_), row));
+  }
+
+ private:
+  typename T::Element* mine_;
+};
+
 template <class T>
 struct Smem {
   typename T::Element q[T::kRows][T::kDim];      // [row, column], swizzled; then o
   typename T::Element kv[2][T::kKeys][T::kDim];  // [keys or values, key, column], swizzled
   // What only masks and results ask for: kept here, because the products leave no register for it.
   Unit unit;
+  KeyRange plain;  // blocks that every row of the tile sees whole, where nothing else modifies scores; end 0: none
   RowsVisible visible[T::kWarps];
 };
 

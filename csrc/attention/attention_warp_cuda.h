@@ -12,15 +12,6 @@ namespace {
 // x, out of a shuffle with itself: the compiler keeps the result instead of computing it again in the loop.
 __device__ __forceinline__ uint32_t pinned(uint32_t x) { return __shfl_sync(ptx::kAllLanes, x, threadIdx.x % kWarp); }
 
-// The compiler for sm_90 spills a register of head_dim 128 for it, that for sm_80 three without it.
-__device__ __forceinline__ uint32_t pinned_before_sm90(uint32_t x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return x;
-#else
-  return pinned(x);
-#endif
-}
-
 // Keys or values of one kv head, and where this thread writes the part of a block that it copies.
 template <class T, bool kValues>
 struct BlockCopy {
@@ -35,7 +26,7 @@ struct BlockCopy {
     next = static_cast<const char*>(view.data) + chunk * 16 +
            2 * (blockIdx.z * view.batch_stride + blockIdx.y * view.head_stride +
                 (u.k_start + static_cast<int64_t>(block) * T::kKeys + row) * view.token_stride);
-    pass_bytes = static_cast<int>(view.token_stride) * T::kPassRows * 2;
+    pass_bytes = static_cast<int>(pinned(static_cast<int>(view.token_stride) * T::kPassRows * 2));
     smem = offset;
     columns = static_cast<int>(dim / kChunkElements) - chunk;
   }
@@ -49,17 +40,15 @@ struct BlockCopy {
     return (kValues ? T::kValueBytes : 0) + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
   }
   // A block that lies inside the sequence; with !wanted nothing is read.
-  __device__ __forceinline__ void issue(bool wanted) {
-    const char* from = next;
-    const int wanted_columns = wanted ? columns : 0;
+  __device__ __forceinline__ void issue(bool wanted, const Passes& passes) {
     static_for<T::kKeys / T::kPassRows>([&]<int pass>() {
+      const char* from = pass == 0 ? next : next + static_cast<int64_t>(pass_bytes) * passes.number[pass];
       static_for<T::kColumnPasses>([&]<int c>() {
-        ptx::cp_async_16_if<smem_bytes(pass, c), c * T::kRowThreads * 16, c * T::kRowThreads>(wanted_columns, smem,
+        ptx::cp_async_16_if<smem_bytes(pass, c), c * T::kRowThreads * 16, c * T::kRowThreads>(wanted, columns, smem,
                                                                                               from);
       });
-      from += pass_bytes;
     });
-    next += static_cast<int64_t>(pass_bytes) * -(T::kKeys / T::kPassRows);
+    next += static_cast<int64_t>(pass_bytes) * passes.back;
   }
   // A block of which the sequence has `num_keys` keys: rows past them are zeros.
   __device__ __forceinline__ void issue_ragged(int num_keys) {
@@ -86,22 +75,19 @@ struct BlockCopy {
       }
     }
   }
-  // Whether any of this thread's chunks holds an element that is not finite.
+  // Whether any of this thread's chunks holds an element that is not finite: its product with zero is NaN.
   template <class Element>
   __device__ __forceinline__ bool has_nonfinite() const {
-    constexpr uint32_t kExponent =
-        sizeof(Element) == 2 && kDType<Element> == DType::kFloat16 ? 0x7c007c00u : 0x7f807f80u;
-    constexpr uint32_t kCarry = kDType<Element> == DType::kFloat16 ? 0x04000400u : 0x00800080u;
-    uint32_t found = 0;
+    uint32_t sum = 0;
 #pragma unroll
     for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
 #pragma unroll
       for (int c = 0; c < T::kColumnPasses; ++c) {
         const uint4 x = *static_cast<const uint4*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
-        for (uint32_t word : {x.x, x.y, x.z, x.w}) found |= (word & kExponent) + kCarry;  // a full exponent carries
+        for (uint32_t word : {x.x, x.y, x.z, x.w}) sum = ptx::fma_x2<Element>(word, 0, sum);
       }
     }
-    return (found & 0x80008000u) != 0;
+    return sum != 0;
   }
   // The elements of this thread's chunks that are not finite become zeros.
   template <class Element>
@@ -140,19 +126,31 @@ __device__ __forceinline__ uint32_t lane_offset(bool by_column) {
                    : swizzled<T::kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
-// ldmatrix.x4 of the fragment at row `row` and column step `step` (16 columns) from that at `first`. Rows are whole
-// multiples of what the swizzle permutes, so a step flips bits.
-template <class T, int row, int step, bool kTransposed = false>
-__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], uint32_t first) {
-  constexpr int kSteps = T::kDim * 2 % 128 == 0 ? 4 : 2;
-  constexpr int kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
-  const uint32_t column = first ^ (step % kSteps * 32);
+// The lane's row of the first fragment in each column step (16 columns) of what a swizzle permutes. A step flips bits of
+// the address: either all addresses are kept, or one from which the others are made.
+template <class T, bool kKept>
+struct Columns {
+  static constexpr int kSteps = T::kDim * 2 % 128 == 0 ? 4 : 2;
+  uint32_t at[kKept ? kSteps : 1];
+
+  template <int step>
+  __device__ __forceinline__ uint32_t of() const {
+    if constexpr (kKept) return at[step % kSteps];
+    else return at[0] ^ (step % kSteps * 32);
+  }
+};
+
+// ldmatrix.x4 of the fragment at row `row` and column step `step`. Rows are whole multiples of what the swizzle permutes.
+template <class T, int row, int step, bool kTransposed = false, bool kKept>
+__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const Columns<T, kKept>& columns) {
+  constexpr int kSteps = Columns<T, kKept>::kSteps, kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
+  const uint32_t column = columns.template of<step>();
   if constexpr (kTransposed) ptx::ldmatrix_x4_trans<kOffset>(r, column);
   else ptx::ldmatrix_x4<kOffset>(r, column);
 }
 
 template <class T, int step>
-__device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][4], uint32_t at) {
+__device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][4], const Columns<T, false>& at) {
   static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, m * 16, step>(q[m], at); });
 }
 
@@ -163,7 +161,8 @@ struct QFragments {
 
 // s = q k^T for one block.
 template <class T>
-__device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>& q, uint32_t q_at, uint32_t k_at) {
+__device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>& q, const Columns<T, false>& q_at,
+                                              const Columns<T, T::kKeepsColumns>& k_at) {
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
@@ -193,7 +192,7 @@ __device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>&
 
 // o += p v for one block, with the weights p in place of the scores.
 template <class T>
-__device__ __forceinline__ void multiply_values(WarpState<T>& w, const Scores<T>& s, uint32_t v_at) {
+__device__ __forceinline__ void multiply_values(WarpState<T>& w, const Scores<T>& s, const Columns<T, false>& v_at) {
   using Element = typename T::Element;
   static_for<T::kKeys / 16>([&]<int step>() {
     uint32_t a[T::kRowTiles][4];
@@ -275,27 +274,27 @@ __device__ __forceinline__ void softmax(WarpState<T>& w, Scores<T>& s, float sca
   }
 }
 
-// What the loops address: copies of the blocks to come, and the lane's row of the first fragment of q, k and v.
+// What the loops address: copies of the blocks to come, and the lane's rows of the first fragments of q, k and v.
 template <class T>
 struct Addresses {
   BlockCopy<T, false> copy_keys;
   BlockCopy<T, true> copy_values;
-  uint32_t q, k, v;
+  Columns<T, false> q, v;
+  Columns<T, T::kKeepsColumns> k;
 
   static __device__ __forceinline__ uint32_t of_q(const Smem<T>& smem) {
     return ptx::smem_address(smem.q[threadIdx.x / kWarp * T::kWarpRows]) + lane_offset<T>(true);
   }
-  __device__ __forceinline__ Addresses(const AttentionForwardParams& p, const Unit& u, const Smem<T>& smem, int block)
-      : Addresses(p, u, smem, block, pinned(ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset())) {}
-
- private:
   __device__ __forceinline__ Addresses(const AttentionForwardParams& p, const Unit& u, const Smem<T>& smem, int block,
-                                       uint32_t offset)
-      : copy_keys(p.k, u, p.head_dim, offset, block - 1),
-        copy_values(p.v, u, p.v_head_dim, offset, block),
-        q(pinned(of_q(smem))),
-        k(pinned(ptx::smem_address(smem.kv[0]) + lane_offset<T>(false))),
-        v(pinned_before_sm90(ptx::smem_address(smem.kv[1]) + lane_offset<T>(true))) {}
+                                       uint32_t copy_to)
+      : copy_keys(p.k, u, p.head_dim, copy_to, block - 1),
+        copy_values(p.v, u, p.v_head_dim, copy_to, block),
+        q{of_q(smem)},
+        v{pinned(ptx::smem_address(smem.kv[1]) + lane_offset<T>(true))} {
+    const uint32_t first = ptx::smem_address(smem.kv[0]) + lane_offset<T>(false);
+    for (int step = 0; step < static_cast<int>(sizeof(k.at) / sizeof(k.at[0])); ++step)
+      k.at[step] = pinned(first ^ (step * 32));
+  }
 };
 
 }  // namespace

@@ -21,14 +21,14 @@ __device__ __forceinline__ uint32_t smem_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));
 }
 
-// cp.async.cg: 16 bytes from gmem + kGmem to smem + kSmem where count > kCount, both 16-byte aligned. They are there
-// for this thread after a cp_async_wait that covers them, for the others after a barrier that follows it.
+// cp.async.cg: 16 bytes from gmem + kGmem to smem + kSmem where wanted and count > kCount, both 16-byte aligned. They are
+// there for this thread after a cp_async_wait that covers them, for the others after a barrier that follows it.
 template <int kSmem, int kGmem, int kCount>
-__device__ __forceinline__ void cp_async_16_if(int count, uint32_t smem, const void* gmem) {
+__device__ __forceinline__ void cp_async_16_if(bool wanted, int count, uint32_t smem, const void* gmem) {
   asm volatile(
-      "{\n .reg .pred p;\n setp.gt.s32 p, %0, %1;\n @p cp.async.cg.shared.global [%2 + %3], [%4 + %5], 16;\n}" ::"r"(
-          count),
-      "n"(kCount), "r"(smem), "n"(kSmem), "l"(gmem), "n"(kGmem)
+      "{\n .reg .pred p;\n setp.ne.s32 p, %0, 0;\n setp.gt.and.s32 p, %1, %2, p;\n"
+      " @p cp.async.cg.shared.global [%3 + %4], [%5 + %6], 16;\n}" ::"r"(static_cast<int>(wanted)),
+      "r"(count), "n"(kCount), "r"(smem), "n"(kSmem), "l"(gmem), "n"(kGmem)
       : "memory");
 }
 // The same, or 16 bytes of zeros where !valid; gmem is not read then.
@@ -96,6 +96,23 @@ __device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// fma.rn.x2: a * b + c of two elements a register, subnormals kept.
+template <class Element>
+__device__ __forceinline__ uint32_t fma_x2(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+__device__ __forceinline__ uint32_t fma_x2<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+template <>
+__device__ __forceinline__ uint32_t fma_x2<Half>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 // ex2.approx.ftz: 2^x within 2 units in the last place; subnormal results are 0, -infinity gives 0.
