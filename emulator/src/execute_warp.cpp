@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // execute_warp.cpp: shuffles, votes, matches, reductions over a warp, bar.warp.sync, elect, activemask. All but the
-// last wait until every lane of their mask has come; whoever has come through one is ordered after what the others did
-// before it.
+// last wait until every lane of their mask has come. bar.warp.sync alone orders accesses to memory: CUDA promises that of
+// no other.
 #include <bit>
 
 #include "access.h"
@@ -10,10 +10,6 @@
 
 namespace emulator {
 namespace {
-
-void order_lanes(Warp& warp, uint32_t lanes) {
-  if (SharedShadow* shadow = warp.block().shadow()) shadow->sync_lanes(warp.index(), lanes);
-}
 
 // A source lane that does not take part: its value is undefined.
 void report_absent(Warp& warp, const Instruction& in, int lane, int from, uint32_t named) {
@@ -73,7 +69,6 @@ void execute_shuffle(Warp& warp, const Instruction& in) {
         report_absent(warp, in, lane, static_cast<int>(from[lane]), named);
         result[lane] = a[lane];
       }
-    order_lanes(warp, group);
   };
   warp.for_each_group(mask, finish_group);
   warp.write<uint32_t>(in.operands[0], [&](int i) { return result[i]; });
@@ -118,7 +113,6 @@ void execute_vote(Warp& warp, const Instruction& in) {
     } else if (kVote == Vote::kAll ? votes == group : kVote == Vote::kAny ? votes != 0 : votes == 0 || votes == group) {
       result |= group;
     }
-    order_lanes(warp, group);
   });
   if (kVote == Vote::kBallot) {
     warp.write<uint32_t>(in.operands[0], [&](int i) { return ballot[i]; });
@@ -161,7 +155,6 @@ void execute_match(Warp& warp, const Instruction& in) {
       if (kAll && result[lane] != group) result[lane] = 0;
     }
     if (result[std::countr_zero(group)] == group) all_equal |= group;
-    order_lanes(warp, group);
   });
   warp.write<uint32_t>(in.operands[0], [&](int i) { return result[i]; });
   if (kAll) warp.set_mask(in.operands[1], all_equal);
@@ -207,7 +200,6 @@ void execute_redux(Warp& warp, const Instruction& in) {
     for (uint32_t rest = group & (group - 1); rest; rest &= rest - 1)
       value = redux.combine(value, a[std::countr_zero(rest)] & kept);
     for (uint32_t rest = group; rest; rest &= rest - 1) result[std::countr_zero(rest)] = value;
-    order_lanes(warp, group);
   });
   warp.write<uint32_t>(in.operands[0], [&](int i) { return result[i]; });
 }
@@ -266,7 +258,8 @@ void decode_redux(Decoder& decoder, const ptx::Instruction& in, Instruction& out
 
 void execute_warp_barrier(Warp& warp, const Instruction& in) {
   if (!warp.collective(in, warp.lanes<uint32_t>(in.operands[0]), true)) return;
-  warp.for_each_group([&](uint32_t, uint32_t group) { order_lanes(warp, group); });
+  if (SharedShadow* shadow = warp.block().shadow())
+    warp.for_each_group([&](uint32_t, uint32_t group) { shadow->sync_lanes(warp.index(), group); });
 }
 
 // operands: d (or the sink), p, mask. The lowest lane is elected.
@@ -278,7 +271,6 @@ void execute_elect(Warp& warp, const Instruction& in) {
     for (uint32_t rest = group; rest; rest &= rest - 1)
       leader[std::countr_zero(rest)] = static_cast<uint32_t>(std::countr_zero(group));
     elected |= group & (0 - group);
-    order_lanes(warp, group);
   });
   warp.write<uint32_t>(in.operands[0], [&](int i) { return leader[i]; });
   warp.set_mask(in.operands[1], elected);

@@ -67,7 +67,7 @@ class SharedShadow {
   void reset();
   // Lanes that the block never had or that have exited: synchronisations do without them.
   void set_absent(int warp, uint32_t lanes);
-  // __syncwarp, shuffle, vote: orders these lanes' accesses among themselves.
+  // __syncwarp: orders these lanes' accesses among themselves.
   void sync_lanes(int warp, uint32_t lanes);
   // into = max(into, what these lanes know and did). `with_absent`: and what lanes that have exited did, if these are
   // all others of the warp, as at a barrier, where to exit is to arrive.
@@ -78,7 +78,7 @@ class SharedShadow {
   void join(VectorClock& into, const VectorClock& from) const;
   // One instruction of one warp: the lanes of `lanes` access num_bytes at address[lane], inside the block's shared
   // memory. At most one finding of each fault is appended. `collective`: all lanes of the warp take part in every
-  // access, and a read orders the lanes like a shuffle when it is done (ldmatrix). True: two lanes of this call wrote
+  // access, and a read orders the lanes like __syncwarp when it is done (ldmatrix). True: two lanes of this call wrote
   // one byte.
   bool access(Access kind, int warp, uint32_t lanes, const uint32_t* address, uint32_t num_bytes, uint32_t pc,
               bool collective, std::vector<Finding>& found, const SameBytes* same = nullptr);

@@ -234,6 +234,15 @@ KERNEL(no_syncwarp) {
 }
 
 // race within a warp: 1 x 32
+KERNEL(shuffles_and_votes_order_nothing) {
+  __shared__ int s[32];
+  s[TID] = TID;
+  const int x = __any_sync(~0u, __shfl_xor_sync(~0u, TID, 1) == 3);
+  REPAIR(__syncwarp();)
+  out[TID] = s[31 - TID] + x;  // FAULT
+}
+
+// race within a warp: 1 x 32
 KERNEL(mask_too_small) {
   __shared__ int s[32];
   s[TID] = TID;
