@@ -97,6 +97,16 @@ def test_sizes_that_no_grid_holds_and_float32_are_sentences():
         forward(*(torch.zeros(1, 3, 1, 8) for _ in range(3)), *tail)
 
 
+def test_a_position_and_a_window_add_up_within_32_bits():
+    """Beside a window of 2**30 keys the position of the last row was negative, and no row saw a key."""
+    q, k, v = (torch.randn(1, seq, 1, 8).half() for seq in (40, 1, 1))
+    longest = 2**30 - 1024
+    many = [t.expand(-1, longest, -1, -1) for t in (k, v)]
+    assert torch.equal(EMULATED[0].run(attention, q, *many, window=(3, 2**30)), v.expand(-1, 40, -1, -1))
+    with pytest.raises(RuntimeError, match=f"sequences must be at most {longest} rows long on CUDA"):
+        EMULATED[0].run(attention, q, *(t.expand(-1, longest + 1, -1, -1) for t in (k, v)), window=(3, 2**30))
+
+
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
 
 KERNEL = "attention_forward_kernel"

@@ -215,7 +215,8 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
   const AttentionPartials& partials = call.partials;
   Args a{call.p, partials, static_cast<float>(call.p.softmax_scale * kLog2E), false};
   AttentionForwardParams& p = a.p;
-  constexpr int64_t kMaxLength = 1 << 30, kMaxGrid = 65535, kMaxStride = 1 << 23;
+  // A position, a window and the rows of a tile after it add up within 32 bits.
+  constexpr int64_t kMaxLength = (1 << 30) - 1024, kMaxGrid = 65535, kMaxStride = 1 << 23;
   FM_CHECK(p.dtype != DType::kFloat32, "attention_forward: CUDA tensors must be float16 or bfloat16");
   FM_CHECK(p.batch <= kMaxGrid && p.kv_heads <= kMaxGrid, "attention_forward: batch and kv_heads must be at most ",
            kMaxGrid, " on CUDA, got ", p.batch, " and ", p.kv_heads);
