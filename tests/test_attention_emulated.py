@@ -2,6 +2,7 @@
 """attention on emulated GPUs: the tiles of every architecture class, and whether the checks see what holds them up."""
 
 import itertools
+import math
 import re
 from dataclasses import replace
 
@@ -105,6 +106,15 @@ def test_a_position_and_a_window_add_up_within_32_bits():
     assert torch.equal(EMULATED[0].run(attention, q, *many, window=(3, 2**30)), v.expand(-1, 40, -1, -1))
     with pytest.raises(RuntimeError, match=f"sequences must be at most {longest} rows long on CUDA"):
         EMULATED[0].run(attention, q, *(t.expand(-1, longest + 1, -1, -1) for t in (k, v)), window=(3, 2**30))
+
+
+def test_no_keys_may_lie_in_any_way():
+    """Their last dimension has a stride of 2; there is nothing to align or to copy."""
+    q = torch.zeros(2, 3, 2, 16, dtype=torch.float16)
+    k = torch.empty(2, 16, 2, 0, dtype=torch.float16).permute(0, 3, 2, 1)
+    o, lse = EMULATED[0].run(attention, q, k, k, return_lse=True)
+    assert (o == 0).all()
+    assert (lse == -math.inf).all()
 
 
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------

@@ -19,8 +19,8 @@ TokenView view_tokens(const Tensor& t) {
 Tensor readable(const Tensor& t) {
 #ifdef FM_CUDA
   const int64_t last = t.dim() - 1;
-  if (last < 2 || t.stride(last) != 1) return t;           // refused later
-  constexpr int64_t kRowBytes = 16, kMaxStride = 1 << 23;  // elements of a token stride
+  if (last < 2 || (t.stride(last) != 1 && t.numel() > 0)) return t;  // refused later
+  constexpr int64_t kRowBytes = 16, kMaxStride = 1 << 23;            // elements of a token stride
   bool aligned = reinterpret_cast<uintptr_t>(data_of(t)) % kRowBytes == 0;
   for (int64_t dim = 0; dim < last; ++dim) {
     aligned = aligned && stride_of(t, dim) * t.element_size() % kRowBytes == 0;
