@@ -117,6 +117,19 @@ def test_no_keys_may_lie_in_any_way():
     assert (lse == -math.inf).all()
 
 
+# ---- split keys ------------------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_value_passes_a_chunk_whose_scores_are_all_minus_infinity():
+    """Its weight is 0, and 0 * NaN is NaN. The merge left such a chunk out as one without a visible key."""
+    q, k, v = (torch.ones(1, seq, 1, 8, dtype=torch.float16) for seq in (1, 1200, 1200))
+    k[:, 576:1152] = -math.inf
+    v[:, 600, :, 3] = math.nan
+    actual = EMULATED[0].run(attention, q, k, v, return_lse=True)
+    assert actual[0].isnan().sum() == 1
+    assert_attention(EMULATED[0], actual, reference.attention, q, k, v)
+
+
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
 
 KERNEL = "attention_forward_kernel"

@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
     float x = 0.0f;
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
       const float lse = a.partials.lse[first + chunk];
-      if (lse == -INFINITY) continue;  // a chunk without a visible key
       x += ptx::ex2((lse - reference) * kLog2E) * a.partials.o[(first + chunk) * p.v_head_dim + column];
     }
     o[column] = from_float<Element>(x * total.factor);
