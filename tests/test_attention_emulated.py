@@ -130,6 +130,18 @@ def test_a_poisoned_value_passes_a_chunk_whose_scores_are_all_minus_infinity():
     assert_attention(EMULATED[0], actual, reference.attention, q, k, v)
 
 
+def test_the_memory_for_chunks_is_bounded_by_the_keys():
+    """It was as large as if every sequence were the longest: gigabytes for a long one among many short."""
+    case = Case("one long", seqlens=((1, 6000), *((1, 1),) * 200), dtype=torch.float16)
+    args, kwargs = case.inputs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        actual = EMULATED[0].run(attention_varlen, *args, return_lse=True)
+    allocated = [event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0]
+    assert allocated
+    assert sum(allocated) < args[1].nbytes
+    assert_attention(EMULATED[0], actual, reference.attention_varlen, *args[:5], **kwargs)
+
+
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
 
 KERNEL = "attention_forward_kernel"

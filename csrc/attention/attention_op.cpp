@@ -37,7 +37,7 @@ Tensor readable(const Tensor& t) {
 void execute(const AttentionForwardParams& p, const Tensor& q) {
 #ifdef FM_CUDA
   AttentionPartials partials = attention_partials(p);
-  const int64_t rows = p.batch * partials.rows_per_batch * p.kv_heads * partials.num_chunks;
+  const int64_t rows = partials.num_slots * partials.rows * p.kv_heads;
   Tensor o = torch::stable::new_empty(q, {rows, p.v_head_dim}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(q, {rows}, ScalarType::Float);
   partials.o = static_cast<float*>(data_of(o));
