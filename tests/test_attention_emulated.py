@@ -75,6 +75,20 @@ def test_prefix_sums_that_lie_reach_nothing_outside_the_tensors(prefix, which, m
         EMULATED[0].run(attention_varlen, *args, **kwargs)
 
 
+@pytest.mark.parametrize("seq_k", [31, 1200])
+def test_sequences_that_cannot_hold_the_queries_are_a_sentence_and_no_empty_grid(seq_k):
+    forward = torch.ops.fmkernels_emulated.attention_varlen_forward.default
+    case = Case("empty grid", heads=2, kv_heads=1, seqlens=((5, 9), (4, seq_k)), dtype=torch.float16)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = case.inputs()[0]
+    tail = (longest_k, None, None, False, -1, -1, 0.25, 0.0)
+    for longest in (0, -5):
+        with pytest.raises(RuntimeError, match=f"2 sequences of at most {longest} tokens, which are not the 9 tokens"):
+            forward(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, *tail)
+    none = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="0 sequences of at most 5 tokens, which are not the 9 tokens of q"):
+        forward(q, k, v, none, none, longest_q, *tail)
+
+
 @pytest.mark.parametrize("offset", [1, 4])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_unaligned_rows_are_copied(name, offset):

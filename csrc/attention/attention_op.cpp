@@ -203,7 +203,10 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const
   p.o = view_tokens(o);
   p.lse = static_cast<float*>(data_of(lse));
   p.lse_head_stride = lse.stride(0);
-  if (lse.numel() > 0) execute(p, q);
+  if (lse.numel() == 0) return {o, lse};
+  FM_CHECK(batch > 0 && p.seq_q > 0, "cu_seqlens_q has ", batch, " sequences of at most ", max_seqlen_q,
+           " tokens, which are not the ", total_q, " tokens of q");
+  execute(p, q);
   return {o, lse};
 }
 
