@@ -2,6 +2,7 @@
 """attention on emulated GPUs: the tiles of every architecture class, and whether the checks see what holds them up."""
 
 import itertools
+import math
 import re
 from dataclasses import replace
 
@@ -15,11 +16,15 @@ EMULATED = [backend for backend in backends("attention_forward") if backend.name
 pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulated backend is not built")
 
 SMALL_SHARED_MEMORY = 86  # 99 KiB a block, where sm_80 gives 163 and more
+AFTER_HOPPER = 120  # 99 KiB too, and compiled from the PTX for sm_90, whose own GPUs have more: its wide tiles trapped
 
 
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [(80, torch.bfloat16), (80, torch.float16), (SMALL_SHARED_MEMORY, torch.bfloat16), (90, torch.bfloat16)],
+    [
+        *((architecture, torch.bfloat16) for architecture in (80, SMALL_SHARED_MEMORY, 90, AFTER_HOPPER)),
+        (80, torch.float16),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 192, 256])
@@ -70,6 +75,20 @@ def test_prefix_sums_that_lie_reach_nothing_outside_the_tensors(prefix, which, m
         EMULATED[0].run(attention_varlen, *args, **kwargs)
 
 
+@pytest.mark.parametrize("seq_k", [31, 1200])
+def test_sequences_that_cannot_hold_the_queries_are_a_sentence_and_no_empty_grid(seq_k):
+    forward = torch.ops.fmkernels_emulated.attention_varlen_forward.default
+    case = Case("empty grid", heads=2, kv_heads=1, seqlens=((5, 9), (4, seq_k)), dtype=torch.float16)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = case.inputs()[0]
+    tail = (longest_k, None, None, False, -1, -1, 0.25, 0.0)
+    for longest in (0, -5):
+        with pytest.raises(RuntimeError, match=f"2 sequences of at most {longest} tokens, which are not the 9 tokens"):
+            forward(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, *tail)
+    none = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="0 sequences of at most 5 tokens, which are not the 9 tokens of q"):
+        forward(q, k, v, none, none, longest_q, *tail)
+
+
 @pytest.mark.parametrize("offset", [1, 4])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_unaligned_rows_are_copied(name, offset):
@@ -91,6 +110,50 @@ def test_sizes_that_no_grid_holds_and_float32_are_sentences():
         forward(many, many, many, *tail)
     with pytest.raises(RuntimeError, match="CUDA tensors must be float16 or bfloat16"):
         forward(*(torch.zeros(1, 3, 1, 8) for _ in range(3)), *tail)
+
+
+def test_a_position_and_a_window_add_up_within_32_bits():
+    """Beside a window of 2**30 keys the position of the last row was negative, and no row saw a key."""
+    q, k, v = (torch.randn(1, seq, 1, 8).half() for seq in (40, 1, 1))
+    longest = 2**30 - 1024
+    many = [t.expand(-1, longest, -1, -1) for t in (k, v)]
+    assert torch.equal(EMULATED[0].run(attention, q, *many, window=(3, 2**30)), v.expand(-1, 40, -1, -1))
+    with pytest.raises(RuntimeError, match=f"sequences must be at most {longest} rows long on CUDA"):
+        EMULATED[0].run(attention, q, *(t.expand(-1, longest + 1, -1, -1) for t in (k, v)), window=(3, 2**30))
+
+
+def test_no_keys_may_lie_in_any_way():
+    """Their last dimension has a stride of 2; there is nothing to align or to copy."""
+    q = torch.zeros(2, 3, 2, 16, dtype=torch.float16)
+    k = torch.empty(2, 16, 2, 0, dtype=torch.float16).permute(0, 3, 2, 1)
+    o, lse = EMULATED[0].run(attention, q, k, k, return_lse=True)
+    assert (o == 0).all()
+    assert (lse == -math.inf).all()
+
+
+# ---- split keys ------------------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_value_passes_a_chunk_whose_scores_are_all_minus_infinity():
+    """Its weight is 0, and 0 * NaN is NaN. The merge left such a chunk out as one without a visible key."""
+    q, k, v = (torch.ones(1, seq, 1, 8, dtype=torch.float16) for seq in (1, 1200, 1200))
+    k[:, 576:1152] = -math.inf
+    v[:, 600, :, 3] = math.nan
+    actual = EMULATED[0].run(attention, q, k, v, return_lse=True)
+    assert actual[0].isnan().sum() == 1
+    assert_attention(EMULATED[0], actual, reference.attention, q, k, v)
+
+
+def test_the_memory_for_chunks_is_bounded_by_the_keys():
+    """It was as large as if every sequence were the longest: gigabytes for a long one among many short."""
+    case = Case("one long", seqlens=((1, 6000), *((1, 1),) * 200), dtype=torch.float16)
+    args, kwargs = case.inputs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        actual = EMULATED[0].run(attention_varlen, *args, return_lse=True)
+    allocated = [event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0]
+    assert allocated
+    assert sum(allocated) < args[1].nbytes
+    assert_attention(EMULATED[0], actual, reference.attention_varlen, *args[:5], **kwargs)
 
 
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------

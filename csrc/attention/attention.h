@@ -60,13 +60,18 @@ FM_HOST_DEVICE constexpr bool is_split(int64_t num_rows, int64_t seq_k) {
   return num_rows <= kSplitRows && seq_k > kSplitKeys;
 }
 
-// Results of the chunks: o [row of the batch][kv head][chunk][v_head_dim] and lse [row of the batch][kv head][chunk].
+// Results of the chunks: o [slot][row][kv head][v_head_dim] and lse [slot][row][kv head]. A chunk has a slot; the chunks
+// of a sequence lie together. Where only the device knows how long the sequences are, a sequence begins at the slot that
+// its place among the packed keys leaves free: ceil(n / c) <= floor((k + n) / c) - floor(k / c) + 1.
 struct AttentionPartials {
   float *o, *lse;
-  int64_t rows_per_batch, num_chunks;  // 0: no sequence is split
+  int64_t rows, max_chunks, num_slots;  // of a slot, of a sequence, in all; no chunks: no sequence is split
 
-  FM_HOST_DEVICE int64_t index(int64_t batch, int64_t row, int64_t kv_head, int64_t kv_heads, int64_t chunk) const {
-    return ((batch * rows_per_batch + row) * kv_heads + kv_head) * num_chunks + chunk;
+  FM_HOST_DEVICE int64_t first_slot(int64_t batch, bool is_packed, int64_t k_start) const {
+    return is_packed ? k_start / kSplitKeys + batch : batch * max_chunks;
+  }
+  FM_HOST_DEVICE int64_t index(int64_t slot, int64_t row, int64_t kv_head, int64_t kv_heads) const {
+    return (slot * rows + row) * kv_heads + kv_head;
   }
 };
 // The sizes for these parameters; the pointers are the caller's.

@@ -167,13 +167,14 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
   const int lane = threadIdx.x % kWarp, row = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (!is_split(u.num_rows, u.seq_k) || row >= u.num_rows) return;
   const int num_chunks = (u.seq_k + kSplitKeys - 1) / kSplitKeys;
-  const int64_t first = a.partials.index(blockIdx.z, row, blockIdx.y, p.kv_heads, 0);
+  const int64_t first_slot = a.partials.first_slot(blockIdx.z, p.cu_seqlens_k != nullptr, u.k_start);
+  auto partial = [&](int chunk) { return a.partials.index(first_slot + chunk, row, blockIdx.y, p.kv_heads); };
   float largest = -INFINITY;
-  for (int chunk = 0; chunk < num_chunks; ++chunk) largest = fmaxf(largest, a.partials.lse[first + chunk]);
+  for (int chunk = 0; chunk < num_chunks; ++chunk) largest = fmaxf(largest, a.partials.lse[partial(chunk)]);
   const float reference = largest == -INFINITY ? 0.0f : largest;
   float sum = 0.0f;
   for (int chunk = 0; chunk < num_chunks; ++chunk)
-    sum += ptx::ex2((a.partials.lse[first + chunk] - reference) * kLog2E);
+    sum += ptx::ex2((a.partials.lse[partial(chunk)] - reference) * kLog2E);
   const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
   const Total total = total_of(largest * kLog2E, sum, p.sinks, head);
   const int query = row / u.group;
@@ -182,9 +183,8 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
   for (int column = lane; column < p.v_head_dim; column += kWarp) {
     float x = 0.0f;
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      const float lse = a.partials.lse[first + chunk];
-      if (lse == -INFINITY) continue;  // a chunk without a visible key
-      x += ptx::ex2((lse - reference) * kLog2E) * a.partials.o[(first + chunk) * p.v_head_dim + column];
+      const float weight = ptx::ex2((a.partials.lse[partial(chunk)] - reference) * kLog2E);
+      x += weight * a.partials.o[partial(chunk) * p.v_head_dim + column];  // 0, where no key of the chunk is visible
     }
     o[column] = from_float<Element>(x * total.factor);
   }
@@ -212,8 +212,9 @@ AttentionPartials attention_partials(const AttentionForwardParams& p) {
   const int64_t max_rows = p.seq_q * (p.heads / p.kv_heads);
   // Packed sequences may be shorter than the longest, in any way.
   const bool may_split = p.cu_seqlens_q != nullptr ? p.seq_k > kSplitKeys : is_split(max_rows, p.seq_k);
-  return {nullptr, nullptr, std::min<int64_t>(max_rows, kSplitRows),
-          may_split ? (p.seq_k + kSplitKeys - 1) / kSplitKeys : 0};
+  const int64_t max_chunks = may_split ? (p.seq_k + kSplitKeys - 1) / kSplitKeys : 0;
+  const int64_t num_slots = p.cu_seqlens_q != nullptr ? p.total_k / kSplitKeys + p.batch : p.batch * max_chunks;
+  return {nullptr, nullptr, std::min<int64_t>(max_rows, kSplitRows), max_chunks, may_split ? num_slots : 0};
 }
 
 void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t stream) {
@@ -225,7 +226,8 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
          Divisor(static_cast<int32_t>(call.p.heads / call.p.kv_heads)),
          {}};
   AttentionForwardParams& p = a.p;
-  constexpr int64_t kMaxLength = 1 << 30, kMaxGrid = 65535, kMaxStride = 1 << 23;
+  // A position, a window and the rows of a tile after it add up within 32 bits.
+  constexpr int64_t kMaxLength = (1 << 30) - 1024, kMaxGrid = 65535, kMaxStride = 1 << 23;
   FM_CHECK(p.dtype != DType::kFloat32, "attention_forward: CUDA tensors must be float16 or bfloat16");
   FM_CHECK(p.batch <= kMaxGrid && p.kv_heads <= kMaxGrid, "attention_forward: batch and kv_heads must be at most ",
            kMaxGrid, " on CUDA, got ", p.batch, " and ", p.kv_heads);
@@ -251,14 +253,14 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
     const int bucket = dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
     auto with = [&]<class T>() {
       const int64_t tiles = (max_rows + T::kRows - 1) / T::kRows;
-      launch_with<T>(a, std::max(tiles, partials.num_chunks), stream);
+      launch_with<T>(a, std::max(tiles, partials.max_chunks), stream);
     };
     dispatch_int<64, 96, 128, 192, 256>("dim", bucket, [&]<int kDim>() {
       if constexpr (tile_of(99, kDim) == tile_of(163, kDim)) with.template operator()<Traits<Element, kDim, 163>>();
       else if (smem_bytes >= 163 * 1024) with.template operator()<Traits<Element, kDim, 163>>();
       else with.template operator()<Traits<Element, kDim, 99>>();
     });
-    if (partials.num_chunks == 0) return;
+    if (partials.max_chunks == 0) return;
     const int64_t rows = std::min<int64_t>(max_rows, kSplitRows);
     launch("attention_merge_chunks", attention_merge_chunks_kernel<Element>, dim3((rows + 3) / 4, p.kv_heads, p.batch),
            128, 0, stream, a);

@@ -19,8 +19,8 @@ TokenView view_tokens(const Tensor& t) {
 Tensor readable(const Tensor& t) {
 #ifdef FM_CUDA
   const int64_t last = t.dim() - 1;
-  if (last < 2 || t.stride(last) != 1) return t;           // refused later
-  constexpr int64_t kRowBytes = 16, kMaxStride = 1 << 23;  // elements of a token stride
+  if (last < 2 || (t.stride(last) != 1 && t.numel() > 0)) return t;  // refused later
+  constexpr int64_t kRowBytes = 16, kMaxStride = 1 << 23;            // elements of a token stride
   bool aligned = reinterpret_cast<uintptr_t>(data_of(t)) % kRowBytes == 0;
   for (int64_t dim = 0; dim < last; ++dim) {
     aligned = aligned && stride_of(t, dim) * t.element_size() % kRowBytes == 0;
@@ -37,7 +37,7 @@ Tensor readable(const Tensor& t) {
 void execute(const AttentionForwardParams& p, const Tensor& q) {
 #ifdef FM_CUDA
   AttentionPartials partials = attention_partials(p);
-  const int64_t rows = p.batch * partials.rows_per_batch * p.kv_heads * partials.num_chunks;
+  const int64_t rows = partials.num_slots * partials.rows * p.kv_heads;
   Tensor o = torch::stable::new_empty(q, {rows, p.v_head_dim}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(q, {rows}, ScalarType::Float);
   partials.o = static_cast<float*>(data_of(o));
@@ -203,7 +203,10 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const
   p.o = view_tokens(o);
   p.lse = static_cast<float*>(data_of(lse));
   p.lse_head_stride = lse.stride(0);
-  if (lse.numel() > 0) execute(p, q);
+  if (lse.numel() == 0) return {o, lse};
+  FM_CHECK(batch > 0 && p.seq_q > 0, "cu_seqlens_q has ", batch, " sequences of at most ", max_seqlen_q,
+           " tokens, which are not the ", total_q, " tokens of q");
+  execute(p, q);
   return {o, lse};
 }
 

@@ -173,6 +173,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
   using Element = typename T::Element;
   const AttentionForwardParams& p = a.p;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t slot = a.partials.first_slot(blockIdx.z, p.cu_seqlens_k != nullptr, u.k_start) + u.chunk;
   const uint32_t first_o =
       ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
@@ -182,7 +183,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
       const int row = row_of<T>(u, m, half);
       const float sum = quad_sum(w.sum[m][half]), largest = sum == 0.0f ? -INFINITY : -w.shift[m][half];
       const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
-      const int64_t partial = u.chunk < 0 ? 0 : a.partials.index(blockIdx.z, row, blockIdx.y, p.kv_heads, u.chunk);
+      const int64_t partial = u.chunk < 0 ? 0 : a.partials.index(slot, row, blockIdx.y, p.kv_heads);
       const bool exists = row < u.num_rows;
       Total total{0.0f, -INFINITY};
       if (exists) total = total_of(largest, sum, u.chunk < 0 ? p.sinks : nullptr, head);

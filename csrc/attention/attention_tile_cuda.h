@@ -46,12 +46,13 @@ constexpr Tile tile_of(int smem_kib, int dim) {
   }
 }
 
-// Whether a kernel with this tile is launched on what is being compiled for. Code for sm_80 runs on sm_86 and 89 too.
+// Whether a kernel with this tile is launched on what is being compiled for. Code for sm_80 runs on sm_86 and 89 too, and
+// PTX for any architecture on all later ones; only code for an "a" architecture runs there alone.
 template <int kSmemKiB, int kDim>
 __device__ constexpr bool is_launched() {
-#ifdef __CUDA_ARCH__
-  constexpr bool is_small = __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200;
-  return __CUDA_ARCH__ == 800 || tile_of(99, kDim) == tile_of(163, kDim) || is_small == (kSmemKiB == 99);
+#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool is_small = __CUDA_ARCH__ >= 1200;
+  return tile_of(99, kDim) == tile_of(163, kDim) || is_small == (kSmemKiB == 99);
 #else
   return true;
 #endif
