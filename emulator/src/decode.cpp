@@ -324,20 +324,15 @@ bool Modifiers::take(std::string_view part) {
   return true;
 }
 
-Type Modifiers::take_optional_type() {
+Type Modifiers::take_type(bool or_predicate) {
   for (auto it = parts_.begin(); it != parts_.end(); ++it) {
     Type type = type_of(*it);
     if (type == Type::kNone) continue;
+    if (type == Type::kPred && !or_predicate) decoder_.error("expected a type other than .pred");
     parts_.erase(it);
     return type;
   }
-  return Type::kNone;
-}
-
-Type Modifiers::take_type() {
-  Type type = take_optional_type();
-  if (type == Type::kNone) decoder_.error("expected a type");
-  return type;
+  decoder_.error("expected a type");
 }
 
 int Modifiers::take_one_of(std::initializer_list<std::string_view> names) {

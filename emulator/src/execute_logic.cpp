@@ -408,7 +408,7 @@ bool decode_logic(Decoder& decoder, const ptx::Instruction& in, Instruction& out
   bool one = name == "not" || name == "cnot" || name == "popc" || name == "clz" || name == "brev";
   if (!one && !two) return false;
   Modifiers mods(decoder, in);
-  Type type = mods.take_type();
+  Type type = mods.take_type(true);
   mods.finish();
   if (type == Type::kPred) {
     Execute execute = name == "and"   ? &execute_predicate<PredicateOp::kAnd>

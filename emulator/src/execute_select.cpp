@@ -264,6 +264,7 @@ void decode_vector_move(Decoder& decoder, const ptx::Instruction& in, Instructio
   const ptx::Operand &d = in.operands[0], &a = in.operands[1];
   bool pack = a.kind == ptx::Operand::Kind::kVector;
   if (pack && d.kind == ptx::Operand::Kind::kVector) decoder.error("expected one register on one side");
+  if (type == Type::kPred) decoder.error("expected a type other than .pred");
   const std::vector<ptx::Operand>& elements = pack ? a.elements : d.elements;
   uint32_t whole = num_bytes(type), count = static_cast<uint32_t>(elements.size());
   uint32_t part = count && whole % count == 0 ? whole / count : 0;
@@ -337,7 +338,7 @@ bool decode_address_move(Decoder& decoder, const ptx::Instruction& in, Instructi
 
 bool decode_move(Decoder& decoder, const ptx::Instruction& in, Instruction& out) {
   Modifiers mods(decoder, in);
-  Type type = mods.take_type();
+  Type type = mods.take_type(true);
   mods.finish();
   decoder.expect_operands(in, 2);
   out.cls = InstructionClass::kMove;

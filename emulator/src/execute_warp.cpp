@@ -133,7 +133,7 @@ void decode_vote(Decoder& decoder, const ptx::Instruction& in, Instruction& out)
   const int mode = mods.take_one_of({"all", "any", "uni", "ballot"});
   if (mode < 0) decoder.error("expected .all, .any, .uni or .ballot");
   const Type type = mode == 3 ? Type::kB32 : Type::kPred;
-  if (mods.take_type() != type) decoder.error("this vote has another type");
+  if (mods.take_type(true) != type) decoder.error("this vote has another type");
   mods.finish();
   decoder.expect_operands(in, 3);
   constexpr Execute kExecute[] = {execute_vote<Vote::kAll>, execute_vote<Vote::kAny>, execute_vote<Vote::kUniform>,

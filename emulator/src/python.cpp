@@ -55,7 +55,7 @@ std::vector<std::string> json_of(const std::vector<std::shared_ptr<const KeptLau
 
 const ptx::Function& syntax_of(const Module& module, const std::string& kernel) {
   for (const ptx::Function& function : module.syntax().functions) {
-    if (function.is_entry && function.name == kernel) return function;
+    if (function.is_entry && function.has_body && function.name == kernel) return function;
   }
   throw Error("there is no kernel " + kernel);
 }
