@@ -86,7 +86,9 @@ Accessible::Accessible(std::vector<AccessibleRange> ranges) : ranges_(std::move(
 }
 
 Accessible::~Accessible() {
-  for (const auto& range : ranges_) device_memory().remove(reinterpret_cast<const void*>(std::get<0>(range)));
+  for (const auto& [address, num_bytes, name] : ranges_) {
+    device_memory().remove(reinterpret_cast<const void*>(address), num_bytes);
+  }
 }
 
 // ---- Options --------------------------------------------------------------------------------------------------------
@@ -461,6 +463,8 @@ void emulator_register_memory(const void* begin, uint64_t num_bytes, const char*
   emulator::device_memory().add(begin, num_bytes, name == nullptr ? "memory" : name);
 }
 
-void emulator_unregister_memory(const void* begin) { emulator::device_memory().remove(begin); }
+void emulator_unregister_memory(const void* begin, uint64_t num_bytes) {
+  emulator::device_memory().remove(begin, num_bytes);
+}
 
 }  // extern "C"

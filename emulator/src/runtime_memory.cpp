@@ -84,7 +84,7 @@ cudaError_t release(const void* pointer, bool host, bool owned) {
       found->second.owned != owned) {
     return set_error(owned ? cudaErrorInvalidValue : cudaErrorHostMemoryNotRegistered);
   }
-  device_memory().remove(pointer);
+  device_memory().remove(pointer, found->second.num_bytes);
   if (!host) all.device_bytes -= found->second.num_bytes;
   if (owned) std::free(const_cast<void*>(pointer));
   all.by_address.erase(found);

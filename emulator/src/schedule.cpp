@@ -191,7 +191,7 @@ LaunchState::LaunchState(const Function& function, const Launch& launch, const O
   params_ = align_up(params_storage_.get(), 64);
   if (launch.params_bytes) std::memcpy(params_, launch.params, launch.params_bytes);
   launch_.params = params_;
-  device_memory().add(params_, std::max<uint64_t>(launch.params_bytes, 1), "the parameters of the kernel");
+  device_memory().add(params_, launch.params_bytes, "the parameters of the kernel");
   shared_bytes_ = program().static_smem + launch.dynamic_smem;
   num_blocks_ = static_cast<int64_t>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
   if (options.checks) {
@@ -200,7 +200,7 @@ LaunchState::LaunchState(const Function& function, const Launch& launch, const O
   }
 }
 
-LaunchState::~LaunchState() { device_memory().remove(params_); }
+LaunchState::~LaunchState() { device_memory().remove(params_, launch_.params_bytes); }
 
 // False, and reported: more than a launch may take.
 bool LaunchState::count_executed(uint64_t executed, Block& block) {
