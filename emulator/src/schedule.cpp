@@ -166,7 +166,7 @@ void Block::complete_barrier(int id) {
       if (shadow_) shadow_->acquire(warp.index(), barrier.clock, fragment->participating);
       any = true;
     }
-    if (any && warp.fragments().size() > 1 && !warp.is_joint()) warp.merge_siblings(nullptr);
+    if (any && warp.fragments().size() > 1 && !warp.is_joint()) warp.merge_siblings();
   }
   barrier = Barrier{};
   note_progress();
@@ -219,7 +219,8 @@ void LaunchState::run_blocks(Counters* counters) {
   size_t many = launch_.grid_workspace ? static_cast<size_t>(num_blocks_) : kFewInFlight;
   while (!stopped()) {
     // A new block starts when one may be waiting for it, or when those in flight have had their turn.
-    if (more && (turn >= in_flight.size() || (waits && in_flight.size() < many))) {
+    bool next = turn >= in_flight.size() || (waits && in_flight.size() < many);
+    if (more && next && (in_flight.empty() || has_room())) {
       int64_t linear = next_block_.fetch_add(1, std::memory_order_relaxed);
       more = linear < num_blocks_;
       if (more) {
