@@ -167,6 +167,13 @@ Operand Decoder::source(const ptx::Operand& operand, Type type, uint32_t* regist
   return builder_.constant(symbol->value + operand.value, 0, bytes);
 }
 
+Operand Decoder::source(const ptx::Operand& operand, Type type, Moved moved) {
+  const size_t before = uses_.size();
+  const Operand out = source(operand, type);
+  if (uses_.size() > before) uses_.back().moved = moved;
+  return out;
+}
+
 Operand Decoder::destination(const ptx::Operand& operand, Type type, uint32_t* register_bytes) {
   uint32_t bytes = num_bytes(type);
   if (register_bytes) *register_bytes = bytes;
@@ -390,6 +397,8 @@ void CodeBuilder::decode_one(const ptx::Instruction& in) {
     }
     out.pc = code_.first_pc + static_cast<uint32_t>(code_.instructions.size());
     code_.instructions.push_back(out);
+    if (out.flags & Instruction::kPropagates)
+      for (size_t i = guard_use.size(); i < decoder.uses_.size(); i++) decoder.uses_[i].moved = Moved::kAlways;
     InstructionInfo info{in.text(), {}, {}, in.ptx_line, std::move(decoder.uses_)};
     set_lines(function_.locations[in.locations], info);
     code_.info.push_back(std::move(info));

@@ -76,6 +76,7 @@ void execute_shuffle(Warp& warp, const Instruction& in) {
     order_lanes(warp, group);
   };
   warp.for_each_group(mask, finish_group);
+  warp.set_sources(from);
   warp.write<uint32_t>(in.operands[0], [&](int i) { return result[i]; });
   warp.set_mask(in.operands[1], in_range);
 }
@@ -94,10 +95,11 @@ void decode_shuffle(Decoder& decoder, const ptx::Instruction& in, Instruction& o
                                   execute_shuffle<Shuffle::kButterfly>, execute_shuffle<Shuffle::kIndex>};
   out.cls = InstructionClass::kShuffle;
   out.execute = kExecute[mode];
-  decoder.set_operands(out, {decoder.destination(to, Type::kB32),
-                             pair ? decoder.destination(in.operands[0].elements[1], Type::kPred) : decoder.sink(),
-                             decoder.source(in.operands[1], Type::kB32), decoder.source(in.operands[2], Type::kB32),
-                             decoder.source(in.operands[3], Type::kB32), decoder.source(in.operands[4], Type::kB32)});
+  decoder.set_operands(
+      out, {decoder.destination(to, Type::kB32),
+            pair ? decoder.destination(in.operands[0].elements[1], Type::kPred) : decoder.sink(),
+            decoder.source(in.operands[1], Type::kB32, Moved::kFromLane), decoder.source(in.operands[2], Type::kB32),
+            decoder.source(in.operands[3], Type::kB32), decoder.source(in.operands[4], Type::kB32)});
 }
 
 // ---- vote -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@
 // Bounds and alignment are checked always (the emulator must not crash), the rest only if the object is there.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstddef>
@@ -88,6 +89,11 @@ class Warp {
   // The carry flag of each lane (CC.CF), of add.cc and the like.
   uint32_t carry() const { return carry_; }
   void set_carry(uint32_t value) { carry_ = (carry_ & ~active_) | (value & active_); }
+
+  // Of operands that are moved (program.h): lanes where the first, or the second, is all that the result depends on, if it
+  // is written; the lane from which each lane has its result.
+  void set_deciding(uint32_t first, uint32_t second) { deciding_[0] = first, deciding_[1] = second; }
+  void set_sources(const uint32_t (&from)[kWarpLanes]) { std::copy_n(from, kWarpLanes, sources_); }
 
   // ---- who ----
   Block& block() const { return *block_; }
@@ -196,6 +202,7 @@ class Warp {
   std::byte* banks_[4] = {};
   uint32_t active_ = 0;
   uint32_t carry_ = 0;
+  uint32_t deciding_[2] = {}, sources_[kWarpLanes] = {};
   uint32_t next_ = 0;
   Event event_ = Event::kNone;
   bool checks_ = true;

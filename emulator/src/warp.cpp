@@ -254,8 +254,21 @@ void Warp::check_reads(const Instruction& in, uint32_t lanes) {
 void Warp::track_writes(const Instruction& in) {
   Frame& frame = *current_->frame;
   const RegisterCheck& check = frame.code->checks[in.check];
-  uint32_t written = active_;
-  for (uint32_t from : check.moved_from) written &= frame.written[from];
+  uint32_t written = active_, first = kAllLanes, second = kAllLanes;
+  for (const auto& [tracked, moved] : check.moved_from) {
+    const uint32_t from = frame.written[tracked];
+    if (moved == Moved::kAlways) written &= from;
+    if (moved == Moved::kFirst) first &= from;
+    if (moved == Moved::kSecond) second &= from;
+    if (moved == Moved::kFromLane) {
+      uint32_t known = from;
+      for (const Fragment* other : fragments_)  // lanes of another call have lent what they wrote there
+        if (other->frame != &frame) known |= other->lanes;
+      for (uint32_t rest = active_; rest; rest &= rest - 1)
+        if (const int lane = std::countr_zero(rest); !(known >> sources_[lane] & 1)) written &= ~(1u << lane);
+    }
+  }
+  written &= (first & second) | (first & deciding_[0]) | (second & deciding_[1]);
   for (uint32_t to : check.writes) frame.written[to] = (frame.written[to] & ~active_) | written;
 }
 
