@@ -176,7 +176,10 @@ PYBIND11_MODULE(_emulator, m) {
 
   m.def("configure", &configure);
   m.def("options", &options);
-  m.def("edit_images", [](Driver::Edit edit) { Driver::instance().edit_images(std::move(edit)); });
+  // Without the GIL, for which an edit may wait that is under way.
+  m.def(
+      "edit_images", [](Driver::Edit edit) { Driver::instance().edit_images(std::move(edit)); },
+      py::call_guard<py::gil_scoped_release>());
   m.def("reports", [] { return list_of(Driver::instance().reports()); });
   m.def("take_reports", [] { return list_of(Driver::instance().take_reports()); });
   m.def("launches", [] { return json_of(Driver::instance().launches()); });
