@@ -146,7 +146,8 @@ struct BlockWrites::Order {
   mutable std::shared_mutex mutex;
   uint32_t time = 0;
   struct State {
-    std::vector<uint32_t> releases;  // times
+    std::vector<uint32_t> releases;  // times, of those that had something to release
+    bool wrote = false;              // since the last of them
     uint32_t acquired = 0;           // time
   };
   std::unordered_map<uint64_t, State> blocks;
@@ -193,9 +194,10 @@ BlockWrites::Page* BlockWrites::find_page(uint64_t index) {
 uint64_t BlockWrites::stamp_of(int64_t block) {
   uint64_t releases = 0;
   if (order_->any.load(std::memory_order_relaxed)) {
-    std::shared_lock lock(order_->mutex);
-    auto state = order_->blocks.find(static_cast<uint64_t>(block) & kBlockMask);
-    if (state != order_->blocks.end()) releases = state->second.releases.size();
+    std::unique_lock lock(order_->mutex);
+    Order::State& state = order_->blocks[static_cast<uint64_t>(block) & kBlockMask];
+    state.wrote = true;
+    releases = state.releases.size();
   }
   return pack(static_cast<uint64_t>(block), releases);
 }
@@ -304,7 +306,10 @@ void BlockWrites::release(int64_t block) {
   {
     std::unique_lock lock(order_->mutex);
     order_->any = true;
-    order_->blocks[static_cast<uint64_t>(block) & kBlockMask].releases.push_back(++order_->time);
+    Order::State& state = order_->blocks[static_cast<uint64_t>(block) & kBlockMask];
+    if (!state.releases.empty() && !state.wrote) return;  // one that spins with fences would fill the memory
+    state.releases.push_back(++order_->time);
+    state.wrote = false;
   }
   cache_.block = -1;
 }

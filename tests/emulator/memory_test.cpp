@@ -84,12 +84,21 @@ void test_block_writes() {
   EXPECT(w.write(0x2000, 4, 0) == -1 && w.write(0x2001, 1, 0) == -1);
   w.release(0);
   w.acquire(1);
+  w.release(0);  // of nothing
   EXPECT(w.write(0x2000, 4, 1) == -1);
   EXPECT(w.write(0x2000, 4, 0) == 1);
   BlockWrites other;
   other.begin_launch();
   EXPECT(other.write(0x2000, 4, 5) == -1);
   EXPECT(w.write(0x2000, 4, 1) == 0);
+  w.begin_launch();
+  for (uint64_t i = 0; i < 3; i++) {  // each write by its own release
+    EXPECT(w.write(0x2000 + 4 * i, 4, 0) == -1);
+    w.release(0);
+    if (i == 1) w.acquire(1);
+    w.release(0);
+  }
+  EXPECT(w.write(0x2000, 4, 1) == -1 && w.write(0x2004, 4, 1) == -1 && w.write(0x2008, 4, 1) == 0);
 
   std::vector<std::thread> threads;
   w.begin_launch();

@@ -145,3 +145,9 @@ def test_an_initialiser_that_is_nested_too_deeply():
 def test_a_kernel_that_is_declared_with_other_parameters_than_it_is_defined_with():
     text = HEADER + ".visible .entry k();\n.visible .entry k(.param .u64 a, .param .f32 b) { ret; }\n"
     assert [param.type for param in emulator.Module(text).kernel("k").params] == ["u64", "f32"]
+
+
+@pytest.mark.parametrize("text", ["\u00e9", '.file 1 "\u00e9', "\u20ac" * 100, ".global .u32 \u00e9;", "\0\x01\x7f"])
+def test_text_that_is_not_ascii(text):
+    with pytest.raises(emulator.Error):
+        emulator.Module(HEADER + text)
