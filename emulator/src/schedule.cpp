@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <new>
 #include <thread>
 
 #include "emulator.h"
@@ -256,10 +257,19 @@ LaunchOutcome LaunchState::run() {
   int64_t threads = std::clamp<int64_t>(options_.threads, 1, std::min<int64_t>(num_blocks_, 256));
   std::vector<Counters> counters(static_cast<size_t>(threads));
   std::vector<std::thread> workers;
-  for (size_t i = 1; i < counters.size(); i++)
-    workers.emplace_back([&, i] { run_blocks(options_.counters ? &counters[i] : nullptr); });
-  run_blocks(options_.counters ? &counters[0] : nullptr);
+  std::atomic<bool> no_memory{false};
+  auto work = [&](size_t i) {
+    try {
+      run_blocks(options_.counters ? &counters[i] : nullptr);
+    } catch (const std::bad_alloc&) {
+      no_memory = true;
+      stop();
+    }
+  };
+  for (size_t i = 1; i < counters.size(); i++) workers.emplace_back(work, i);
+  work(0);
   for (std::thread& worker : workers) worker.join();
+  if (no_memory) throw Error("launch of " + kernel() + ": its blocks take more memory than there is here");
   outcome.record.counters = std::move(counters[0]);
   for (size_t i = 1; i < counters.size(); i++) outcome.record.counters.merge(counters[i]);
   outcome.completed = !stopped();

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
 import pytest
+from conftest import PRELOADED, ROOT
 
 import emulator
 
@@ -110,6 +112,26 @@ def test_a_large_variable_takes_no_more_memory_than_is_touched():
     k = module("mov.u64 %l0, x; st.global.u8 [%l0+8000000000], 1; ret;", before=".global .b8 x[8589934592];\n")
     with emulator.watch():
         k.launch("k", 1, 1, [0])
+
+
+LARGE_BLOCKS = """
+import resource, sys
+import emulator
+
+emulator.configure(threads=2)
+k = emulator.Module(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+k.launch("k", 4, 1024, [])
+print(emulator.take_reports()[0].text)
+"""
+
+
+@pytest.mark.skipif(bool(PRELOADED), reason="sanitizers take all addresses")
+def test_blocks_that_take_more_memory_than_there_is(run):
+    text = HEADER + ".visible .entry k() { .local .b8 x[500000]; st.local.u8 [x], 1; ret; }"
+    status, output, errors = run(sys.executable, "-c", LARGE_BLOCKS, text, PYTHONPATH=str(ROOT))
+    assert status == 0, errors
+    assert "take more memory than there is" in output
 
 
 # ---- texts that are wrong --------------------------------------------------------------------------------------------
