@@ -90,8 +90,8 @@ class Warp {
   uint32_t carry() const { return carry_; }
   void set_carry(uint32_t value) { carry_ = (carry_ & ~active_) | (value & active_); }
 
-  // Of operands that are moved (program.h): lanes where the first, or the second, is all that the result depends on, if it
-  // is written; the lane from which each lane has its result.
+  // Of operands that are moved (program.h): lanes where the first, or the second, is all that the result depends on, if
+  // it is written; the lane from which each lane has its result.
   void set_deciding(uint32_t first, uint32_t second) { deciding_[0] = first, deciding_[1] = second; }
   void set_sources(const uint32_t (&from)[kWarpLanes]) { std::copy_n(from, kWarpLanes, sources_); }
 

@@ -19,8 +19,8 @@ namespace emulator {
 // The ranges of host memory that kernels may touch. Safe from several threads.
 class DeviceMemory {
  public:
-  // Nested and overlapping ranges are legal, and counted: each add is taken back by one remove of the same range, in any
-  // order.
+  // Nested and overlapping ranges are legal, and counted: each add is taken back by one remove of the same range, in
+  // any order.
   void add(const void* begin, uint64_t num_bytes, std::string name);
   void remove(const void* begin, uint64_t num_bytes);  // none: nothing happens
   // Whether [address, address + num_bytes) lies in a range, or in ranges that overlap. Ranges that only touch are two.

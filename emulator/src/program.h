@@ -278,7 +278,7 @@ class Modifiers {
   Modifiers(const Decoder& decoder, const ptx::Instruction& in)
       : decoder_(decoder), parts_(in.parts.begin() + 1, in.parts.end()) {}
   bool take(std::string_view part);  // removes the first of that name
-  // The first that names a type; Error when there is none. kPred, whose registers are masks, only where it is asked for.
+  // The first that names a type; Error when there is none. kPred, whose registers are masks, only where asked for.
   Type take_type(bool or_predicate = false);
   // The index of the first of these names that is there, -1 when none is.
   int take_one_of(std::initializer_list<std::string_view> names);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory of this process that kernels may touch, for those who did not allocate it by cudaMalloc. C, like the runtime.
-// The same range may be registered more than once; each registration is taken back once, by the same range. `name` is for messages.
+// The same range may be registered more than once; each registration is taken back once, by the same range. `name` is
+// for messages.
 #pragma once
 
 #include <stdint.h>
