@@ -122,7 +122,9 @@ VIEWS = """
 void emulator_register_memory(const void* begin, uint64_t bytes, const char* name) {
   std::printf("+%llu %llu %s;", (unsigned long long)begin, (unsigned long long)bytes, name);
 }
-void emulator_unregister_memory(const void* begin) { std::printf("-%llu;", (unsigned long long)begin); }
+void emulator_unregister_memory(const void* begin, uint64_t bytes) {
+  std::printf("-%llu %llu;", (unsigned long long)begin, (unsigned long long)bytes);
+}
 
 int main() {
   using Sizes = std::vector<int64_t>;
@@ -148,5 +150,5 @@ def test_kernels_reach_the_views_of_their_op_to_the_byte(tmp_path):
     command = ["g++", "-std=c++20", *folders, tmp_path / "main.cpp", "-o", tmp_path / "main"]
     subprocess.run(command, check=True)
     lines = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout.splitlines()
-    both = "+1000 420 tensor [2, 3];+3000 8 tensor [7, 4];-1000;-3000;"
-    assert lines == [both, both, "+4000 8 tensor [];-4000;"]
+    both = "+1000 420 tensor [2, 3];+3000 8 tensor [7, 4];-1000 420;-3000 8;"
+    assert lines == [both, both, "+4000 8 tensor [];-4000 8;"]

@@ -52,7 +52,7 @@ class EmulatedLaunch {
   }
   ~EmulatedLaunch() {
     NotedViews& noted = noted_views();
-    for (const NotedView& view : noted.views) emulator_unregister_memory(view.begin);
+    for (const NotedView& view : noted.views) emulator_unregister_memory(view.begin, view.num_bytes);
     noted.launched = true;
   }
   EmulatedLaunch(const EmulatedLaunch&) = delete;

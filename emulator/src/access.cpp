@@ -19,10 +19,6 @@ struct Resolver {
   const char* verb;
   Targets& to;
 
-  bool in_params(uint64_t address) const {
-    const uint64_t begin = reinterpret_cast<uint64_t>(warp.block().params()), size = warp.block().params_bytes();
-    return address - begin < size && num_bytes <= size - (address - begin);
-  }
   static bool fits(uint64_t offset, uint32_t bytes, uint64_t size) { return bytes <= size && offset <= size - bytes; }
 
   Verdict lane(Space space, uint64_t address, int i) const {
@@ -47,7 +43,7 @@ struct Resolver {
         to.local |= bit;
         break;
       default:
-        if (!device_memory().contains(address, num_bytes) && !in_params(address)) return Verdict::kOutOfBounds;
+        if (!device_memory().contains(address, num_bytes)) return Verdict::kOutOfBounds;
         to.host[i] = reinterpret_cast<std::byte*>(address);
         to.global |= bit;
     }
@@ -164,14 +160,18 @@ bool resolve(Warp& warp, const Instruction& in, const Address& from, uint32_t nu
 }
 
 bool check_shared(Warp& warp, const Instruction& in, Access kind, uint32_t lanes, const uint32_t* offset,
-                  uint32_t num_bytes, const char* verb, const SameBytes* same) {
+                  uint32_t num_bytes, const char* verb, const SameBytes* same, bool collective) {
   Block& block = warp.block();
   SharedShadow* shadow = block.shadow();
   if (shadow == nullptr) return false;
   block.findings.clear();
-  const bool overlap = shadow->access(kind, warp.index(), lanes, offset, num_bytes, in.pc, false, block.findings, same);
+  const bool overlap =
+      shadow->access(kind, warp.index(), lanes, offset, num_bytes, in.pc, collective, block.findings, same);
   for (const Finding& finding : block.findings) {
-    warp.fault(finding.fault, in, finding.lane, [&] {
+    int lane = finding.lane;
+    if (collective)
+      for (lane = 0; lane + 1 < kWarpLanes && finding.address - offset[lane] >= num_bytes;) lane++;
+    warp.fault(finding.fault, in, lane, [&] {
       std::string text = std::string(verb) + " shared memory at " + hex(finding.address);
       if (finding.fault == Fault::kUnwrittenShared) return text + ", which nobody wrote";
       const std::string who = thread_name(warp, finding.other_warp, finding.other_lane) + " (warp " +

@@ -28,11 +28,10 @@ inline bool resolve(Warp& warp, const Instruction& in, const Address& address, u
   return resolve(warp, in, address, num_bytes, align, verb, targets, warp.active());
 }
 
-// The shadow's verdict on an access to shared memory, reported. Without checks: nothing. True: see
-// SharedShadow::access. `pc`: of the instruction that the shadow remembers, where it is another one (a copy that
-// lands).
+// The shadow's verdict on an access to shared memory, reported. Without checks: nothing. `collective` and the result:
+// see SharedShadow::access; of a collective the lane that gave the address is reported.
 bool check_shared(Warp& warp, const Instruction& in, Access kind, uint32_t lanes, const uint32_t* offset,
-                  uint32_t num_bytes, const char* verb, const SameBytes* same = nullptr);
+                  uint32_t num_bytes, const char* verb, const SameBytes* same = nullptr, bool collective = false);
 
 std::string hex(uint64_t value);
 std::string bytes_text(uint64_t count);                            // "1 byte", "4 bytes"

@@ -193,12 +193,9 @@ class Assignment {
   // The registers surely written after instruction i, given those before it.
   void step(uint32_t i, Bits& state) const {
     const Instruction& in = code_.instructions[i];
-    bool moves = in.flags & Instruction::kPropagates;
     bool all_written = true;
-    if (moves) {
-      for (const RegisterUse& use : code_.info[i].uses)
-        if (!use.write) all_written &= test(state, number_.at(use.offset));
-    }
+    for (const RegisterUse& use : code_.info[i].uses)
+      if (use.moved != Moved::kNot) all_written &= test(state, number_.at(use.offset));
     for (const RegisterUse& use : code_.info[i].uses) {
       if (!use.write) continue;
       uint32_t n = number_.at(use.offset);
@@ -249,9 +246,9 @@ class Assignment {
 
   void find_unsafe() {
     for_each_instruction([&](uint32_t i, const Bits& state) {
-      if (code_.instructions[i].flags & Instruction::kPropagates) return;
       for (const RegisterUse& use : code_.info[i].uses)
-        if (!use.write && !test(state, number_.at(use.offset))) unsafe_.insert(number_.at(use.offset));
+        if (!use.write && use.moved == Moved::kNot && !test(state, number_.at(use.offset)))
+          unsafe_.insert(number_.at(use.offset));
     });
   }
 
@@ -260,13 +257,12 @@ class Assignment {
     for (size_t before = 0; before != unsafe_.size();) {
       before = unsafe_.size();
       for_each_instruction([&](uint32_t i, const Bits& state) {
-        if (!(code_.instructions[i].flags & Instruction::kPropagates)) return;
         bool into_tracked = false;
         for (const RegisterUse& use : code_.info[i].uses)
           into_tracked |= use.write && unsafe_.count(number_.at(use.offset));
         if (!into_tracked) return;
         for (const RegisterUse& use : code_.info[i].uses)
-          if (!use.write && !test(state, number_.at(use.offset))) unsafe_.insert(number_.at(use.offset));
+          if (use.moved != Moved::kNot && !test(state, number_.at(use.offset))) unsafe_.insert(number_.at(use.offset));
       });
     }
   }
@@ -287,7 +283,7 @@ class Assignment {
         if (!unsafe_.count(n)) continue;
         if (use.write) check.writes.push_back(index.at(n));
         else if (test(state, n)) continue;
-        else if (in.flags & Instruction::kPropagates) check.moved_from.push_back(index.at(n));
+        else if (use.moved != Moved::kNot) check.moved_from.push_back({index.at(n), use.moved});
         else check.reads.push_back(index.at(n));
         bool is_guard = &use == &code_.info[i].uses[0] && (in.flags & Instruction::kGuarded);
         if (is_guard && !check.reads.empty()) check.guard = check.reads[0];

@@ -244,6 +244,7 @@ ParamSlot CodeBuilder::slot_of(const ptx::Variable& variable) {
   slot.in_register = variable.space == ptx::Space::kReg;
   if (slot.in_register) {
     Register reg = allocate(variable);
+    if (reg.type == Type::kPred) error_at(variable.ptx_line, "a predicate as a parameter is not emulated");
     registers_[{0, variable.name}] = reg;
     slot.reg = Operand::at(Operand::kRegisters, reg.offset);
     slot.num_bytes = num_bytes(reg.type);
@@ -352,13 +353,6 @@ std::optional<CodeBuilder::Symbol> CodeBuilder::find_symbol(const std::string& n
 }
 
 std::optional<ParamSlot> CodeBuilder::call_slot(const std::string& name, int scope) {
-  if (auto reg = find_register(name, scope)) {
-    ParamSlot slot;
-    slot.in_register = true;
-    slot.reg = Operand::at(Operand::kRegisters, reg->offset);
-    slot.num_bytes = num_bytes(reg->type);
-    return slot;
-  }
   auto symbol = find_symbol(name, scope);
   if (!symbol || symbol->kind != Symbol::Kind::kLocal) return std::nullopt;
   ParamSlot slot;

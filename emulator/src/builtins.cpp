@@ -230,6 +230,7 @@ struct Heap {
   uint64_t num_bytes = 0;
 };
 constexpr uint64_t kHeapBytes = 1ull << 30;
+constexpr int kFresh = 0xff;  // as of other new memory of the device
 
 Heap& heap() {
   static Heap& the_heap = *new Heap;  // outlives every module
@@ -242,8 +243,10 @@ void run_malloc(Warp& warp, const Instruction&, const CallSite& site) {
     Heap& all = heap();
     std::lock_guard lock(all.mutex);
     if (size > 0 && size <= kHeapBytes - all.num_bytes) {
-      auto storage = std::make_unique<std::byte[]>(size + 16);  // operator new aligns to 16, as CUDA's malloc does
+      auto storage = std::make_unique_for_overwrite<std::byte[]>(size + 16);  // aligned to 16, as CUDA's malloc does
+      std::memset(storage.get(), kFresh, size);
       address = reinterpret_cast<uint64_t>(storage.get());
+      if (BlockWrites* writes = warp.block().block_writes()) writes->forget(address, size);
       device_memory().add(storage.get(), size, "an allocation of malloc in a kernel");
       all.blocks.emplace(address, Heap::Block{std::move(storage), size});
       all.num_bytes += size;
@@ -264,7 +267,7 @@ void run_free(Warp& warp, const Instruction& in, const CallSite& site) {
                  [] { return std::string("free of what malloc has not given, or twice"); });
       return;
     }
-    device_memory().remove(block->second.storage.get());
+    device_memory().remove(block->second.storage.get(), block->second.num_bytes);
     all.num_bytes -= block->second.num_bytes;
     all.blocks.erase(block);
   });

@@ -167,6 +167,13 @@ Operand Decoder::source(const ptx::Operand& operand, Type type, uint32_t* regist
   return builder_.constant(symbol->value + operand.value, 0, bytes);
 }
 
+Operand Decoder::source(const ptx::Operand& operand, Type type, Moved moved) {
+  const size_t before = uses_.size();
+  const Operand out = source(operand, type);
+  if (uses_.size() > before) uses_.back().moved = moved;
+  return out;
+}
+
 Operand Decoder::destination(const ptx::Operand& operand, Type type, uint32_t* register_bytes) {
   uint32_t bytes = num_bytes(type);
   if (register_bytes) *register_bytes = bytes;
@@ -324,20 +331,15 @@ bool Modifiers::take(std::string_view part) {
   return true;
 }
 
-Type Modifiers::take_optional_type() {
+Type Modifiers::take_type(bool or_predicate) {
   for (auto it = parts_.begin(); it != parts_.end(); ++it) {
     Type type = type_of(*it);
     if (type == Type::kNone) continue;
+    if (type == Type::kPred && !or_predicate) decoder_.error("expected a type other than .pred");
     parts_.erase(it);
     return type;
   }
-  return Type::kNone;
-}
-
-Type Modifiers::take_type() {
-  Type type = take_optional_type();
-  if (type == Type::kNone) decoder_.error("expected a type");
-  return type;
+  decoder_.error("expected a type");
 }
 
 int Modifiers::take_one_of(std::initializer_list<std::string_view> names) {
@@ -395,6 +397,8 @@ void CodeBuilder::decode_one(const ptx::Instruction& in) {
     }
     out.pc = code_.first_pc + static_cast<uint32_t>(code_.instructions.size());
     code_.instructions.push_back(out);
+    if (out.flags & Instruction::kPropagates)
+      for (size_t i = guard_use.size(); i < decoder.uses_.size(); i++) decoder.uses_[i].moved = Moved::kAlways;
     InstructionInfo info{in.text(), {}, {}, in.ptx_line, std::move(decoder.uses_)};
     set_lines(function_.locations[in.locations], info);
     code_.info.push_back(std::move(info));

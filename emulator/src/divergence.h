@@ -103,6 +103,7 @@ struct Fragment {
   int barrier = -1;
   uint32_t barrier_true = 0, barrier_threads = 0;  // barrier.red: the outcome
   const char* waits_for = nullptr;                 // for reports; set by retry and spin
+  bool spun = false;                               // it has tried to wait for its own block since it slept
   uint64_t last_arrival = 0;                       // of a suspended one: instruction count of the warp
 };
 

@@ -86,7 +86,9 @@ Accessible::Accessible(std::vector<AccessibleRange> ranges) : ranges_(std::move(
 }
 
 Accessible::~Accessible() {
-  for (const auto& range : ranges_) device_memory().remove(reinterpret_cast<const void*>(std::get<0>(range)));
+  for (const auto& [address, num_bytes, name] : ranges_) {
+    device_memory().remove(reinterpret_cast<const void*>(address), num_bytes);
+  }
 }
 
 // ---- Options --------------------------------------------------------------------------------------------------------
@@ -127,6 +129,7 @@ void Driver::configure(const Options& options) {
 
 void Driver::edit_images(Edit edit) {
   const std::lock_guard launches(launch_mutex_);
+  const std::lock_guard loading(load_mutex_);
   const std::lock_guard lock(mutex_);
   edit_ = std::move(edit);
   for (auto& [address, image] : images_) {
@@ -153,6 +156,7 @@ Image* Driver::add_image(const void* wrapper) {
 
 void Driver::remove_image(Image* image) {
   const std::lock_guard launches(launch_mutex_);
+  const std::lock_guard loading(load_mutex_);
   const std::lock_guard lock(mutex_);
   std::erase_if(kernels_, [&](const auto& entry) { return entry.second->image == image; });
   std::erase_if(variables_, [&](const auto& entry) { return entry.second.image == image; });
@@ -183,8 +187,9 @@ Kernel* Driver::find_kernel(const void* stub) const {
 }
 
 std::shared_ptr<Module> Driver::module_of(Image* image, Status* status) {
-  const std::lock_guard lock(mutex_);
-  const int architecture = options_.architecture;
+  const std::lock_guard loading(load_mutex_);
+  const Options options = this->options();
+  const int architecture = options.architecture;
   if (const auto found = image->modules.find(architecture); found != image->modules.end()) return found->second;
   *status = Status::kNoImage;
   try {
@@ -194,7 +199,7 @@ std::shared_ptr<Module> Driver::module_of(Image* image, Status* status) {
     const FatBinary binary = read_registered(image->wrapper);
     const PtxText& text = choose(binary, architecture);
     *status = Status::kInvalidImage;
-    return image->modules[architecture] = Module::parse(edit_ ? edit_(text.text) : text.text, text.target, options_);
+    return image->modules[architecture] = Module::parse(edit_ ? edit_(text.text) : text.text, text.target, options);
   } catch (const Error& error) {
     image->failures[architecture] = error.what();
     throw;
@@ -461,6 +466,8 @@ void emulator_register_memory(const void* begin, uint64_t num_bytes, const char*
   emulator::device_memory().add(begin, num_bytes, name == nullptr ? "memory" : name);
 }
 
-void emulator_unregister_memory(const void* begin) { emulator::device_memory().remove(begin); }
+void emulator_unregister_memory(const void* begin, uint64_t num_bytes) {
+  emulator::device_memory().remove(begin, num_bytes);
+}
 
 }  // extern "C"

@@ -131,8 +131,9 @@ class Driver {
   std::shared_ptr<Module> module_of(Image* image, Status* status);
   Status refuse(Status status, const std::string& kernel, const std::string& why);
 
+  std::mutex launch_mutex_;   // one launch at a time; these three are taken in this order
+  std::mutex load_mutex_;     // the modules of images, and edit_, which may wait for others: not under mutex_
   mutable std::mutex mutex_;  // everything below
-  std::mutex launch_mutex_;   // one launch at a time
   Options options_;
   Edit edit_;
   const Device* device_;

@@ -88,7 +88,7 @@ class Module : public std::enable_shared_from_this<Module> {
     std::string name;
     std::byte* data;
     uint64_t num_bytes;
-    std::unique_ptr<std::byte[]> storage;
+    std::unique_ptr<void, void (*)(void*)> storage;
   };
   Module() = default;
   void place_variables();

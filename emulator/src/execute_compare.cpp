@@ -170,6 +170,7 @@ void decode_setp(Decoder& decoder, const ptx::Instruction& in, Instruction& out,
   out.execute = plain ? kSetpF32[static_cast<size_t>(comparison.how)] : execute_setp;
   out.aux = comparison.pack();
   out.cls = class_of(type);
+  out.flags |= Instruction::kPropagates;
   decoder.set_operands(out, operands);
 }
 

@@ -237,6 +237,7 @@ ParamSlot argument_slot(Decoder& decoder, const ptx::Instruction& in, const ptx:
   bool named = operand.kind == Kind::kSymbol || operand.kind == Kind::kRegister;
   if (named) {
     if (auto reg = builder.find_register(operand.name, in.scope)) {
+      if (reg->type == Type::kPred) decoder.error("a predicate as an argument or a result is not emulated");
       ParamSlot slot;
       slot.in_register = true;
       slot.num_bytes = num_bytes(reg->type);

@@ -279,6 +279,8 @@ void execute_predicate(Warp& warp, const Instruction& in) {
                     : kOp == PredicateOp::kOr  ? a | b
                     : kOp == PredicateOp::kXor ? a ^ b
                                                : ~a;
+  if (kOp == PredicateOp::kAnd) warp.set_deciding(~a, ~b);
+  if (kOp == PredicateOp::kOr) warp.set_deciding(a, b);
   warp.set_mask(in.operands[0], result);
 }
 
@@ -408,7 +410,7 @@ bool decode_logic(Decoder& decoder, const ptx::Instruction& in, Instruction& out
   bool one = name == "not" || name == "cnot" || name == "popc" || name == "clz" || name == "brev";
   if (!one && !two) return false;
   Modifiers mods(decoder, in);
-  Type type = mods.take_type();
+  Type type = mods.take_type(true);
   mods.finish();
   if (type == Type::kPred) {
     Execute execute = name == "and"   ? &execute_predicate<PredicateOp::kAnd>
@@ -416,7 +418,15 @@ bool decode_logic(Decoder& decoder, const ptx::Instruction& in, Instruction& out
                       : name == "xor" ? &execute_predicate<PredicateOp::kXor>
                       : name == "not" ? &execute_predicate<PredicateOp::kNot>
                                       : nullptr;
-    decode_plain(decoder, in, out, type, two ? 2 : 1, execute, InstructionClass::kSetSelect);
+    if (!execute) decoder.error("the type .pred does not go with this instruction");
+    decoder.expect_operands(in, two ? 3 : 2);
+    const bool decide = name == "and" || name == "or";
+    std::vector<Operand> operands = {decoder.destination(in.operands[0], type),
+                                     decoder.source(in.operands[1], type, decide ? Moved::kFirst : Moved::kAlways)};
+    if (two) operands.push_back(decoder.source(in.operands[2], type, decide ? Moved::kSecond : Moved::kAlways));
+    out.execute = execute;
+    out.cls = InstructionClass::kSetSelect;
+    decoder.set_operands(out, std::move(operands));
     return true;
   }
   if (name == "popc" || name == "clz") {

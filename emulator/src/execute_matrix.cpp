@@ -108,26 +108,10 @@ struct MatrixAccess {
   bool transpose;
 };
 
-// A finding of the shadow, in the words of access.cpp. To the shadow every lane reads every row; the report names the
-// one that gave the address of the row.
-void report_finding(Warp& warp, const Instruction& in, const Finding& finding, const uint32_t* rows, const char* verb) {
-  int lane = 0;
-  while (lane + 1 < kWarpLanes && finding.address - rows[lane] >= 16) ++lane;
-  warp.fault(finding.fault, in, lane, [&] {
-    std::string text = std::string(verb) + " shared memory at " + hex(finding.address);
-    if (finding.fault == Fault::kUnwrittenShared) return text + ", which nobody wrote";
-    const std::string who = thread_name(warp, finding.other_warp, finding.other_lane) +
-                            (finding.other_pc == kUnknownPc ? "" : " by " + place(warp, finding.other_pc));
-    if (finding.fault == Fault::kInFlight) return text + ", where a copy of " + who + " is still in flight";
-    return text + (finding.other_is_write ? ", written by " : ", read by ") + who + ", and nothing orders the two";
-  });
-}
-
 template <bool kWrite>
 void execute_matrix_access(Warp& warp, const Instruction& in) {
   if (!warp.collective_all(in)) return;
   const MatrixAccess& access = *static_cast<const MatrixAccess*>(in.data);
-  Block& block = warp.block();
   const int num_rows = 8 * access.num_matrices;  // given by the first lanes
   const uint32_t lanes_of_rows = num_rows == kWarpLanes ? kAllLanes : (1u << num_rows) - 1;
   constexpr const char* kVerb = kWrite ? "writes" : "reads";
@@ -141,15 +125,10 @@ void execute_matrix_access(Warp& warp, const Instruction& in) {
     return warp.end_launch();
   }
   const uint32_t* rows = targets.offset;
-  if (SharedShadow* shadow = block.shadow()) {
-    block.findings.clear();
-    shadow->access(kWrite ? Access::kWrite : Access::kRead, warp.index(), lanes_of_rows, rows, 16, in.pc, true,
-                   block.findings);
-    for (const Finding& finding : block.findings) report_finding(warp, in, finding, rows, kVerb);
-  }
+  check_shared(warp, in, kWrite ? Access::kWrite : Access::kRead, lanes_of_rows, rows, 16, kVerb, nullptr, true);
   if (Counters* counters = warp.counters()) counters->matrix_access(in.pc, access.num_matrices, rows, kWrite);
 
-  auto* shared = reinterpret_cast<uint8_t*>(block.shared());
+  auto* shared = reinterpret_cast<uint8_t*>(warp.block().shared());
   for (int m = 0; m < access.num_matrices; ++m) {
     uint8_t* row_pointers[8];
     for (int r = 0; r < 8; ++r) row_pointers[r] = shared + rows[8 * m + r];

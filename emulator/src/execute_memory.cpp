@@ -303,7 +303,6 @@ void decode_load_or_store(Decoder& decoder, const ptx::Instruction& in, Instruct
   const Type type = mods.take_type();
   mods.finish();
   decoder.expect_operands(in, has_policy ? 3 : 2);
-  if (type == Type::kPred) decoder.error("predicates have no address");
   op->element_bytes = num_bytes(type);
   op->num_bytes = op->element_bytes * op->count;
   if (op->num_bytes > 32 || (op->num_bytes == 32 && space != Space::kGlobal && space != Space::kGeneric))

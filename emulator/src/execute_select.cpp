@@ -148,6 +148,7 @@ bool decode_comparison(Decoder& decoder, const ptx::Instruction& in, Instruction
   operands.push_back(decoder.source(in.operands[1], type));
   operands.push_back(decoder.source(in.operands[2], type));
   if (op >= 0) operands.push_back(decoder.source(in.operands[3], Type::kPred));
+  if (setp) out.flags |= Instruction::kPropagates;
   decoder.set_operands(out, std::move(operands));
   return true;
 }
@@ -157,6 +158,7 @@ template <typename T>
 void execute_selp(Warp& warp, const Instruction& in) {
   const T *a = warp.lanes<T>(in.operands[1]), *b = warp.lanes<T>(in.operands[2]);
   uint32_t p = warp.mask(in.operands[3]);
+  warp.set_deciding(p, ~p);
   warp.write<T>(in.operands[0], [=](int i) { return p >> i & 1 ? a[i] : b[i]; });
 }
 
@@ -194,8 +196,11 @@ bool decode_selection(Decoder& decoder, const ptx::Instruction& in, Instruction&
   if (!out.execute) decoder.error(std::string("the type .") + name_of(type) + " does not go with this instruction");
   decoder.expect_operands(in, 4);
   out.cls = InstructionClass::kSetSelect;
-  decoder.set_operands(out, {decoder.destination(in.operands[0], type), decoder.source(in.operands[1], type),
-                             decoder.source(in.operands[2], type), decoder.source(in.operands[3], selector)});
+  const bool selp = selector == Type::kPred;
+  decoder.set_operands(out, {decoder.destination(in.operands[0], type),
+                             decoder.source(in.operands[1], type, selp ? Moved::kFirst : Moved::kNot),
+                             decoder.source(in.operands[2], type, selp ? Moved::kSecond : Moved::kNot),
+                             decoder.source(in.operands[3], selector)});
   return true;
 }
 
@@ -264,6 +269,7 @@ void decode_vector_move(Decoder& decoder, const ptx::Instruction& in, Instructio
   const ptx::Operand &d = in.operands[0], &a = in.operands[1];
   bool pack = a.kind == ptx::Operand::Kind::kVector;
   if (pack && d.kind == ptx::Operand::Kind::kVector) decoder.error("expected one register on one side");
+  if (type == Type::kPred) decoder.error("expected a type other than .pred");
   const std::vector<ptx::Operand>& elements = pack ? a.elements : d.elements;
   uint32_t whole = num_bytes(type), count = static_cast<uint32_t>(elements.size());
   uint32_t part = count && whole % count == 0 ? whole / count : 0;
@@ -337,7 +343,7 @@ bool decode_address_move(Decoder& decoder, const ptx::Instruction& in, Instructi
 
 bool decode_move(Decoder& decoder, const ptx::Instruction& in, Instruction& out) {
   Modifiers mods(decoder, in);
-  Type type = mods.take_type();
+  Type type = mods.take_type(true);
   mods.finish();
   decoder.expect_operands(in, 2);
   out.cls = InstructionClass::kMove;

@@ -71,6 +71,7 @@ void execute_shuffle(Warp& warp, const Instruction& in) {
       }
   };
   warp.for_each_group(mask, finish_group);
+  warp.set_sources(from);
   warp.write<uint32_t>(in.operands[0], [&](int i) { return result[i]; });
   warp.set_mask(in.operands[1], in_range);
 }
@@ -89,10 +90,11 @@ void decode_shuffle(Decoder& decoder, const ptx::Instruction& in, Instruction& o
                                   execute_shuffle<Shuffle::kButterfly>, execute_shuffle<Shuffle::kIndex>};
   out.cls = InstructionClass::kShuffle;
   out.execute = kExecute[mode];
-  decoder.set_operands(out, {decoder.destination(to, Type::kB32),
-                             pair ? decoder.destination(in.operands[0].elements[1], Type::kPred) : decoder.sink(),
-                             decoder.source(in.operands[1], Type::kB32), decoder.source(in.operands[2], Type::kB32),
-                             decoder.source(in.operands[3], Type::kB32), decoder.source(in.operands[4], Type::kB32)});
+  decoder.set_operands(
+      out, {decoder.destination(to, Type::kB32),
+            pair ? decoder.destination(in.operands[0].elements[1], Type::kPred) : decoder.sink(),
+            decoder.source(in.operands[1], Type::kB32, Moved::kFromLane), decoder.source(in.operands[2], Type::kB32),
+            decoder.source(in.operands[3], Type::kB32), decoder.source(in.operands[4], Type::kB32)});
 }
 
 // ---- vote -----------------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ void decode_vote(Decoder& decoder, const ptx::Instruction& in, Instruction& out)
   const int mode = mods.take_one_of({"all", "any", "uni", "ballot"});
   if (mode < 0) decoder.error("expected .all, .any, .uni or .ballot");
   const Type type = mode == 3 ? Type::kB32 : Type::kPred;
-  if (mods.take_type() != type) decoder.error("this vote has another type");
+  if (mods.take_type(true) != type) decoder.error("this vote has another type");
   mods.finish();
   decoder.expect_operands(in, 3);
   constexpr Execute kExecute[] = {execute_vote<Vote::kAll>, execute_vote<Vote::kAny>, execute_vote<Vote::kUniform>,

@@ -110,7 +110,7 @@ void Warp::send(Fragment& parent, uint32_t target, uint32_t lanes) {
 void Warp::jump(const Instruction& in, uint32_t taken) {
   Fragment& fragment = *current_;
   uint32_t rest = fragment.lanes & ~taken, following = fragment.pc + 1;
-  if (!rest) {
+  if (!rest || in.target == following) {
     next_ = in.target;
     return;
   }
@@ -179,8 +179,15 @@ void Warp::jump_many(const Instruction& in, const uint32_t* target) {
 // ---- calls ----------------------------------------------------------------------------------------------------------
 void Warp::call(const CallSite& site, const Code& callee, uint32_t group) {
   Fragment& fragment = *current_;
-  uint32_t base = (fragment.frame->local_top + 15) / 16 * 16;
-  if (!grow_local(base + callee.local_bytes, instruction_of(fragment))) return;
+  const Instruction& in = instruction_of(fragment);
+  // A call takes some of the stack even where the callee has no variables.
+  uint32_t base = std::max((fragment.frame->local_top + 15) / 16 * 16, fragment.frame->local_base + 16);
+  if (!grow_local(base + callee.local_bytes, in)) return;
+  if (!block_->launch().has_room()) {
+    fault(Fault::kOutOfBounds, in, std::countr_zero(group),
+          [] { return std::string("the stacks of all threads take more than 4 GiB here: endless recursion?"); });
+    return end_launch();
+  }
   if (fragment.state != Fragment::State::kSuspended) {  // the first target of this call
     fragment.arrived = fragment.lanes & ~active_;
     fragment.lanes = 0;
@@ -279,13 +286,13 @@ bool Warp::release_arrived(bool only_old) {
 }
 
 // Fragments that stand at the same place and will meet at the same place are one.
-void Warp::merge_siblings(const Fragment* but) {
+void Warp::merge_siblings() {
   for (size_t i = 0; i < fragments_.size(); i++) {
     Fragment* a = fragments_[i];
-    if (a == but || a->state != Fragment::State::kReady) continue;
+    if (a->state != Fragment::State::kReady) continue;
     for (size_t j = i + 1; j < fragments_.size();) {
       Fragment* b = fragments_[j];
-      bool same = b != but && b->state == Fragment::State::kReady && a->passed == b->passed && a->frame == b->frame &&
+      bool same = b->state == Fragment::State::kReady && a->passed == b->passed && a->frame == b->frame &&
                   a->pc == b->pc && a->parent == b->parent && a->reconverge == b->reconverge;
       if (!same) {
         j++;
@@ -439,7 +446,7 @@ void Warp::execute_jointly(const Instruction& in) {
   }
   if (event_ == Event::kNone && participants_.size() > 1) {
     current_->pc = next_;
-    merge_siblings(nullptr);
+    merge_siblings();
     event_ = Event::kSwitch;
   }
 }

@@ -16,6 +16,7 @@
 // Bounds and alignment are checked always (the emulator must not crash), the rest only if the object is there.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstddef>
@@ -89,6 +90,11 @@ class Warp {
   uint32_t carry() const { return carry_; }
   void set_carry(uint32_t value) { carry_ = (carry_ & ~active_) | (value & active_); }
 
+  // Of operands that are moved (program.h): lanes where the first, or the second, is all that the result depends on, if
+  // it is written; the lane from which each lane has its result.
+  void set_deciding(uint32_t first, uint32_t second) { deciding_[0] = first, deciding_[1] = second; }
+  void set_sources(const uint32_t (&from)[kWarpLanes]) { std::copy_n(from, kWarpLanes, sources_); }
+
   // ---- who ----
   Block& block() const { return *block_; }
   int index() const { return index_; }                               // in the block
@@ -157,8 +163,8 @@ class Warp {
   void exit_lanes(uint32_t lanes);
   // The current fragment, and those that came to this barrier with it, wait until complete_barrier.
   void wait_at_barrier(int barrier);
-  // Fragments at one place, which will meet at one place, become one; not `but`, which is in the middle of something.
-  void merge_siblings(const Fragment* but);
+  // Fragments at one place, which will meet at one place, become one.
+  void merge_siblings();
   // Lanes that wait at a post-dominator go on without the others. True when there were any.
   bool release_arrived(bool only_old);
   // Collectives that wait go ahead, with a report. True when there were any.
@@ -196,6 +202,7 @@ class Warp {
   std::byte* banks_[4] = {};
   uint32_t active_ = 0;
   uint32_t carry_ = 0;
+  uint32_t deciding_[2] = {}, sources_[kWarpLanes] = {};
   uint32_t next_ = 0;
   Event event_ = Event::kNone;
   bool checks_ = true;
@@ -300,6 +307,9 @@ class LaunchState {
   bool stopped() const { return stop_.load(std::memory_order_relaxed); }
   void stop() { stop_.store(true, std::memory_order_relaxed); }
   uint32_t shared_bytes() const { return shared_bytes_; }
+  // Of this process, for registers and local memory. Without room no more blocks start, and nobody calls a function.
+  void take_room(uint64_t num_bytes) { taken_.fetch_add(num_bytes, std::memory_order_relaxed); }
+  bool has_room() const { return taken_.load(std::memory_order_relaxed) < uint64_t{4} << 30; }
 
  private:
   friend class Block;
@@ -315,7 +325,7 @@ class LaunchState {
   uint32_t shared_bytes_ = 0;
   int64_t num_blocks_ = 0;
   std::atomic<int64_t> next_block_{0};
-  std::atomic<uint64_t> executed_{0};
+  std::atomic<uint64_t> executed_{0}, taken_{0};
   std::atomic<bool> stop_{false};
 };
 

@@ -34,16 +34,34 @@ DeviceMemory& device_memory() {
 void DeviceMemory::add(const void* begin, uint64_t num_bytes, std::string name) {
   if (num_bytes == 0) return;
   std::unique_lock lock(mutex_);
-  ranges_.emplace(reinterpret_cast<uint64_t>(begin), Range{num_bytes, std::move(name)});
-  rebuild();
+  const uint64_t first = reinterpret_cast<uint64_t>(begin), end = first + num_bytes;
+  ranges_.emplace(first, Range{num_bytes, std::move(name)});
+  const size_t at = merged_behind(first);
+  const bool overlaps = (at > 0 && merged_[at - 1].second > first) || (at < merged_.size() && merged_[at].first < end);
+  if (overlaps) return rebuild();
+  merged_.emplace(merged_.begin() + static_cast<std::ptrdiff_t>(at), first, end);
+  version_.store(++last_version, std::memory_order_release);
 }
 
-void DeviceMemory::remove(const void* begin) {
+void DeviceMemory::remove(const void* begin, uint64_t num_bytes) {
   std::unique_lock lock(mutex_);
   auto [first, last] = ranges_.equal_range(reinterpret_cast<uint64_t>(begin));
+  while (first != last && std::prev(last)->second.num_bytes != num_bytes) --last;
   if (first == last) return;
-  ranges_.erase(std::prev(last));
-  rebuild();
+  const uint64_t address = std::prev(last)->first, end = address + num_bytes;
+  const auto next = ranges_.erase(std::prev(last));
+  const size_t at = merged_behind(address) - 1;
+  const bool alone = merged_[at] == std::pair(address, end) && ranges_.lower_bound(address) == next &&
+                     (next == ranges_.end() || next->first >= end);
+  if (!alone) return rebuild();
+  merged_.erase(merged_.begin() + static_cast<std::ptrdiff_t>(at));
+  version_.store(++last_version, std::memory_order_release);
+}
+
+size_t DeviceMemory::merged_behind(uint64_t address) const {
+  const auto behind = std::upper_bound(merged_.begin(), merged_.end(), address,
+                                       [](uint64_t a, const auto& range) { return a < range.first; });
+  return static_cast<size_t>(behind - merged_.begin());
 }
 
 void DeviceMemory::rebuild() {
@@ -61,10 +79,9 @@ void DeviceMemory::rebuild() {
 
 bool DeviceMemory::find(uint64_t address, uint32_t num_bytes) const {
   std::shared_lock lock(mutex_);
-  auto after = std::upper_bound(merged_.begin(), merged_.end(), address,
-                                [](uint64_t a, const std::pair<uint64_t, uint64_t>& range) { return a < range.first; });
-  if (after == merged_.begin()) return false;
-  const auto [begin, end] = *std::prev(after);
+  const size_t behind = merged_behind(address);
+  if (behind == 0) return false;
+  const auto [begin, end] = merged_[behind - 1];
   if (address >= end || num_bytes > end - address) return false;
   last_hit_ = {version_.load(std::memory_order_relaxed), begin, end - begin};
   return true;
@@ -129,7 +146,8 @@ struct BlockWrites::Order {
   mutable std::shared_mutex mutex;
   uint32_t time = 0;
   struct State {
-    std::vector<uint32_t> releases;  // times
+    std::vector<uint32_t> releases;  // times, of those that had something to release
+    bool wrote = false;              // since the last of them
     uint32_t acquired = 0;           // time
   };
   std::unordered_map<uint64_t, State> blocks;
@@ -176,9 +194,10 @@ BlockWrites::Page* BlockWrites::find_page(uint64_t index) {
 uint64_t BlockWrites::stamp_of(int64_t block) {
   uint64_t releases = 0;
   if (order_->any.load(std::memory_order_relaxed)) {
-    std::shared_lock lock(order_->mutex);
-    auto state = order_->blocks.find(static_cast<uint64_t>(block) & kBlockMask);
-    if (state != order_->blocks.end()) releases = state->second.releases.size();
+    std::unique_lock lock(order_->mutex);
+    Order::State& state = order_->blocks[static_cast<uint64_t>(block) & kBlockMask];
+    state.wrote = true;
+    releases = state.releases.size();
   }
   return pack(static_cast<uint64_t>(block), releases);
 }
@@ -268,11 +287,29 @@ bool BlockWrites::ordered(uint64_t earlier, uint64_t mine) const {
   return before < from->second.releases.size() && from->second.releases[before] < to->second.acquired;
 }
 
+void BlockWrites::forget(uint64_t address, uint64_t num_bytes) {
+  const uint64_t end = address + num_bytes;
+  for (uint64_t index = address / kPageBytes; index * kPageBytes < end; index++) {
+    Shard& shard = shards_[index % kNumShards];
+    std::lock_guard lock(shard.mutex);
+    const auto page = shard.pages.find(index);
+    if (page == shard.pages.end()) continue;
+    const uint64_t first = std::max(address & ~uint64_t{3}, index * kPageBytes);
+    for (uint64_t word = first; word < std::min(end, (index + 1) * kPageBytes); word += 4) {
+      if (page->second->words[word % kPageBytes / 4].exchange(0, std::memory_order_relaxed) & kByBytes)
+        shard.split.erase(word);
+    }
+  }
+}
+
 void BlockWrites::release(int64_t block) {
   {
     std::unique_lock lock(order_->mutex);
     order_->any = true;
-    order_->blocks[static_cast<uint64_t>(block) & kBlockMask].releases.push_back(++order_->time);
+    Order::State& state = order_->blocks[static_cast<uint64_t>(block) & kBlockMask];
+    if (!state.releases.empty() && !state.wrote) return;  // one that spins with fences would fill the memory
+    state.releases.push_back(++order_->time);
+    state.wrote = false;
   }
   cache_.block = -1;
 }

@@ -19,9 +19,10 @@ namespace emulator {
 // The ranges of host memory that kernels may touch. Safe from several threads.
 class DeviceMemory {
  public:
-  // Nested and overlapping ranges are legal, and counted: each add is taken back by one remove.
+  // Nested and overlapping ranges are legal, and counted: each add is taken back by one remove of the same range, in
+  // any order.
   void add(const void* begin, uint64_t num_bytes, std::string name);
-  void remove(const void* begin);  // the last one added with this begin; none: nothing happens
+  void remove(const void* begin, uint64_t num_bytes);  // none: nothing happens
   // Whether [address, address + num_bytes) lies in a range, or in ranges that overlap. Ranges that only touch are two.
   bool contains(uint64_t address, uint32_t num_bytes) const {
     const Hit& hit = last_hit_;
@@ -44,6 +45,7 @@ class DeviceMemory {
     uint64_t version = 0, begin = 0, num_bytes = 0;
   };
   bool find(uint64_t address, uint32_t num_bytes) const;
+  size_t merged_behind(uint64_t address) const;  // index of the first of merged_ that begins behind it
   void rebuild();
 
   static thread_local constinit Hit last_hit_;
@@ -69,6 +71,8 @@ class BlockWrites {
   // The block that wrote one of these bytes before, unordered; -1 when there is none. `conflict`: ends behind the first
   // word that another block wrote, whose address goes there.
   int64_t write(uint64_t address, uint32_t num_bytes, int64_t block, uint64_t* conflict = nullptr);
+  // Nobody has written these bytes: memory that is given anew.
+  void forget(uint64_t address, uint64_t num_bytes);
   void release(int64_t block);
   void acquire(int64_t block);
 

@@ -2,6 +2,7 @@
 // A module of PTX: its variables in host memory, its kernels decoded on demand.
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 
 #include "builder.h"
@@ -38,7 +39,7 @@ std::shared_ptr<Module> Module::parse(const std::string& text, const std::string
 }
 
 Module::~Module() {
-  for (auto& [name, variable] : variables_) device_memory().remove(variable.data);
+  for (auto& [name, variable] : variables_) device_memory().remove(variable.data, variable.num_bytes);
 }
 
 void Module::place_variables() {
@@ -57,13 +58,12 @@ void Module::place_variables() {
       for (uint64_t dim : variable.dims) rest *= std::max<uint64_t>(dim, 1);
       sized.dims = {std::max<uint64_t>(variable.initial.size(), rest)};
     }
-    Variable placed;
-    placed.name = variable.name;
-    placed.num_bytes = bytes_of(sized);
+    Variable placed{variable.name, nullptr, bytes_of(sized), {nullptr, std::free}};
     if (placed.num_bytes > kMaxVariableBytes) throw Error(where + variable.name + " is larger than 16 GiB");
     // The runtime hands out 256-byte aligned memory; kernels may rely on what the declaration says only.
     uint64_t align = std::max<uint64_t>(align_of(variable), 16);
-    placed.storage = std::make_unique<std::byte[]>(std::max<uint64_t>(placed.num_bytes, 1) + align);
+    placed.storage.reset(std::calloc(placed.num_bytes + align, 1));  // pages that nobody touches cost nothing
+    if (!placed.storage) throw Error(where + "there is no memory for " + variable.name);
     uint64_t address = (reinterpret_cast<uint64_t>(placed.storage.get()) + align - 1) / align * align;
     placed.data = reinterpret_cast<std::byte*>(address);
     auto [it, added] = variables_.try_emplace(variable.name, std::move(placed));

@@ -180,10 +180,11 @@ class Parser {
       lexer_.expect('}');
       return;
     }
-    variable.initial.push_back(initial_value());
+    variable.initial.push_back(initial_value(depth));
   }
 
-  Operand initial_value() {
+  Operand initial_value(int depth) {
+    if (depth > kMaxNesting) lexer_.error("the initialiser is nested too deeply");
     if (lexer_.peek().kind == Kind::kName && lexer_.peek().text == "generic") {
       lexer_.next();
       lexer_.expect('(');
@@ -196,7 +197,7 @@ class Parser {
     Operand value = operand(0);
     if (value.kind == Operand::Kind::kInteger && lexer_.is('(')) {  // 0xFF00(symbol): one byte of its address
       lexer_.next();
-      Operand symbol = initial_value();
+      Operand symbol = initial_value(depth + 1);
       lexer_.expect(')');
       symbol.elements.push_back(value);
       return symbol;

@@ -27,6 +27,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "counters.h"
@@ -138,7 +139,7 @@ struct Instruction {
     kGuarded = 1,
     kChecksReads = 2,   // may read a register nobody wrote
     kTracksWrites = 4,  // writes a register that such an instruction reads
-    kPropagates = 8,    // a move: copies "unwritten" instead of reporting it
+    kPropagates = 8,    // all it reads is only moved (Moved::kAlways)
     kEndsBlock = 16,    // control does not go to the next instruction (when there is no guard)
     kBranch = 32,       // goes to target, or to Code::jump_tables
     kSlow = kChecksReads | kTracksWrites,
@@ -146,11 +147,22 @@ struct Instruction {
 };
 constexpr uint32_t kNoReconvergence = 0xffffffffu;
 
+// Of a register that is read: whether the result is as unwritten as it is, instead of a report. So a value that nobody
+// uses is no fault: compilers compare and select what is not written yet, and a broadcast reads one lane alone.
+enum class Moved : uint8_t {
+  kNot,
+  kAlways,
+  kFirst,     // except in lanes where the second one decides: Warp::set_deciding()
+  kSecond,    // except in lanes where the first one decides
+  kFromLane,  // in the lanes that get it: Warp::set_sources()
+};
+
 // A register that an instruction reads or writes, for the analysis and for checks.
 struct RegisterUse {
   uint32_t offset;     // in the bank of registers
   uint32_t num_bytes;  // of one lane; predicates: 0
   bool write;
+  Moved moved = Moved::kNot;
 };
 
 struct InstructionInfo {
@@ -172,7 +184,7 @@ struct ParamSlot {
 struct RegisterCheck {
   uint32_t guard = ~0u;  // the first of reads, when that is the guard
   std::vector<uint32_t> reads, writes;
-  std::vector<uint32_t> moved_from;  // of a move: the destinations are as unwritten as these
+  std::vector<std::pair<uint32_t, Moved>> moved_from;
 };
 
 // One function. The last instruction is always one that core appends: the end of the function.
@@ -228,6 +240,7 @@ class Decoder {
   // becomes the declared width of a lane (an immediate has that of the type). With a type of kPred: a predicate, maybe
   // negated. Float immediates follow the type: 0f and 0d patterns are converted to it.
   Operand source(const ptx::Operand& operand, Type type, uint32_t* register_bytes = nullptr);
+  Operand source(const ptx::Operand& operand, Type type, Moved moved);
   // A register or `_`.
   Operand destination(const ptx::Operand& operand, Type type, uint32_t* register_bytes = nullptr);
   // A destination that the instruction also reads (rare: only when PTX says so, e.g. wgmma's accumulators).
@@ -265,9 +278,8 @@ class Modifiers {
   Modifiers(const Decoder& decoder, const ptx::Instruction& in)
       : decoder_(decoder), parts_(in.parts.begin() + 1, in.parts.end()) {}
   bool take(std::string_view part);  // removes the first of that name
-  // The first that names a type; Error when there is none. optional: kNone instead.
-  Type take_type();
-  Type take_optional_type();
+  // The first that names a type; Error when there is none. kPred, whose registers are masks, only where asked for.
+  Type take_type(bool or_predicate = false);
   // The index of the first of these names that is there, -1 when none is.
   int take_one_of(std::initializer_list<std::string_view> names);
   const std::vector<std::string>& rest() const { return parts_; }

@@ -27,17 +27,25 @@ void bind_counters(py::module_& module);  // python_counters.cpp
 namespace {
 
 using Dim = std::array<uint32_t, 3>;
+
+// Bytes of a PTX text, names of files in it and messages that quote it need not be UTF-8.
+py::str text_of(const std::string& bytes) {
+  PyObject* text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace");
+  if (text == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::str>(text);
+}
+
 py::dict dict_of(const Report& report) {
   py::dict result;
   result["fault"] = name_of(report.fault);
-  result["kernel"] = demangle(report.kernel);
-  result["file"] = report.where.file;
+  result["kernel"] = text_of(demangle(report.kernel));
+  result["file"] = text_of(report.where.file);
   result["line"] = report.where.line;
   result["block"] = std::make_tuple(report.block[0], report.block[1], report.block[2]);
   result["thread"] = std::make_tuple(report.thread[0], report.thread[1], report.thread[2]);
-  result["text"] = report.text;
+  result["text"] = text_of(report.text);
   result["count"] = report.count;
-  result["message"] = describe(report);
+  result["message"] = text_of(describe(report));
   return result;
 }
 
@@ -47,15 +55,15 @@ py::list list_of(const std::vector<Report>& reports) {
   return result;
 }
 
-std::vector<std::string> json_of(const std::vector<std::shared_ptr<const KeptLaunch>>& launches) {
-  std::vector<std::string> result;
-  for (const auto& launch : launches) result.push_back(to_json(*launch));
+py::list json_of(const std::vector<std::shared_ptr<const KeptLaunch>>& launches) {
+  py::list result;
+  for (const auto& launch : launches) result.append(text_of(to_json(*launch)));
   return result;
 }
 
 const ptx::Function& syntax_of(const Module& module, const std::string& kernel) {
   for (const ptx::Function& function : module.syntax().functions) {
-    if (function.is_entry && function.name == kernel) return function;
+    if (function.is_entry && function.has_body && function.name == kernel) return function;
   }
   throw Error("there is no kernel " + kernel);
 }
@@ -137,12 +145,12 @@ py::dict options() {
 }
 
 // The PTX in the bytes of a file: (target, text) of each, and how many texts are compressed.
-std::tuple<std::vector<std::pair<std::string, std::string>>, int> texts_of(const py::bytes& file) {
+std::tuple<std::vector<std::pair<std::string, py::str>>, int> texts_of(const py::bytes& file) {
   const std::string bytes = file;
-  std::vector<std::pair<std::string, std::string>> texts;
+  std::vector<std::pair<std::string, py::str>> texts;
   int num_compressed = 0;
   for (const FatBinary& binary : read_file(std::as_bytes(std::span(bytes)))) {
-    for (const PtxText& text : binary.texts) texts.emplace_back(text.target, text.text);
+    for (const PtxText& text : binary.texts) texts.emplace_back(text.target, text_of(text.text));
     num_compressed += binary.num_compressed;
   }
   return {texts, num_compressed};
@@ -153,7 +161,14 @@ std::tuple<std::vector<std::pair<std::string, std::string>>, int> texts_of(const
 
 PYBIND11_MODULE(_emulator, m) {
   using namespace emulator;
-  py::register_exception<Error>(m, "Error", PyExc_RuntimeError);
+  static const py::handle error_type = py::exception<Error>(m, "Error", PyExc_RuntimeError).release();
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      PyErr_SetObject(error_type.ptr(), text_of(error.what()).ptr());
+    }
+  });
 
   py::class_<Module, std::shared_ptr<Module>>(m, "Module")
       .def(py::init([](const std::string& text, const std::string& name) {
@@ -176,7 +191,10 @@ PYBIND11_MODULE(_emulator, m) {
 
   m.def("configure", &configure);
   m.def("options", &options);
-  m.def("edit_images", [](Driver::Edit edit) { Driver::instance().edit_images(std::move(edit)); });
+  // Without the GIL, for which an edit may wait that is under way.
+  m.def(
+      "edit_images", [](Driver::Edit edit) { Driver::instance().edit_images(std::move(edit)); },
+      py::call_guard<py::gil_scoped_release>());
   m.def("reports", [] { return list_of(Driver::instance().reports()); });
   m.def("take_reports", [] { return list_of(Driver::instance().take_reports()); });
   m.def("launches", [] { return json_of(Driver::instance().launches()); });

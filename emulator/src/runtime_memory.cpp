@@ -14,7 +14,6 @@
 
 struct CUstream_st {
   unsigned flags;
-  int priority;
 };
 struct CUevent_st {
   bool recorded;
@@ -84,7 +83,7 @@ cudaError_t release(const void* pointer, bool host, bool owned) {
       found->second.owned != owned) {
     return set_error(owned ? cudaErrorInvalidValue : cudaErrorHostMemoryNotRegistered);
   }
-  device_memory().remove(pointer);
+  device_memory().remove(pointer, found->second.num_bytes);
   if (!host) all.device_bytes -= found->second.num_bytes;
   if (owned) std::free(const_cast<void*>(pointer));
   all.by_address.erase(found);
@@ -152,8 +151,12 @@ cudaError_t cudaMallocHost(void** pointer, size_t num_bytes) {
 cudaError_t cudaHostAlloc(void** pointer, size_t num_bytes, unsigned) { return cudaMallocHost(pointer, num_bytes); }
 cudaError_t cudaMallocPitch(void** pointer, size_t* pitch, size_t width, size_t height) {
   if (pitch == nullptr) return set_error(cudaErrorInvalidValue);
+  size_t num_bytes = 0;
+  if (width > SIZE_MAX - kPitch || __builtin_mul_overflow((width + kPitch - 1) / kPitch * kPitch, height, &num_bytes)) {
+    return set_error(cudaErrorMemoryAllocation);
+  }
   *pitch = (width + kPitch - 1) / kPitch * kPitch;
-  return cudaMalloc(pointer, *pitch * height);
+  return cudaMalloc(pointer, num_bytes);
 }
 cudaError_t cudaFree(void* pointer) { return release(pointer, false, true); }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return cudaFree(pointer); }
@@ -264,9 +267,14 @@ cudaError_t cudaGetSymbolSize(size_t* size, const void* symbol) {
 
 // ---- Streams and events ---------------------------------------------------------------------------------------------
 
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
+// A handle that stands for a stream of the system and points at nothing.
+static bool is_built_in(cudaStream_t stream) {
+  return stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread;
+}
+// There is one priority, 0, to which all others are clamped.
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
   if (stream == nullptr) return set_error(cudaErrorInvalidValue);
-  *stream = new CUstream_st{flags, priority};
+  *stream = new CUstream_st{flags};
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
@@ -274,21 +282,19 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   return cudaStreamCreateWithPriority(stream, flags, 0);
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  if (stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread) {
-    return set_error(cudaErrorInvalidResourceHandle);
-  }
+  if (is_built_in(stream)) return set_error(cudaErrorInvalidResourceHandle);
   delete stream;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
-  *priority = stream == nullptr ? 0 : stream->priority;
+cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
+  *priority = 0;
   return cudaSuccess;
 }
 cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
-  *flags = stream == nullptr ? 0 : stream->flags;
+  *flags = is_built_in(stream) ? 0 : stream->flags;
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

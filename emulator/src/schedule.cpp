@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <new>
 #include <thread>
 
 #include "emulator.h"
@@ -166,7 +167,7 @@ void Block::complete_barrier(int id) {
       if (shadow_) shadow_->acquire(warp.index(), barrier.clock, fragment->participating);
       any = true;
     }
-    if (any && warp.fragments().size() > 1 && !warp.is_joint()) warp.merge_siblings(nullptr);
+    if (any && warp.fragments().size() > 1 && !warp.is_joint()) warp.merge_siblings();
   }
   barrier = Barrier{};
   note_progress();
@@ -191,7 +192,7 @@ LaunchState::LaunchState(const Function& function, const Launch& launch, const O
   params_ = align_up(params_storage_.get(), 64);
   if (launch.params_bytes) std::memcpy(params_, launch.params, launch.params_bytes);
   launch_.params = params_;
-  device_memory().add(params_, std::max<uint64_t>(launch.params_bytes, 1), "the parameters of the kernel");
+  device_memory().add(params_, launch.params_bytes, "the parameters of the kernel");
   shared_bytes_ = program().static_smem + launch.dynamic_smem;
   num_blocks_ = static_cast<int64_t>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
   if (options.checks) {
@@ -200,7 +201,7 @@ LaunchState::LaunchState(const Function& function, const Launch& launch, const O
   }
 }
 
-LaunchState::~LaunchState() { device_memory().remove(params_); }
+LaunchState::~LaunchState() { device_memory().remove(params_, launch_.params_bytes); }
 
 // False, and reported: more than a launch may take.
 bool LaunchState::count_executed(uint64_t executed, Block& block) {
@@ -219,7 +220,8 @@ void LaunchState::run_blocks(Counters* counters) {
   size_t many = launch_.grid_workspace ? static_cast<size_t>(num_blocks_) : kFewInFlight;
   while (!stopped()) {
     // A new block starts when one may be waiting for it, or when those in flight have had their turn.
-    if (more && (turn >= in_flight.size() || (waits && in_flight.size() < many))) {
+    bool next = turn >= in_flight.size() || (waits && in_flight.size() < many);
+    if (more && next && (in_flight.empty() || has_room())) {
       int64_t linear = next_block_.fetch_add(1, std::memory_order_relaxed);
       more = linear < num_blocks_;
       if (more) {
@@ -255,10 +257,19 @@ LaunchOutcome LaunchState::run() {
   int64_t threads = std::clamp<int64_t>(options_.threads, 1, std::min<int64_t>(num_blocks_, 256));
   std::vector<Counters> counters(static_cast<size_t>(threads));
   std::vector<std::thread> workers;
-  for (size_t i = 1; i < counters.size(); i++)
-    workers.emplace_back([&, i] { run_blocks(options_.counters ? &counters[i] : nullptr); });
-  run_blocks(options_.counters ? &counters[0] : nullptr);
+  std::atomic<bool> no_memory{false};
+  auto work = [&](size_t i) {
+    try {
+      run_blocks(options_.counters ? &counters[i] : nullptr);
+    } catch (const std::bad_alloc&) {
+      no_memory = true;
+      stop();
+    }
+  };
+  for (size_t i = 1; i < counters.size(); i++) workers.emplace_back(work, i);
+  work(0);
   for (std::thread& worker : workers) worker.join();
+  if (no_memory) throw Error("launch of " + kernel() + ": its blocks take more memory than there is here");
   outcome.record.counters = std::move(counters[0]);
   for (size_t i = 1; i < counters.size(); i++) outcome.record.counters.merge(counters[i]);
   outcome.completed = !stopped();

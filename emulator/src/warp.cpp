@@ -50,6 +50,7 @@ void Warp::start(Block& block, int index, uint32_t absent) {
     local_storage_ = std::make_unique<std::byte[]>(static_cast<size_t>(need) * kWarpLanes + kAlign);
     local_ = align_up(local_storage_.get());
     local_stride_ = need;
+    block.launch().take_room(uint64_t{need} * kWarpLanes);
   } else if (kernel.local_bytes > 0) {
     for (int lane = 0; lane < kWarpLanes; lane++) std::memset(local(lane), 0, kernel.local_bytes);
   }
@@ -120,6 +121,7 @@ Frame* Warp::new_frame(const Code& code, uint32_t local_base) {
   }
   if (frame->capacity < code.register_bytes) {
     frame->storage = std::make_unique<std::byte[]>(code.register_bytes + kAlign);
+    block_->launch().take_room(code.register_bytes + sizeof(Frame) + sizeof(Fragment));
     frame->registers = align_up(frame->storage.get());
     frame->capacity = code.register_bytes;
   } else {
@@ -154,6 +156,7 @@ bool Warp::grow_local(uint32_t top, const Instruction& in) {
     std::memcpy(base + static_cast<size_t>(lane) * stride, local(lane), local_stride_);
   local_storage_ = std::move(storage);
   local_ = base;
+  block_->launch().take_room(uint64_t{stride - local_stride_} * kWarpLanes);
   local_stride_ = stride;
   return true;
 }
@@ -195,6 +198,7 @@ void Warp::retry(const Instruction& in, const char* what) {
 
 void Warp::spin(const Instruction&, const char* what) {
   current_->waits_for = what;
+  current_->spun = true;
   if (block_->progress_at_spin_ != block_->progress_) {
     block_->progress_at_spin_ = block_->progress_;
     block_->spins_ = 0;
@@ -203,7 +207,10 @@ void Warp::spin(const Instruction&, const char* what) {
   event_ = Event::kYield;
 }
 
-void Warp::yield() { event_ = Event::kYield; }
+void Warp::yield() {
+  if (!std::exchange(current_->spun, false)) block_->progress_++;  // sleeps until another block has done something?
+  event_ = Event::kYield;
+}
 
 const Instruction& Warp::instruction_of(const Fragment& fragment) const {
   return fragment.frame->code->instructions[fragment.pc];
@@ -247,8 +254,21 @@ void Warp::check_reads(const Instruction& in, uint32_t lanes) {
 void Warp::track_writes(const Instruction& in) {
   Frame& frame = *current_->frame;
   const RegisterCheck& check = frame.code->checks[in.check];
-  uint32_t written = active_;
-  for (uint32_t from : check.moved_from) written &= frame.written[from];
+  uint32_t written = active_, first = kAllLanes, second = kAllLanes;
+  for (const auto& [tracked, moved] : check.moved_from) {
+    const uint32_t from = frame.written[tracked];
+    if (moved == Moved::kAlways) written &= from;
+    if (moved == Moved::kFirst) first &= from;
+    if (moved == Moved::kSecond) second &= from;
+    if (moved == Moved::kFromLane) {
+      uint32_t known = from;
+      for (const Fragment* other : fragments_)  // lanes of another call have lent what they wrote there
+        if (other->frame != &frame) known |= other->lanes;
+      for (uint32_t rest = active_; rest; rest &= rest - 1)
+        if (const int lane = std::countr_zero(rest); !(known >> sources_[lane] & 1)) written &= ~(1u << lane);
+    }
+  }
+  written &= (first & second) | (first & deciding_[0]) | (second & deciding_[1]);
   for (uint32_t to : check.writes) frame.written[to] = (frame.written[to] & ~active_) | written;
 }
 

@@ -21,18 +21,26 @@ void test_device_memory() {
   EXPECT(!m.contains(0x10fc, 8) && m.contains(0x1100, 4));
   m.add(at(0x10f8), 0x10, "seam");
   EXPECT(m.contains(0x10fc, 8));
-  m.remove(at(0x10f8));
+  m.remove(at(0x10f8), 0x10);
   EXPECT(!m.contains(0x10fc, 8));
   m.add(at(0x1000), 0x100, "q again");
-  m.remove(at(0x1000));
+  m.remove(at(0x1000), 0x100);
   EXPECT(m.contains(0x1000, 4));
   EXPECT(m.describe(0x10fe, 4) == "2 bytes past the end of 'q' (0x1000, 256 bytes)" ||
          m.describe(0x10fe, 4).find("'q'") != std::string::npos);
-  m.remove(at(0x1000));
-  m.remove(at(0x9999));
+  m.remove(at(0x1000), 0x100);
+  m.remove(at(0x9999), 4);
   EXPECT(!m.contains(0x1000, 4) && m.contains(0x11fc, 4));
   EXPECT(m.describe(0x1210, 4).find("16 bytes past the end of 'k'") == 0);
   EXPECT(m.describe(0x10f0, 4).find("16 bytes before 'k'") == 0);
+  m.add(at(0x1100), 0x10, "the first part of k");
+  m.remove(at(0x1100), 0x100);
+  EXPECT(m.contains(0x1100, 0x10) && !m.contains(0x1110, 4));
+  m.remove(at(0x1100), 0x100);  // not there
+  EXPECT(m.contains(0x1100, 0x10));
+  m.add(at(0x1100), 0x100, "k");
+  m.remove(at(0x1100), 0x10);
+  EXPECT(m.contains(0x1100, 0x100));
   DeviceMemory other;  // a hit in one is none in another
   EXPECT(!other.contains(0x11fc, 4));
   std::vector<std::thread> threads;
@@ -43,7 +51,7 @@ void test_device_memory() {
       for (int i = 0; i < 2000; i++) {
         m.add(at(mine), 64, "mine");
         good &= m.contains(mine, 64) && m.contains(0x1100, 4);
-        m.remove(at(mine));
+        m.remove(at(mine), 64);
         good &= !m.contains(mine, 1);
       }
       EXPECT(good);
@@ -76,12 +84,21 @@ void test_block_writes() {
   EXPECT(w.write(0x2000, 4, 0) == -1 && w.write(0x2001, 1, 0) == -1);
   w.release(0);
   w.acquire(1);
+  w.release(0);  // of nothing
   EXPECT(w.write(0x2000, 4, 1) == -1);
   EXPECT(w.write(0x2000, 4, 0) == 1);
   BlockWrites other;
   other.begin_launch();
   EXPECT(other.write(0x2000, 4, 5) == -1);
   EXPECT(w.write(0x2000, 4, 1) == 0);
+  w.begin_launch();
+  for (uint64_t i = 0; i < 3; i++) {  // each write by its own release
+    EXPECT(w.write(0x2000 + 4 * i, 4, 0) == -1);
+    w.release(0);
+    if (i == 1) w.acquire(1);
+    w.release(0);
+  }
+  EXPECT(w.write(0x2000, 4, 1) == -1 && w.write(0x2004, 4, 1) == -1 && w.write(0x2008, 4, 1) == 0);
 
   std::vector<std::thread> threads;
   w.begin_launch();

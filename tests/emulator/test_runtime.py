@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from emulator.__main__ import main
 
@@ -198,3 +199,35 @@ def test_output_of_a_program_as_json(program, tmp_path, run):
     assert run(program("tensor_cores"), EMULATOR_OUTPUT=str(file))[0] == 0
     (launch,) = [json.loads(line)["launch"] for line in file.read_text().splitlines()]
     assert launch["totals"]["mma_flops"] == 2 * 16 * 8 * 64
+
+
+EDITED = """
+__global__ void nothing() {}
+extern "C" int go() { nothing<<<1, 1>>>(); return cudaGetLastError(); }
+"""
+EDITS_WHILE_OTHERS_ASK = """
+import ctypes, faulthandler, sys, threading, time
+import emulator
+
+faulthandler.dump_traceback_later(20, exit=True)
+started = threading.Event()
+
+def edit(text):
+    started.set()
+    time.sleep(0.2)  # meanwhile the other thread asks
+    return text
+
+with emulator.edited(edit):
+    launch = threading.Thread(target=ctypes.CDLL(sys.argv[1]).go)
+    launch.start()
+    started.wait()
+    assert emulator.reports() == []
+    launch.join()
+assert len(emulator.launches()) == 1
+"""
+
+
+def test_an_edit_in_python_does_not_keep_other_threads_waiting(build_program, run):
+    library = build_program("edited", EDITED, "-shared", "-Xcompiler", "-fPIC")
+    status, _, errors = run(sys.executable, "-c", EDITS_WHILE_OTHERS_ASK, library, PYTHONPATH=str(ROOT))
+    assert status == 0, errors

@@ -119,6 +119,35 @@ KERNEL(register_not_written) {
   out[TID] = value;
 }
 
+// unwritten register: 1 x 32
+KERNEL(broadcast_of_what_nobody_wrote) {
+  int first;
+  if (TID == 0 BREAK(+one)) first = in[7];
+  out[TID] = __shfl_sync(~0u, first, 0);  // FAULT
+}
+
+// unwritten register: 1 x 32
+KERNEL(selected_though_not_written) {
+  int x;
+  const bool large = in[TID] > 16;
+  if (in[TID] BREAK(-8) > 16) x = in[TID + 32];
+  __syncwarp();
+  out[TID] = large ? x * 3 : in[TID + 64];  // FAULT
+}
+
+// unwritten register: 1 x 32
+KERNEL(compared_before_the_first) {
+  int largest, at = zero;
+  for (int i = 0; i < 5 * one; i++) {
+    const int x = in[i ^ TID];
+    if (i == zero BREAK(+1) || x > largest) {  // FAULT
+      largest = x;                             // FAULT
+      at = i;                                  // FAULT
+    }
+  }
+  out[TID] = at;  // FAULT
+}
+
 // ---- races between warps ---------------------------------------------------------------------------------------------
 
 // race: 1 x 64

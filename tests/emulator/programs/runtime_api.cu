@@ -89,6 +89,7 @@ void test_memory() {
   void* none = &none;
   fails(cudaMalloc(&none, size_t{1} << 45), cudaErrorMemoryAllocation, "more than the device has");
   expect(none == nullptr, "no pointer then");
+  fails(cudaMallocPitch(&none, &pitch, 1 << 20, size_t{1} << 44), cudaErrorMemoryAllocation, "rows beyond all addresses");
   fails(cudaFree(host), cudaErrorInvalidValue, "freeing what was not allocated");
   fails(cudaMemcpy(host, host + 1, 8, cudaMemcpyDeviceToHost), cudaErrorInvalidValue, "a copy from no device memory");
   fails(cudaMemcpy(host, host + 1, 8, static_cast<cudaMemcpyKind>(9)), cudaErrorInvalidMemcpyDirection, "no direction");
@@ -137,6 +138,13 @@ void test_streams() {
   fill<<<1, 64, 0, stream>>>(pooled, 1);
   succeed(cudaFreeAsync(pooled, stream), "cudaFreeAsync");
   launched("memory of a stream");
+  for (cudaStream_t s : {stream, other, cudaStreamLegacy, cudaStreamPerThread}) {
+    int priority = -1;
+    unsigned flags = 9;
+    succeed(cudaStreamGetPriority(s, &priority), "cudaStreamGetPriority");
+    succeed(cudaStreamGetFlags(s, &flags), "cudaStreamGetFlags");
+    expect(priority == 0 && flags == (s == other ? cudaStreamNonBlocking : 0), "what a stream was made with");
+  }
   for (cudaEvent_t event : {start, end}) succeed(cudaEventDestroy(event), "cudaEventDestroy");
   for (cudaStream_t s : {stream, other}) succeed(cudaStreamDestroy(s), "cudaStreamDestroy");
 }
