@@ -135,9 +135,9 @@ KERNEL(one_arrival_missing) {
 KERNEL(elected_reader) {
   __shared__ int s[32];
   s[TID] = TID;
-  unsigned leader = 0;
-  REPAIR(asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(leader));)
-  BREAK(leader = TID == 0;)
+  unsigned leader;
+  REPAIR(__syncwarp();)
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(leader));
   if (leader) {
     int sum = 0;
     for (int i = 0; i < 32; i++) sum += s[i];  // FAULT
