@@ -168,24 +168,23 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
   if (!is_split(u.num_rows, u.seq_k) || row >= u.num_rows) return;
   const int num_chunks = (u.seq_k + kSplitKeys - 1) / kSplitKeys;
   const int64_t first_slot = a.partials.first_slot(blockIdx.z, p.cu_seqlens_k != nullptr, u.k_start);
-  auto partial = [&](int chunk) { return a.partials.index(first_slot + chunk, row, blockIdx.y, p.kv_heads); };
+  const int64_t first = a.partials.index(first_slot, row, blockIdx.y, p.kv_heads), step = a.partials.rows * p.kv_heads;
+  const float *const lse = a.partials.lse + first, *const o_of_chunks = a.partials.o + first * p.v_head_dim;
   float largest = -INFINITY;
-  for (int chunk = 0; chunk < num_chunks; ++chunk) largest = fmaxf(largest, a.partials.lse[partial(chunk)]);
+  for (int chunk = 0; chunk < num_chunks; ++chunk) largest = fmaxf(largest, lse[chunk * step]);
   const float reference = largest == -INFINITY ? 0.0f : largest;
   float sum = 0.0f;
-  for (int chunk = 0; chunk < num_chunks; ++chunk)
-    sum += ptx::ex2((a.partials.lse[partial(chunk)] - reference) * kLog2E);
+  for (int chunk = 0; chunk < num_chunks; ++chunk) sum += ptx::ex2((lse[chunk * step] - reference) * kLog2E);
   const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
   const Total total = total_of(largest * kLog2E, sum, p.sinks, head);
   const int query = row / u.group;
   Element* o = static_cast<Element*>(p.o.data) + blockIdx.z * p.o.batch_stride +
                (u.q_start + query) * p.o.token_stride + head * p.o.head_stride;
   for (int column = lane; column < p.v_head_dim; column += kWarp) {
+    const float *lse_of_chunk = lse, *o_of_chunk = o_of_chunks + column;
     float x = 0.0f;
-    for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      const float weight = ptx::ex2((a.partials.lse[partial(chunk)] - reference) * kLog2E);
-      x += weight * a.partials.o[partial(chunk) * p.v_head_dim + column];  // 0, where no key of the chunk is visible
-    }
+    for (int chunk = 0; chunk < num_chunks; ++chunk, lse_of_chunk += step, o_of_chunk += step * p.v_head_dim)
+      x += ptx::ex2((*lse_of_chunk - reference) * kLog2E) * *o_of_chunk;  // 0, where no key of the chunk is visible
     o[column] = from_float<Element>(x * total.factor);
   }
   if (lane == 0) p.lse[blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start + query] = total.lse;
