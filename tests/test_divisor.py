@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 #include "common/divisor.h"
 #include <cstdio>
+#include <initializer_list>
 
 int main() {
   constexpr int64_t kEnd = int64_t{1} << 31;
