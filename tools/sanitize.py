@@ -80,8 +80,9 @@ def sanitize_emulator(extra: list[str]) -> int:
     options = ["-DEMULATOR_SANITIZE=ON", f"-DEMULATOR_OUTPUT_DIR={output}", f"-DPython_EXECUTABLE={sys.executable}"]
     build("emulator", ["-S", ROOT / "emulator", *options, f"-DEMULATOR_CUDA_INCLUDE={include[1] if include else ''}"])
     # bench/counters.py runs fmkernels over the emulator of its own build.
-    tests = [] if run.names_path(extra) else [EMULATOR_TESTS, f"--ignore={EMULATOR_TESTS / 'test_counters_command.py'}"]
-    return pytest(*tests, *extra, EMULATOR_LIBRARY_DIR=str(output))
+    tests = [] if run.names_path(extra) else [EMULATOR_TESTS]
+    other_build = f"--ignore={EMULATOR_TESTS / 'test_counters_command.py'}"
+    return pytest(other_build, *tests, *extra, EMULATOR_LIBRARY_DIR=str(output))
 
 
 def main(extra: list[str]) -> int:
