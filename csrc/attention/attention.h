@@ -53,6 +53,21 @@ struct AttentionForwardParams {
 template <Isa isa>
 void run_attention_forward(const AttentionForwardParams& p);
 
+// Gradients. `forward` holds what the forward was given, and its o; its lse is not read, because another may be given.
+struct AttentionBackwardParams {
+  AttentionForwardParams forward;
+  const float *lse, *d_lse;                // d_lse: null for none
+  int64_t lse_stride[3], d_lse_stride[3];  // [batch, heads, seq_q]; batch 0 where packed
+  TokenView d_o, d_q, d_k, d_v;
+  float* d_sinks;            // [batch, heads], zeros before; null: not wanted
+  float* d_bias;             // zeros before; null: not wanted
+  int64_t d_bias_stride[4];  // 0 in a dimension that the bias is broadcast over
+  bool d_bias_is_shared;     // between kv heads or sequences
+};
+
+template <Isa isa>
+void run_attention_backward(const AttentionBackwardParams& p);
+
 // On CUDA the keys of a sequence with few rows are split into chunks of fixed length, whose results are merged in
 // order. A rule on the sequence alone: its bits depend neither on the batch nor on the GPU.
 constexpr int kSplitRows = 32, kSplitKeys = 576;

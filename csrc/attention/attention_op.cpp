@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_forward, attention_varlen_forward: tensors in, checks, Params out.
 #include <cmath>
+#include <cstring>
+#include <vector>
 
 #include "../common/tensor.h"
 #include "attention.h"
@@ -118,6 +120,21 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   return p;
 }
 
+// The additive bias; sizes are those of the batch.
+void set_bias(AttentionForwardParams& p, const Tensor& bias, const Tensor& q) {
+  check_same_device("bias", bias, q);
+  check_rank("bias", bias, 4);
+  p.bias_dtype = dtype_of("bias", bias);
+  FM_CHECK(p.bias_dtype == DType::kFloat32 || p.bias_dtype == p.dtype, "bias must be float32 or have the dtype of q");
+  p.bias = data_of(bias);
+  const int64_t full[4] = {p.batch, p.heads, p.seq_q, p.seq_k};
+  for (int dim = 0; dim < 4; ++dim) {
+    FM_CHECK(bias.size(dim) == 1 || bias.size(dim) == full[dim], "bias must have size 1 or ", full[dim],
+             " in dimension ", dim, ", got ", bias.size(dim));
+    p.bias_stride[dim] = stride_of(bias, dim);
+  }
+}
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
                                              const std::optional<Tensor>& bias,
                                              const std::optional<Tensor>& alibi_slopes,
@@ -130,19 +147,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor
       common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
   check_size("k", k, 0, batch);
   check_size("v", v, 0, batch);
-  if (bias.has_value()) {
-    check_same_device("bias", *bias, q);
-    check_rank("bias", *bias, 4);
-    p.bias_dtype = dtype_of("bias", *bias);
-    FM_CHECK(p.bias_dtype == DType::kFloat32 || p.bias_dtype == p.dtype, "bias must be float32 or have the dtype of q");
-    p.bias = data_of(*bias);
-    const int64_t full[4] = {batch, p.heads, p.seq_q, p.seq_k};
-    for (int dim = 0; dim < 4; ++dim) {
-      FM_CHECK(bias->size(dim) == 1 || bias->size(dim) == full[dim], "bias must have size 1 or ", full[dim],
-               " in dimension ", dim, ", got ", bias->size(dim));
-      p.bias_stride[dim] = stride_of(*bias, dim);
-    }
-  }
+  if (bias.has_value()) set_bias(p, *bias, q);
   Tensor o = torch::stable::new_empty(q, {batch, p.seq_q, p.heads, p.v_head_dim});
   Tensor lse = torch::stable::new_empty(q, {batch, p.heads, p.seq_q}, ScalarType::Float);
   p.o = view_tokens(o);
@@ -210,11 +215,103 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const
   return {o, lse};
 }
 
+#ifndef FM_CUDA
+
+// ---- gradients -------------------------------------------------------------------------------------------------------
+
+// A tensor [batch, heads, seq_q] or [heads, total_q] of float32, as strides [batch, heads, seq_q].
+const float* view_rows(const char* name, const Tensor& t, const Tensor& q, int64_t (&strides)[3]) {
+  check_same_device(name, t, q);
+  check_scalar_type(name, t, ScalarType::Float, "float32");
+  check_rank(name, t, q.dim() - 1);
+  const int64_t first = q.dim() - 3;
+  if (first == 1) check_size(name, t, 0, q.size(0));
+  check_size(name, t, first, q.size(first + 1));
+  check_size(name, t, first + 1, q.size(first));
+  strides[0] = first == 1 ? stride_of(t, 0) : 0;
+  strides[1] = stride_of(t, first);
+  strides[2] = stride_of(t, first + 1);
+  return static_cast<const float*>(data_of(t));
+}
+
+Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
+  Tensor t = torch::stable::new_empty(like, sizes, ScalarType::Float);
+  std::memset(data_of(t), 0, static_cast<size_t>(t.numel()) * sizeof(float));
+  return t;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// grad_bias and grad_sinks have no elements where they are not wanted.
+Gradients run_backward(const AttentionForwardParams& forward, const Tensor& grad_o,
+                       const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Tensor& o, const Tensor& lse, const std::optional<Tensor>& bias, bool bias_grad) {
+  AttentionBackwardParams b{};
+  b.forward = forward;
+  const int64_t rank = q.dim();
+  for (const auto& [name, t] : {std::pair{"grad_o", &grad_o}, {"o", &o}}) {
+    check_rank(name, *t, rank);
+    check_last_dim_contiguous(name, *t);
+    check_same_device(name, *t, q);
+    FM_CHECK(t->scalar_type() == q.scalar_type(), name, " must have the dtype of q");
+    for (int64_t dim = 0; dim < rank - 1; ++dim) check_size(name, *t, dim, q.size(dim));
+    check_size(name, *t, rank - 1, forward.v_head_dim);
+  }
+  b.forward.o = view_tokens(o);
+  b.d_o = view_tokens(grad_o);
+  b.lse = view_rows("lse", lse, q, b.lse_stride);
+  if (grad_lse.has_value()) b.d_lse = view_rows("grad_lse", *grad_lse, q, b.d_lse_stride);
+  const auto empty_like = [](const Tensor& t) {
+    return torch::stable::new_empty(t, {t.sizes().begin(), t.sizes().end()});
+  };
+  Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v = empty_like(v);
+  b.d_q = view_tokens(grad_q);
+  b.d_k = view_tokens(grad_k);
+  b.d_v = view_tokens(grad_v);
+  const bool has_sinks = forward.sinks != nullptr;
+  Tensor of_sequences = zeros(q, {has_sinks ? forward.batch : 0, forward.heads});
+  if (has_sinks) b.d_sinks = static_cast<float*>(data_of(of_sequences));
+  Tensor grad_bias = zeros(q, {0});
+  if (bias.has_value() && bias_grad) {
+    grad_bias = zeros(q, {bias->sizes().begin(), bias->sizes().end()});
+    b.d_bias = static_cast<float*>(data_of(grad_bias));
+    for (int dim = 0; dim < 4; ++dim) b.d_bias_stride[dim] = bias->size(dim) == 1 ? 0 : stride_of(grad_bias, dim);
+    b.d_bias_is_shared = (bias->size(0) == 1 && forward.batch > 1) || (bias->size(1) == 1 && forward.kv_heads > 1);
+  }
+  if (q.numel() + k.numel() > 0) FM_EXECUTE(attention_backward, b, q);
+  Tensor grad_sinks = zeros(q, {has_sinks ? forward.heads : 0});
+  auto* sum = static_cast<float*>(data_of(grad_sinks));
+  for (int64_t i = 0; has_sinks && i < forward.batch; ++i) {
+    for (int64_t head = 0; head < forward.heads; ++head) sum[head] += b.d_sinks[i * forward.heads + head];
+  }
+  return {grad_q, grad_k, grad_v, grad_bias, grad_sinks};
+}
+
+Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& q,
+                             const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+                             const std::optional<Tensor>& bias, const std::optional<Tensor>& alibi_slopes,
+                             const std::optional<Tensor>& sinks, bool causal, int64_t window_left, int64_t window_right,
+                             double softmax_scale, double softcap, bool bias_grad) {
+  check_rank("q", q, 4);
+  const int64_t batch = q.size(0);
+  AttentionForwardParams p =
+      common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
+  check_size("k", k, 0, batch);
+  check_size("v", v, 0, batch);
+  if (bias.has_value()) set_bias(p, *bias, q);
+  return run_backward(p, grad_o, grad_lse, q, k, v, o, lse, bias, bias_grad);
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, FM_BACKEND, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_varlen_forward", TORCH_BOX(&attention_varlen_forward));
+#ifndef FM_CUDA
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+#endif
 }
 
 }  // namespace fmkernels
