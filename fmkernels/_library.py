@@ -57,6 +57,8 @@ class Ops:
 
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     attention_varlen_forward: Callable[..., tuple[Tensor, Tensor]]
+    attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    attention_varlen_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     merge_attention_forward: Callable[..., tuple[Tensor, Tensor]]
     merge_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _check as check
 from . import _library
 from ._attention_checks import check_attention, check_attention_varlen, check_scalars
-from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import call, has_kernel, needs_grad, ops, register_autocast, register_fake, register_flop_formula
 
 
 def attention(
@@ -128,20 +129,64 @@ def attention_varlen(
 def _call(op: Any, args: tuple[Any, ...], differentiable: tuple[Any, ...], check_tensors: Any) -> tuple[Tensor, Tensor]:
     """The op, through autograd where a gradient is wanted."""
     if needs_grad(*differentiable):
-        return call(lambda *a: _Attention.apply(op, *a), args, check_tensors)
+        function = _Attention if op is ops.attention_forward else _AttentionVarlen
+        return call(function.apply, args, check_tensors)
     return call(op, args, check_tensors)
 
 
 class _Attention(torch.autograd.Function):
-    """Records that a gradient was wanted, so that asking for it is an error and not a silent zero."""
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, slopes: Any, sinks: Any, *scalars: Any) -> Any:
+        o, lse = ops.attention_forward(q, k, v, bias, slopes, sinks, *scalars)
+        ctx.save_for_backward(q, k, v, o, lse, bias, slopes, sinks)
+        ctx.scalars = scalars
+        ctx.set_materialize_grads(False)
+        return o, lse
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        return op(*args)
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, o, lse, bias, slopes, sinks = ctx.saved_tensors
+        wants_bias = ctx.needs_input_grad[3]
+        grad_o = _readable_grad("attention", grad_o, o)
+        *grads, grad_bias, grad_sinks = ops.attention_backward(
+            grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *ctx.scalars, wants_bias
+        )
+        grads += [grad_bias.to(bias.dtype) if wants_bias else None, None, grad_sinks if sinks is not None else None]
+        return (*grads, *[None] * len(ctx.scalars))
+
+
+class _AttentionVarlen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
+        o, lse = ops.attention_varlen_forward(q, k, v, *args)
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, slopes, sinks, *scalars = args
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, slopes, sinks)
+        ctx.scalars = (max_seqlen_q, max_seqlen_k), scalars
+        ctx.set_materialize_grads(False)
+        return o, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("attention: the backward pass does not exist yet; call it under torch.no_grad().")
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, slopes, sinks = ctx.saved_tensors
+        lengths, scalars = ctx.scalars
+        grad_o = _readable_grad("attention_varlen", grad_o, o)
+        *grads, grad_sinks = ops.attention_varlen_backward(
+            grad_o, grad_lse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, *lengths, slopes, sinks, *scalars
+        )
+        return (*grads, *[None] * 5, grad_sinks if sinks is not None else None, *[None] * len(scalars))
+
+
+def _readable_grad(op: str, grad_o: Tensor | None, o: Tensor) -> Tensor:
+    """The gradient as the kernels read it."""
+    if not has_kernel(f"{op}_backward", o.device.type, ops.namespace):
+        raise RuntimeError(
+            f"{op}: the backward pass does not exist on {o.device.type} yet; call it under torch.no_grad()."
+        )
+    if grad_o is None:
+        return torch.zeros_like(o)
+    return grad_o if grad_o.stride(-1) == 1 else grad_o.contiguous()  # expanded, as sum() gives
 
 
 def _check_no_grad(op: str, alibi_slopes: Tensor | None) -> None:
@@ -168,6 +213,20 @@ def _(*args):
     q, _k, v, *_ = args
     total_q, heads, _ = q.shape
     return q.new_empty(total_q, heads, v.shape[-1]), q.new_empty(heads, total_q, dtype=torch.float32)
+
+
+@register_fake("attention_backward")
+def _(grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *scalars):
+    bias_shape = bias.shape if bias is not None and scalars[-1] else (0,)
+    sinks_shape = (q.shape[-2] if sinks is not None else 0,)
+    small = [q.new_empty(shape, dtype=torch.float32) for shape in (bias_shape, sinks_shape)]
+    return (*[t.new_empty(t.shape) for t in (q, k, v)], *small)
+
+
+@register_fake("attention_varlen_backward")
+def _(grad_o, grad_lse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, slopes, sinks, *scalars):
+    sinks_shape = (q.shape[-2] if sinks is not None else 0,)
+    return (*[t.new_empty(t.shape) for t in (q, k, v)], q.new_empty(sinks_shape, dtype=torch.float32))
 
 
 register_autocast("attention_forward", num_cast=3)

@@ -180,14 +180,12 @@ const int32_t* checked_cu_seqlens(const char* name, const Tensor& t, int64_t tot
   return prefix;
 }
 
-std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
-                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                    const std::optional<Tensor>& alibi_slopes,
-                                                    const std::optional<Tensor>& sinks, bool causal,
-                                                    int64_t window_left, int64_t window_right, double softmax_scale,
-                                                    double softcap) {
-  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
+// Parameters of packed attention, where there are queries: its sequences must hold them.
+AttentionForwardParams varlen_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                     const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+                                     bool causal, int64_t window_left, int64_t window_right, double softmax_scale,
+                                     double softcap) {
   check_rank("q", q, 3);
   check_rank("cu_seqlens_q", cu_seqlens_q, 1);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
@@ -202,16 +200,28 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const
   check_size("cu_seqlens_k", cu_seqlens_k, 0, batch + 1);
   p.seq_q = max_seqlen_q < total_q ? max_seqlen_q : total_q;
   p.seq_k = max_seqlen_k < p.seq_k ? max_seqlen_k : p.seq_k;
+  FM_CHECK(total_q == 0 || (batch > 0 && p.seq_q > 0), "cu_seqlens_q has ", batch, " sequences of at most ",
+           max_seqlen_q, " tokens, which are not the ", total_q, " tokens of q");
+  return p;
+}
 
-  Tensor o = torch::stable::new_empty(q, {total_q, p.heads, p.v_head_dim});
-  Tensor lse = torch::stable::new_empty(q, {p.heads, total_q}, ScalarType::Float);
+std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
+                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                    const std::optional<Tensor>& alibi_slopes,
+                                                    const std::optional<Tensor>& sinks, bool causal,
+                                                    int64_t window_left, int64_t window_right, double softmax_scale,
+                                                    double softcap) {
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
+  AttentionForwardParams p =
+      varlen_params(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal,
+                    window_left, window_right, softmax_scale, softcap);
+  Tensor o = torch::stable::new_empty(q, {p.total_q, p.heads, p.v_head_dim});
+  Tensor lse = torch::stable::new_empty(q, {p.heads, p.total_q}, ScalarType::Float);
   p.o = view_tokens(o);
   p.lse = static_cast<float*>(data_of(lse));
   p.lse_head_stride = lse.stride(0);
-  if (lse.numel() == 0) return {o, lse};
-  FM_CHECK(batch > 0 && p.seq_q > 0, "cu_seqlens_q has ", batch, " sequences of at most ", max_seqlen_q,
-           " tokens, which are not the ", total_q, " tokens of q");
-  execute(p, q);
+  if (lse.numel() > 0) execute(p, q);
   return {o, lse};
 }
 
@@ -302,6 +312,19 @@ Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& 
   return run_backward(p, grad_o, grad_lse, q, k, v, o, lse, bias, bias_grad);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
+    const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& o, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, bool causal,
+    int64_t window_left, int64_t window_right, double softmax_scale, double softcap) {
+  const AttentionForwardParams p =
+      varlen_params(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal,
+                    window_left, window_right, softmax_scale, softcap);
+  auto [grad_q, grad_k, grad_v, grad_bias, grad_sinks] =
+      run_backward(p, grad_o, grad_lse, q, k, v, o, lse, std::nullopt, false);
+  return {grad_q, grad_k, grad_v, grad_sinks};
+}
+
 #endif
 
 }  // namespace
@@ -311,6 +334,7 @@ STABLE_TORCH_LIBRARY_IMPL(fmkernels, FM_BACKEND, m) {
   m.impl("attention_varlen_forward", TORCH_BOX(&attention_varlen_forward));
 #ifndef FM_CUDA
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward));
 #endif
 }
 

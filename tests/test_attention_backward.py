@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of attention: against float64 autograd through the definition, at edges, and what torch asks of an op."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from fmkernels import attention, attention_varlen, merge_attention, reference
+from fmkernels.testing import FLOAT_DTYPES, Case, assert_as_good_as_torch, backends
+
+BACKENDS = backends("attention_backward")
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+
+
+def inputs_of(case):
+    """(names, tensors) of what gets a gradient, and a function of them alone for any execution of attention."""
+    args, kwargs = case.inputs()
+    named = dict(zip("qkv", args[:3], strict=True)) | {n: kwargs[n] for n in ("bias", "sinks") if n in kwargs}
+
+    def call(function, tensors, **more):
+        given = dict(zip(named, tensors, strict=True))
+        rest = {name: value for name, value in (kwargs | more).items() if name not in named}
+        return function(*(given.pop(n) for n in "qkv"), *args[3:], **given, **rest)
+
+    return list(named), list(named.values()), call
+
+
+def gradients(call, function, tensors, grads, **more):
+    """Of (o, lse) with respect to every tensor."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    outputs = call(function, leaves, **more)
+    wanted = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    return torch.autograd.grad([o for o, _ in wanted], leaves, [g for _, g in wanted], materialize_grads=True)
+
+
+def check(backend, case, through=("o", "lse")):
+    _, tensors, call = inputs_of(case)
+    function = attention_varlen if case.is_packed else attention
+    generator = torch.Generator().manual_seed(1)
+    outputs = backend.run(call, function, tensors, return_lse=True)
+    grads = [torch.randn(t.shape, generator=generator).to(t.dtype) if n in through else None
+             for n, t in zip(("o", "lse"), outputs, strict=True)]  # fmt: skip
+    actual = backend.run(gradients, call, function, tensors, grads, return_lse=True)
+
+    def truth(*inputs):
+        *leaves, grad_o, grad_lse = inputs
+        if case.is_packed:  # its definition takes no longest lengths
+
+            def of(q, k, v, cu_q, cu_k, max_q, max_k, **kwargs):
+                return reference.attention_varlen(q, k, v, cu_q, cu_k, **kwargs)
+        else:
+            of = reference.attention
+        return gradients(call, of, leaves, (grad_o, grad_lse))
+
+    assert_as_good_as_torch(actual, truth, *tensors, *grads)
+
+
+CASES = [
+    Case("plain"),
+    Case("causal", causal=True, seq_q=130, seq_k=130),
+    Case("more_keys", causal=True, seq_q=49, seq_k=200),
+    Case("more_queries", causal=True, seq_q=120, seq_k=40),  # the first see nothing
+    Case("window", window=(20, 7), seq_q=130, seq_k=130),
+    Case("window_left", causal=True, window=(5, -1), seq_q=200, seq_k=150),
+    Case("one_query", seq_q=1, seq_k=190),
+    Case("one_key", seq_q=70, seq_k=1),
+    Case("heads_of_a_group", heads=6, kv_heads=2, seq_q=33, causal=True),
+    Case("one_kv_head", heads=5, kv_heads=1),
+    Case("other_values", head_dim=24, v_head_dim=40),
+    Case("other_keys", head_dim=72, v_head_dim=8, causal=True),
+    Case("widest", head_dim=256, v_head_dim=256, batch=1, heads=1, kv_heads=1),
+    Case("scale", softmax_scale=0.7),
+    Case("negative_scale", softmax_scale=-0.2, causal=True),
+    Case("softcap", softcap=1.5, causal=True),
+    Case("alibi", alibi="batch", causal=True),
+    Case("sinks", sinks=True, causal=True),
+    Case("bias", bias="bhqk", bias_dtype=torch.float32),
+    Case("bias_of_all", bias="qk", causal=True),
+    Case("bias_of_keys", bias="bk", softcap=2.0),
+    Case("bias_of_rows", bias="hq"),
+    Case("bias_that_hides", bias="hqk", bias_hides=True),
+    Case("bias_number", bias=""),
+    Case("transposed", transposed=True, causal=True),
+    Case(
+        "everything",
+        heads=6,
+        kv_heads=3,
+        head_dim=40,
+        v_head_dim=24,
+        causal=True,
+        window=(30, -1),
+        softcap=3.0,
+        alibi="heads",
+        sinks=True,
+        bias="bhqk",
+        seq_q=70,
+        seq_k=110,
+    ),  # fmt: skip
+    Case("packed", seqlens=((33, 33), (0, 5), (1, 70), (100, 97), (4, 0)), causal=True, sinks=True),
+    Case("packed_window", seqlens=((60, 100), (7, 7)), window=(9, 3), softcap=2.0, alibi="batch"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_match_those_of_the_definition(case, dtype, backend):
+    check(backend, dataclasses.replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("through", ["o", "lse"])
+def test_gradients_through_one_result(through, backend):
+    check(backend, Case("one_result", causal=True, sinks=True, bias="hqk"), through=(through,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("seq", range(32, 97))
+def test_every_tail(seq, backend):
+    """Tiles of rows and blocks of keys end at every place."""
+    check(backend, Case("tail", batch=1, heads=1, kv_heads=1, seq_q=seq, seq_k=seq + 64, head_dim=8, causal=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_rows_of_several_chunks(backend):
+    """More rows than are packed at a time: 24 MiB of them at these sizes are about 2300."""
+    check(backend, Case("long", batch=1, heads=16, kv_heads=1, seq_q=200, seq_k=60, head_dim=256, causal=True))
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_what_sees_nothing_has_no_gradient(backend):
+    """Queries before the first key, and keys that a bias of -inf hides from all, even where they hold NaN."""
+    _, tensors, call = inputs_of(Case("blind", causal=True, seq_q=20, seq_k=8))
+    grads = [torch.ones_like(t) for t in backend.run(call, attention, tensors, return_lse=True)]
+    grads[1][:] = 0.0  # -inf has no slope
+    grad_q, grad_k, grad_v = backend.run(gradients, call, attention, tensors, grads, return_lse=True)
+    assert (grad_q[:, :12] == 0).all()
+    assert all(t.isfinite().all() for t in (grad_q, grad_k, grad_v))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("where", ["grad_o", "q", "k", "v"])
+def test_nan_of_one_head_stays_there(where, backend):
+    """A NaN reaches what sees it or is seen by it, and nothing else: hidden pairs are no products with zero."""
+    _, tensors, call = inputs_of(Case("poison", batch=1, heads=2, kv_heads=2, seq_q=100, seq_k=100, causal=True))
+    o, lse = backend.run(call, attention, tensors, return_lse=True)
+    grads = [torch.ones_like(o), torch.zeros_like(lse)]
+    place = 60
+    poisoned = dict(zip("qkv", tensors, strict=True)) | {"grad_o": grads[0]}
+    poisoned[where][0, place, 0, 3] = math.nan
+    actual = backend.run(gradients, call, attention, tensors, grads, return_lse=True)
+    assert all(t[:, :, 1].isfinite().all() for t in actual), "the other head"
+    grad_q, grad_k, grad_v = (t[0, :, 0] for t in actual)
+    if where in ("grad_o", "q"):  # of one query: its own gradient, and those of the keys that it sees
+        assert grad_q[:place].isfinite().all()
+        assert grad_q[place + 1 :].isfinite().all()
+        assert grad_k[place + 1 :].isfinite().all()
+        assert grad_v[place + 1 :].isfinite().all()
+        assert grad_q[place].isnan().any()
+    else:  # of one key: the queries from it on, and all keys that these see
+        assert grad_q[:place].isfinite().all()
+        assert grad_q[place:].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_scores_beyond_the_range_of_half(backend):
+    (q, k, v), _ = Case("large", dtype=torch.float16, causal=True).inputs()
+    leaves = [t.requires_grad_() for t in (q * 300, k * 300, v)]
+    backend.run(attention, *leaves, causal=True).sum().backward()
+    assert all(t.grad.isfinite().all() for t in leaves[2:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"seq_q": 0}, {"seq_k": 0}], ids=str)
+def test_nothing_to_do(sizes, backend):
+    _, tensors, call = inputs_of(dataclasses.replace(Case("empty", bias="hqk", sinks=True), **sizes))
+    grads = [torch.ones_like(t) for t in backend.run(call, attention, tensors, return_lse=True)]
+    if sizes == {"seq_k": 0}:
+        grads[1] = None
+    for t, grad in zip(tensors, backend.run(gradients, call, attention, tensors, grads, return_lse=True), strict=True):
+        assert grad.shape == t.shape
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_merged_attention_trains(backend):
+    """Two halves of the keys, merged through their lse, have the gradients of the whole."""
+    (q, k, v), _ = Case("merged").inputs()
+
+    def halves(q, k, v):
+        first = attention(q, k[:, :30], v[:, :30], return_lse=True)
+        return merge_attention(*first, *attention(q, k[:, 30:], v[:, 30:], return_lse=True))
+
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    grads = [torch.autograd.grad(f(*leaves)[0].square().sum(), leaves)
+             for f in (lambda *a: halves(*a), lambda *a: attention(*a, return_lse=True))]  # fmt: skip
+    for merged, whole in zip(*grads, strict=True):
+        torch.testing.assert_close(merged, whole)
+
+
+# ---- bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_bits_do_not_depend_on_neighbours_threads_or_the_run(backend):
+    case = Case("packed", seqlens=((70, 70), (1, 33), (130, 111)), causal=True, sinks=True)
+    _, tensors, call = inputs_of(case)
+    grads = [torch.ones_like(t) for t in backend.run(call, attention_varlen, tensors, return_lse=True)]
+    first = backend.run(gradients, call, attention_varlen, tensors, grads, return_lse=True)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3, threads):
+        torch.set_num_threads(count)
+        again = backend.run(gradients, call, attention_varlen, tensors, grads, return_lse=True)
+        assert all(map(torch.equal, first, again))
+    q, k, v, sinks = tensors
+    alone = [t[None, -n:].detach().requires_grad_() for t, n in ((q, 130), (k, 111), (v, 111))]
+    o = backend.run(attention, *alone, causal=True, sinks=sinks, return_lse=True)
+    torch.autograd.backward(o, [torch.ones_like(t) for t in o])
+    for t, packed in zip(alone, first[:3], strict=True):
+        assert torch.equal(t.grad[0], packed[-t.shape[1] :])
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", DIFFERENTIABLE)
+def test_only_what_is_wanted_gets_a_gradient(wanted):
+    names, tensors, call = inputs_of(Case("some", bias="hqk", sinks=True))
+    leaves = [t.clone().requires_grad_(name == wanted) for name, t in zip(names, tensors, strict=True)]
+    call(attention, leaves).sum().backward()
+    assert [name for name, t in zip(names, leaves, strict=True) if t.grad is not None] == [wanted]
+
+
+def test_a_second_derivative_is_an_error():
+    (q, k, v), _ = Case("second").inputs()
+    q.requires_grad_()
+    (grad,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_backward_is_refused_where_there_is_none():
+    missing = [b for b in backends("attention_forward") if b not in BACKENDS]
+    for backend in missing:
+        (q, k, v), _ = Case("missing", dtype=torch.bfloat16).inputs(backend.device)
+        o = backend.run(attention, q.requires_grad_(), k, v)
+        with pytest.raises(RuntimeError, match="attention: the backward pass does not exist on .* yet; call it under"):
+            backend.run(o.sum().backward)
+
+
+@pytest.mark.parametrize(
+    "case", [Case("op", bias="hqk", sinks=True), Case("op", seqlens=((5, 9), (3, 3)))], ids=["dense", "packed"]
+)
+def test_opcheck(case):
+    args, kwargs = case.inputs()
+    q, scale = args[0], args[0].shape[-1] ** -0.5
+    tail = (False, -1, -1, scale, 0.0)
+    if case.is_packed:
+        forward, backward = torch.ops.fmkernels.attention_varlen_forward, torch.ops.fmkernels.attention_varlen_backward
+        o, lse = forward(*args, None, None, *tail)
+        given = (torch.ones_like(o), torch.ones_like(lse), *args[:3], o, lse, *args[3:], None, None, *tail)
+    else:
+        extra = (kwargs["bias"], None, kwargs["sinks"])
+        o, lse = torch.ops.fmkernels.attention_forward(*args, *extra, *tail)
+        backward = torch.ops.fmkernels.attention_backward
+        given = (torch.ones_like(o), None, *args, o, lse, *extra, *tail, True)
+    assert q.shape[-1] == 16
+    opcheck(backward.default, given)
+
+
+@pytest.mark.parametrize("name", ["grad_o", "o", "lse", "grad_lse"])
+def test_the_op_refuses_what_does_not_fit(name):
+    q = torch.zeros(1, 5, 2, 8)
+    lse = torch.zeros(1, 2, 5)
+    given = {"grad_o": q, "grad_lse": lse, "q": q, "k": q, "v": q, "o": q, "lse": lse, "bias": None, "alibi_slopes": None,
+             "sinks": None, "causal": False, "window_left": -1, "window_right": -1, "softmax_scale": 1.0, "softcap": 0.0,
+             "bias_grad": False}  # fmt: skip
+    torch.ops.fmkernels.attention_backward(**given)
+    for wrong in (given[name][..., :-1], given[name].double(), given[name][0]):
+        with pytest.raises(RuntimeError, match=name):
+            torch.ops.fmkernels.attention_backward(**{**given, name: wrong})
+
+
+def test_compiled_gradients_have_the_same_bits():
+    names, tensors, call = inputs_of(Case("compiled", causal=True, bias="hqk", sinks=True))
+
+    def loss(*leaves):
+        return call(attention, leaves).square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        function(*leaves).backward()
+        results.append([t.grad for t in leaves])
+    for name, eager, compiled in zip(names, *results, strict=True):
+        assert torch.equal(eager, compiled), name
