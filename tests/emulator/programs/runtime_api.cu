@@ -89,7 +89,8 @@ void test_memory() {
   void* none = &none;
   fails(cudaMalloc(&none, size_t{1} << 45), cudaErrorMemoryAllocation, "more than the device has");
   expect(none == nullptr, "no pointer then");
-  fails(cudaMallocPitch(&none, &pitch, 1 << 20, size_t{1} << 44), cudaErrorMemoryAllocation, "rows beyond all addresses");
+  fails(cudaMallocPitch(&none, &pitch, 1 << 20, size_t{1} << 44), cudaErrorMemoryAllocation,
+        "rows beyond all addresses");
   fails(cudaFree(host), cudaErrorInvalidValue, "freeing what was not allocated");
   fails(cudaMemcpy(host, host + 1, 8, cudaMemcpyDeviceToHost), cudaErrorInvalidValue, "a copy from no device memory");
   fails(cudaMemcpy(host, host + 1, 8, static_cast<cudaMemcpyKind>(9)), cudaErrorInvalidMemcpyDirection, "no direction");
