@@ -25,30 +25,27 @@ constexpr int64_t kChunkBytes = 24 << 20;
 static_assert(kBackwardRows % kStrip == 0 && kBackwardKeys % kStrip == 0 && kBackwardKeys % kPanel == 0);
 static_assert(kBackwardKeys <= kBlockK, "score rows are kBlockK apart");
 
-// acc[r][0, kPanel) += sum over j in [begin, end) of weights[j][r] * rows[j][.], for kRows keys r; weights are kBlockK
-// apart, rows kPanel.
-template <int kRows>
-FM_INLINE void outer_tile(const float* weights, const float* rows, int begin, int end, float* acc, int64_t acc_stride) {
-  VecF sum[kRows][2];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = load(acc + r * acc_stride);
-    sum[r][1] = load(acc + r * acc_stride + kLanes);
-  }
+// acc[r][0, kPanel) += sum over j in [begin, end) of w(r, j) * rows[j][.], for kRows r; w(r, j) is weights[r][j] or, of
+// the transposed product, weights[j][r]; weights are kBlockK apart, rows kPanel. The sum is made first: a chain of
+// additions is no longer than a tile.
+template <int kRows, bool kTransposed>
+FM_INLINE void add_product(const float* weights, const float* rows, Range range, float* acc, int64_t acc_stride) {
+  VecF sum[kRows][2] = {};
 #pragma GCC unroll 4
-  for (int j = begin; j < end; ++j) {
+  for (int j = static_cast<int>(range.begin); j < static_cast<int>(range.end); ++j) {
     const VecF x0 = load(rows + j * kPanel), x1 = load(rows + j * kPanel + kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const VecF w = broadcast(weights[j * kBlockK + r]);
+      const VecF w = broadcast(kTransposed ? weights[j * kBlockK + r] : weights[r * kBlockK + j]);
       sum[r][0] += w * x0;
       sum[r][1] += w * x1;
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-    store(acc + r * acc_stride, sum[r][0]);
-    store(acc + r * acc_stride + kLanes, sum[r][1]);
+    float* out = acc + r * acc_stride;
+    store(out, load(out) + sum[r][0]);
+    store(out + kLanes, load(out + kLanes) + sum[r][1]);
   }
 }
 
@@ -62,12 +59,13 @@ struct BackwardShape {
 
 struct BackwardScratch {
   // Of the rows of a chunk.
-  float *q, *d_o;            // [row / kStrip][dim][kStrip], q scaled as in the forward
-  float *q_rows, *d_o_rows;  // [tile][column / kPanel][kBackwardRows][kPanel], q as it is
-  float* dq;                 // [row][columns]
-  float *lse_log2, *delta;   // [row]
-  Range* visible;            // [row]
-  bool* finite;              // [tile]: q and do
+  float *q, *d_o;             // [row / kStrip][dim][kStrip], q scaled as in the forward
+  float *q_rows, *d_o_rows;   // [tile][column / kPanel][kBackwardRows][kPanel], q as it is
+  float* dq;                  // [row][columns]
+  float *lse_high, *lse_low;  // [row], in log2 units: their sum has the bits that one number has no room for
+  float* delta;               // [row]
+  Range* visible;             // [row]
+  bool* finite;               // [tile]: q and do
   // Of the head.
   float *dk, *dv;  // [key][columns]
   // Of a block of keys.
@@ -84,7 +82,8 @@ struct BackwardScratch {
     take(b.q_rows, s.chunk_rows * s.columns);
     take(b.d_o_rows, s.chunk_rows * s.v_columns);
     take(b.dq, s.chunk_rows * s.columns);
-    take(b.lse_log2, s.chunk_rows);
+    take(b.lse_high, s.chunk_rows);
+    take(b.lse_low, s.chunk_rows);
     take(b.delta, s.chunk_rows);
     take(b.visible, s.chunk_rows);
     take(b.finite, s.chunk_rows / kBackwardRows);
@@ -107,7 +106,7 @@ struct BackwardScratch {
     return bytes;
   }
   static int64_t bytes_a_row(const BackwardShape& s) {
-    return 4 * (s.head_dim + s.v_head_dim + 2 * s.columns + s.v_columns + 2) + static_cast<int64_t>(sizeof(Range));
+    return 4 * (s.head_dim + s.v_head_dim + 2 * s.columns + s.v_columns + 3) + static_cast<int64_t>(sizeof(Range));
   }
 };
 
@@ -140,7 +139,7 @@ void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t beg
       const int64_t r = tile + i, row = begin + r;
       q[i] = d_o[i] = nullptr;
       scratch.visible[r] = {0, 0};
-      scratch.lse_log2[r] = scratch.delta[r] = 0.0f;
+      scratch.lse_high[r] = scratch.lse_low[r] = scratch.delta[r] = 0.0f;
       if (row >= end) continue;
       const int64_t query = s.query(row), head = s.head(row);
       q[i] = token<T>(p.q, s, s.q_start, query, head);
@@ -156,7 +155,9 @@ void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t beg
             b.d_lse[s.batch * b.d_lse_stride[0] + head * b.d_lse_stride[1] + (s.q_start + query) * b.d_lse_stride[2]];
       }
       scratch.delta[r] = delta;
-      scratch.lse_log2[r] = lse * kLog2E;
+      const double lse_log2 = lse / kLn2;
+      scratch.lse_high[r] = static_cast<float>(lse_log2);
+      scratch.lse_low[r] = std::isfinite(lse) ? static_cast<float>(lse_log2 - scratch.lse_high[r]) : 0.0f;
       if (lse != -kInfinity) scratch.visible[r] = visible_keys(p, s, row);  // -inf: nothing has weight
       if (b.d_sinks != nullptr && lse != -kInfinity) {
         const VecF share = exp2_nonpositive(broadcast(to_log2(p.sinks[head]) - lse * kLog2E));
@@ -177,12 +178,12 @@ void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t beg
 }
 
 // p and ds of one row against the keys [0, kBackwardKeys) of a block, of which it sees `visible`.
-FM_INLINE void weights_of_row(float* p, float* ds, Range visible, float lse_log2, float delta) {
+FM_INLINE void weights_of_row(float* p, float* ds, Range visible, float lse_high, float lse_low, float delta) {
   const VecI lane = lane_indices();
   for (int j = 0; j < kBackwardKeys; j += kLanes) {
     const VecI key = lane + j;
     const VecI seen = (key >= static_cast<int32_t>(visible.begin)) & (key < static_cast<int32_t>(visible.end));
-    const VecF exponent = load(p + j) - lse_log2;
+    const VecF exponent = load(p + j) - lse_high - lse_low;
     const VecF weight = exp2_nonpositive(exponent > VecF{} ? VecF{} : exponent);  // above 0 by rounding alone
     const VecF gradient = weight * (load(ds + j) - delta);
     store(p + j, seen ? weight : VecF{});
@@ -230,11 +231,18 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
     if (count > 0 && has_modifiers(p)) {
       apply_modifiers(p, s, first_row + tile + r, block + visible[r].begin, count, weights + visible[r].begin);
     }
-    weights_of_row(weights, gradients, visible[r], scratch.lse_log2[tile + r], scratch.delta[tile + r]);
+    weights_of_row(weights, gradients, visible[r], scratch.lse_high[tile + r], scratch.lse_low[tile + r],
+                   scratch.delta[tile + r]);
     if (count > 0 && b.d_bias != nullptr) {
       float* bias = b.d_bias + s.batch * b.d_bias_stride[0] + s.head(first_row + tile + r) * b.d_bias_stride[1] +
                     s.query(first_row + tile + r) * b.d_bias_stride[2] + block * b.d_bias_stride[3];
-      for (int64_t j = visible[r].begin; j < visible[r].end; ++j) bias[j * b.d_bias_stride[3]] += gradients[j];
+      if (b.d_bias_stride[3] == 0) {
+        VecF sum{};  // hidden pairs are zeros
+        for (int j = 0; j < kBackwardKeys; j += kLanes) sum += load(gradients + j);
+        *bias += horizontal_sum(sum);
+      } else {
+        for (int64_t j = visible[r].begin; j < visible[r].end; ++j) bias[j * b.d_bias_stride[3]] += gradients[j];
+      }
     }
     if (count > 0 && p.softcap != 0.0f) {
       for (int64_t j = visible[r].begin; j < visible[r].end; ++j) gradients[j] *= scratch.slope[r * kBlockK + j];
@@ -242,20 +250,17 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
   }
 
   // dq += ds k
-  constexpr float kOnes[kStrip] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
   for (int r = 0; r < kBackwardRows; r += kStrip) {
     const Range range = strips[r / kStrip];
     for (int64_t c = 0; range.begin < range.end && c < shape.columns; c += kPanel) {
       const float* keys = scratch.k_rows + c * kBlockK;
       float* dq = scratch.dq + (tile + r) * shape.columns + c;
       if (keys_finite) {
-        value_tile<kStrip>(scratch.ds + r * kBlockK, keys, static_cast<int>(range.begin), static_cast<int>(range.end),
-                           kOnes, dq, shape.columns);
+        add_product<kStrip, false>(scratch.ds + r * kBlockK, keys, range, dq, shape.columns);
         continue;
       }
       for (int i = 0; i < kStrip; ++i) {
-        value_tile<1>(scratch.ds + (r + i) * kBlockK, keys, static_cast<int>(visible[r + i].begin),
-                      static_cast<int>(visible[r + i].end), kOnes, dq + i * shape.columns, shape.columns);
+        add_product<1, false>(scratch.ds + (r + i) * kBlockK, keys, visible[r + i], dq + i * shape.columns, 0);
       }
     }
   }
@@ -280,13 +285,11 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
         const float* panel = packed + c * kBackwardRows;
         float* out = acc + (block + key) * columns + c;
         if (rows_finite) {
-          outer_tile<kStrip>(weights + key, panel, static_cast<int>(rows.begin), static_cast<int>(rows.end), out,
-                             columns);
+          add_product<kStrip, true>(weights + key, panel, rows, out, columns);
           continue;
         }
         for (int i = 0; i < kStrip; ++i) {
-          outer_tile<1>(weights + key + i, panel, static_cast<int>(of_key[i].begin), static_cast<int>(of_key[i].end),
-                        out + i * columns, columns);
+          add_product<1, true>(weights + key + i, panel, of_key[i], out + i * columns, 0);
         }
       }
     };
