@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of each op in plain torch: slow on purpose, exact in float64, differentiable by autograd."""
 
-from .attention import attention, attention_varlen
+from .attention import attention, attention_scores, attention_varlen
 from .merge_attention import merge_attention
 
-__all__ = ["attention", "attention_varlen", "merge_attention"]
+__all__ = ["attention", "attention_scores", "attention_varlen", "merge_attention"]

@@ -23,9 +23,48 @@ def attention(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) of `fmkernels.attention`; every tensor in the dtype to compute in."""
+    v = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores, visible = attention_scores(
+        q,
+        k,
+        causal=causal,
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        bias=bias,
+    )
+    logits = scores
+    if sinks is not None:
+        logits = torch.cat([scores, sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    # A row without any finite logit: zero weights and lse = -inf; subtracting 0 keeps -inf - (-inf) out of it.
+    largest = (
+        logits.amax(-1, keepdim=True) if logits.shape[-1] > 0 else logits.new_full((*logits.shape[:3], 1), -math.inf)
+    )
+    largest = torch.where(largest == -math.inf, 0.0, largest.detach())
+    total = (logits - largest).exp().sum(-1, keepdim=True)
+    weights = torch.where(total == 0, 0.0, (scores - largest).exp() / torch.where(total == 0, 1.0, total))
+    # A hidden key has no part in the result, whatever its value holds.
+    values = torch.where(visible[None, None, :, :, None], v.permute(0, 2, 1, 3)[:, :, None], 0.0)
+    o = torch.einsum("bhij,bhijd->bihd", weights, values)
+    return o, (largest + total.log()).squeeze(-1)
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(scores, visible): [batch, heads, seq_q, seq_k], -inf where hidden, and [seq_q, seq_k]."""
     seq_q, seq_k = q.shape[1], k.shape[1]
     group = q.shape[2] // k.shape[2]
-    k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+    k = k.repeat_interleave(group, dim=2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -42,21 +81,7 @@ def attention(
     if right >= 0:
         visible &= distance >= -right
 
-    scores = torch.where(visible, scores, -math.inf)
-    logits = scores
-    if sinks is not None:
-        logits = torch.cat([scores, sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-    # A row without any finite logit: zero weights and lse = -inf; subtracting 0 keeps -inf - (-inf) out of it.
-    largest = (
-        logits.amax(-1, keepdim=True) if logits.shape[-1] > 0 else logits.new_full((*logits.shape[:3], 1), -math.inf)
-    )
-    largest = torch.where(largest == -math.inf, 0.0, largest.detach())
-    total = (logits - largest).exp().sum(-1, keepdim=True)
-    weights = torch.where(total == 0, 0.0, (scores - largest).exp() / torch.where(total == 0, 1.0, total))
-    # A hidden key has no part in the result, whatever its value holds.
-    values = torch.where(visible[None, None, :, :, None], v.permute(0, 2, 1, 3)[:, :, None], 0.0)
-    o = torch.einsum("bhij,bhijd->bihd", weights, values)
-    return o, (largest + total.log()).squeeze(-1)
+    return torch.where(visible, scores, -math.inf), visible
 
 
 def attention_varlen(
