@@ -161,7 +161,7 @@ CASES = [
         bias="bhqk",
         seq_q=70,
         seq_k=110,
-    ),  # fmt: skip
+    ),
     Case("packed", seqlens=((33, 33), (0, 5), (1, 70), (100, 97), (4, 0)), causal=True, sinks=True),
     Case("packed_window", seqlens=((60, 100), (7, 7)), window=(9, 3), softcap=2.0, alibi="batch"),
 ]
@@ -313,7 +313,7 @@ def test_backward_is_refused_where_there_is_none():
     for backend in missing:
         (q, k, v), _ = Case("missing", dtype=torch.bfloat16).inputs(backend.device)
         o = backend.run(attention, q.requires_grad_(), k, v)
-        with pytest.raises(RuntimeError, match="attention: the backward pass does not exist on .* yet; call it under"):
+        with pytest.raises(RuntimeError, match=r"attention: the backward pass does not exist on .* yet; call it under"):
             backend.run(o.sum().backward)
 
 
@@ -341,9 +341,24 @@ def test_opcheck(case):
 def test_the_op_refuses_what_does_not_fit(name):
     q = torch.zeros(1, 5, 2, 8)
     lse = torch.zeros(1, 2, 5)
-    given = {"grad_o": q, "grad_lse": lse, "q": q, "k": q, "v": q, "o": q, "lse": lse, "bias": None, "alibi_slopes": None,
-             "sinks": None, "causal": False, "window_left": -1, "window_right": -1, "softmax_scale": 1.0, "softcap": 0.0,
-             "bias_grad": False}  # fmt: skip
+    given = {
+        "grad_o": q,
+        "grad_lse": lse,
+        "q": q,
+        "k": q,
+        "v": q,
+        "o": q,
+        "lse": lse,
+        "bias": None,
+        "alibi_slopes": None,
+        "sinks": None,
+        "causal": False,
+        "window_left": -1,
+        "window_right": -1,
+        "softmax_scale": 1.0,
+        "softcap": 0.0,
+        "bias_grad": False,
+    }
     torch.ops.fmkernels.attention_backward(**given)
     for wrong in (given[name][..., :-1], given[name].double(), given[name][0]):
         with pytest.raises(RuntimeError, match=name):
