@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Division by multiplication, csrc/common/divisor.h: exact for every quotient's ends, that is for every x."""
 
-import subprocess
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
 # x / d steps where x is a multiple of d: right on both sides of all steps that are tried is right between them.
 PROGRAM = """
 #include "common/divisor.h"
@@ -37,11 +32,8 @@ int main() {
 """
 
 
-def test_quotients_and_remainders_are_exact(tmp_path):
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    command = ["g++", "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", tmp_path / "main.cpp", "-o", tmp_path / "main"]
-    subprocess.run(command, check=True)
-    printed = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout
+def test_quotients_and_remainders_are_exact(run_cpp):
+    printed = run_cpp(PROGRAM)
     wrong, _, tried = printed.split()[:3]
     assert int(tried) > 2_000_000
     assert int(wrong) == 0

@@ -2,8 +2,6 @@
 """fmkernels.testing: that the rule of exactness can fail, and that another execution of the ops can be a backend."""
 
 import math
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ import torch
 from fmkernels import _library, attention, reference, testing
 from fmkernels.testing import Backend, Case, assert_as_good_as_torch, backends
 
-ROOT = Path(__file__).resolve().parent.parent
 X = torch.linspace(-3, 3, 40).reshape(5, 8)
 
 
@@ -144,11 +141,7 @@ int main() {
 """
 
 
-def test_kernels_reach_the_views_of_their_op_to_the_byte(tmp_path):
-    (tmp_path / "main.cpp").write_text(VIEWS)
-    folders = [f"-I{ROOT / name}" for name in ("csrc", "emulator/src")]
-    command = ["g++", "-std=c++20", *folders, tmp_path / "main.cpp", "-o", tmp_path / "main"]
-    subprocess.run(command, check=True)
-    lines = subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout.splitlines()
+def test_kernels_reach_the_views_of_their_op_to_the_byte(run_cpp):
+    lines = run_cpp(VIEWS).splitlines()
     both = "+1000 420 tensor [2, 3];+3000 8 tensor [7, 4];-1000 420;-3000 8;"
     assert lines == [both, both, "+4000 8 tensor [];-4000 8;"]

@@ -175,11 +175,9 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
   const float reference = largest == -INFINITY ? 0.0f : largest;
   float sum = 0.0f;
   for (int chunk = 0; chunk < num_chunks; ++chunk) sum += ptx::ex2((lse[chunk * step] - reference) * kLog2E);
-  const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
+  const int64_t head = head_of(u, row);
   const Total total = total_of(largest * kLog2E, sum, p.sinks, head);
-  const int query = row / u.group;
-  Element* o = static_cast<Element*>(p.o.data) + blockIdx.z * p.o.batch_stride +
-               (u.q_start + query) * p.o.token_stride + head * p.o.head_stride;
+  Element* o = row_at<Element>(p.o, u, row);
   for (int column = lane; column < p.v_head_dim; column += kWarp) {
     const float *lse_of_chunk = lse, *o_of_chunk = o_of_chunks + column;
     float x = 0.0f;
@@ -187,7 +185,8 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
       x += ptx::ex2((*lse_of_chunk - reference) * kLog2E) * *o_of_chunk;  // 0, where no key of the chunk is visible
     o[column] = from_float<Element>(x * total.factor);
   }
-  if (lane == 0) p.lse[blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start + query] = total.lse;
+  if (lane == 0)
+    p.lse[blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start + query_of(u, row)] = total.lse;
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------

@@ -55,9 +55,9 @@ __device__ __forceinline__ void for_each_score(Scores<T>& s, const Unit& u, int 
 template <class T, class Bias>
 __device__ __forceinline__ void add_bias(Scores<T>& s, const AttentionForwardParams& p, const Unit& u, int first_key) {
   for_each_score<T>(s, u, first_key, [&](int row) {
-    const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
+    const int64_t head = head_of(u, row);
     const Bias* bias = static_cast<const Bias*>(p.bias) + blockIdx.z * p.bias_stride[0] + head * p.bias_stride[1] +
-                       row / u.group * p.bias_stride[2];
+                       query_of(u, row) * p.bias_stride[2];
     return
         [&, bias](float x, int key) { return key < u.seq_k ? x + to_log2(to_float(bias[key * p.bias_stride[3]])) : x; };
   });
@@ -79,9 +79,9 @@ __device__ __forceinline__ void modify(Scores<T>& s, const AttentionForwardParam
   }
   if (p.alibi_slopes != nullptr) {
     for_each_score<T>(s, u, first_key, [&](int row) {
-      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
+      const int64_t head = head_of(u, row);
       const float slope = to_log2(p.alibi_slopes[blockIdx.z * p.alibi_batch_stride + head]);
-      const int diagonal = row / u.group + u.seq_k - u.seq_q;
+      const int diagonal = query_of(u, row) + u.seq_k - u.seq_q;
       return [=](float x, int key) { return x - slope * static_cast<float>(abs(diagonal - key)); };
     });
   }
@@ -97,7 +97,7 @@ __device__ __forceinline__ void mask(Scores<T>& s, const AttentionForwardParams&
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_of<T>(u, m, half);
-      KeyRange keys = visible_keys(p, u, row / u.group);
+      KeyRange keys = visible_keys(p, u, query_of(u, row));
       if (u.chunk >= 0) keys = {max(keys.begin, u.chunk * kSplitKeys), min(keys.end, (u.chunk + 1) * kSplitKeys)};
       const int begin = keys.begin - column, end = keys.end - column;
       if (high) {
@@ -131,7 +131,7 @@ __device__ __forceinline__ void add_nonfinite(WarpState<T>& w, const typename T:
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const KeyRange keys = visible_keys(p, u, row_of<T>(u, m, half) / u.group);
+      const KeyRange keys = visible_keys(p, u, query_of(u, row_of<T>(u, m, half)));
       const int end = min(keys.end - first_key, T::kKeys);
 #pragma unroll 1
       for (int key = max(keys.begin - first_key, 0); key < end; ++key) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
     for (int half = 0; half < 2; ++half) {
       const int row = row_of<T>(u, m, half);
       const float sum = quad_sum(w.sum[m][half]), largest = sum == 0.0f ? -INFINITY : -w.shift[m][half];
-      const int64_t head = static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
+      const int64_t head = head_of(u, row);
       const int64_t partial = u.chunk < 0 ? 0 : a.partials.index(slot, row, blockIdx.y, p.kv_heads);
       const bool exists = row < u.num_rows;
       Total total{0.0f, -INFINITY};
@@ -190,7 +190,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
       if (exists && lane % 4 == 0) {
         float* lse = u.chunk >= 0 ? a.partials.lse + partial
                                   : p.lse + blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start +
-                                        row / u.group;
+                                        query_of(u, row);
         *lse = total.lse;
       }
 #pragma unroll

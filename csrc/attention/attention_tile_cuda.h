@@ -149,6 +149,12 @@ __device__ __forceinline__ Unit unit_of(const Args& a, int tile_rows) {
   return u;
 }
 
+// The query and the head of a row.
+__device__ __forceinline__ int query_of(const Unit& u, int row) { return row / u.group; }
+__device__ __forceinline__ int64_t head_of(const Unit& u, int row) {
+  return static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
+}
+
 // Keys that a query sees.
 __device__ __forceinline__ KeyRange visible_keys(const AttentionForwardParams& p, const Unit& u, int query) {
   const int diagonal = query + u.seq_k - u.seq_q;
@@ -163,7 +169,7 @@ struct RowsVisible {
 __device__ __forceinline__ RowsVisible visible_to(const AttentionForwardParams& p, const Unit& u, int begin, int end) {
   end = min(end, u.num_rows);
   if (begin >= end) return {{0, 0}, {0, 0}};
-  const KeyRange first = visible_keys(p, u, begin / u.group), last = visible_keys(p, u, (end - 1) / u.group);
+  const KeyRange first = visible_keys(p, u, query_of(u, begin)), last = visible_keys(p, u, query_of(u, end - 1));
   RowsVisible v{{first.begin, last.end}, {last.begin, first.end}};
   if (u.chunk >= 0) {
     v.any = {max(v.any.begin, u.chunk * kSplitKeys), min(v.any.end, (u.chunk + 1) * kSplitKeys)};
@@ -179,18 +185,22 @@ __device__ __forceinline__ uint32_t in_pass(uint32_t first) {
   return (first ^ (flips ? pass % 2 * 4 * 16 : 0)) + pass * T::kWarpPassRows * T::kDim * 2;
 }
 
+// Where a row of q or o begins.
+template <class Element>
+__device__ __forceinline__ Element* row_at(const TokenView& view, const Unit& u, int row) {
+  return static_cast<Element*>(view.data) + blockIdx.z * view.batch_stride +
+         (u.q_start + query_of(u, row)) * view.token_stride + head_of(u, row) * view.head_stride;
+}
+
 // Where the rows of q or o begin that this warp owns. A lane works out the place of one row and gives it to the others:
 // all lanes call at() together. Rows that do not exist begin where the last one does.
 template <class T>
 class RowsOfWarp {
  public:
   __device__ __forceinline__ RowsOfWarp(const TokenView& view, const Unit& u) {
-    const int row = min(u.row_begin + static_cast<int>(threadIdx.x) / kWarp * T::kWarpRows +
-                            static_cast<int>(threadIdx.x) % kWarp % T::kWarpRows,
-                        u.num_rows - 1);
-    const int query = row / u.group, head = blockIdx.y * u.group.value() + row - query * u.group.value();
-    mine_ = static_cast<typename T::Element*>(view.data) + blockIdx.z * view.batch_stride +
-            (u.q_start + query) * view.token_stride + head * view.head_stride;
+    const int row = u.row_begin + static_cast<int>(threadIdx.x) / kWarp * T::kWarpRows +
+                    static_cast<int>(threadIdx.x) % kWarp % T::kWarpRows;
+    mine_ = row_at<typename T::Element>(view, u, min(row, u.num_rows - 1));
   }
   __device__ __forceinline__ typename T::Element* at(int row) const {
     return reinterpret_cast<typename T::Element*>(

@@ -7,6 +7,7 @@ import numpy as np
 
 import emulator
 
+SOURCES = "abcef"  # the registers of a body: %a, %b, ...; %d is its result
 _REGISTERS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
 
 
@@ -18,11 +19,11 @@ def kernel(body: str, result: np.dtype, sources: Sequence[np.dtype], architectur
     lines.append("  .reg .pred %in, %p, %q, %r; .reg .b32 %tid, %n, %i; .reg .b64 %index, %base, %at;")
     lines.append("  .reg .b16 %h<8>; .reg .b32 %w<8>; .reg .b64 %l<8>;")
     lines.append(f"  .reg .{_REGISTERS[result.itemsize]} %d;")
-    for name, dtype in zip("abcef", sources, strict=False):
+    for name, dtype in zip(SOURCES, sources, strict=False):
         lines.append(f"  .reg .{_REGISTERS[dtype.itemsize]} %{name};")
     lines.append("  mov.u32 %tid, %tid.x; mov.u32 %n, %ctaid.x; mov.u32 %i, %ntid.x; mad.lo.u32 %i, %n, %i, %tid;")
     lines.append("  ld.param.u32 %n, [count]; setp.ge.u32 %in, %i, %n; @%in ret; cvt.u64.u32 %index, %i;")
-    for i, (name, dtype) in enumerate(zip("abcef", sources, strict=False)):
+    for i, (name, dtype) in enumerate(zip(SOURCES, sources, strict=False)):
         size = dtype.itemsize
         lines.append(f"  ld.param.u64 %base, [p{i}]; mad.lo.u64 %at, %index, {size}, %base;")
         lines.append(f"  ld.global.{'u8' if size == 1 else f'b{8 * size}'} %{name}, [%at];")

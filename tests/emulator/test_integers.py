@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from float_reference import same
-from ptx_lanes import load, run
+from ptx_lanes import SOURCES, load, run
 
 import emulator
 
@@ -76,7 +76,7 @@ def sources(width: int, count: int, num_random: int = 1000, seed: int = 0) -> li
 
 def check(form: str, function: Callable[..., int], types: list[str], *arrays: np.ndarray) -> None:
     """`form` on the arrays, of types[1:], gives the low bits of function(integers) in a register of types[0]."""
-    operands = ", ".join(f"%{name}" for name in "abcef"[: len(arrays)])
+    operands = ", ".join(f"%{name}" for name in SOURCES[: len(arrays)])
     result = DTYPES[bits(types[0])]
     actual = run(f"{form} %d, {operands};", result, *arrays)
     columns = [numbers(array, name) for array, name in zip(arrays, types[1:], strict=True)]

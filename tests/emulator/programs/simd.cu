@@ -89,28 +89,19 @@ int main() {
   };
   const std::vector<uint32_t> x = generate<uint32_t>(kNumbers, number), y = generate<uint32_t>(kNumbers, number);
 
-#define ONE(name, count, is_signed, value)                                                                 \
+// The operands of the intrinsic come last: it has one or two.
+#define ONE(name, count, is_signed, value, ...)                                                            \
   compare(                                                                                                 \
-      x, y, [] __device__(uint32_t a, uint32_t b) -> uint32_t { return __##name##count(a, b); },           \
+      x, y, [] __device__(uint32_t a, uint32_t b) -> uint32_t { return __##name##count(__VA_ARGS__); },    \
       [](uint32_t p, uint32_t q) {                                                                         \
         return of_elements<count>(p, q, is_signed, [](int64_t a, int64_t b, int64_t kLow, int64_t kHigh) { \
           return static_cast<void>(kLow), static_cast<void>(kHigh), static_cast<int64_t>(value);           \
         });                                                                                                \
       },                                                                                                   \
       #name #count);
-#define BOTH(name, is_signed, value) ONE(name, 2, is_signed, value) ONE(name, 4, is_signed, value)
+#define BOTH(name, is_signed, value) ONE(name, 2, is_signed, value, a, b) ONE(name, 4, is_signed, value, a, b)
+#define BOTH_UNARY(name, is_signed, value) ONE(name, 2, is_signed, value, a) ONE(name, 4, is_signed, value, a)
   ELEMENTWISE(BOTH)
-
-#define ONE_UNARY(name, count, is_signed, value)                                                    \
-  compare(                                                                                          \
-      x, y, [] __device__(uint32_t a, uint32_t) -> uint32_t { return __##name##count(a); },         \
-      [](uint32_t p, uint32_t q) {                                                                  \
-        return of_elements<count>(p, q, is_signed, [](int64_t a, int64_t, int64_t, int64_t kHigh) { \
-          return static_cast<void>(kHigh), static_cast<int64_t>(value);                             \
-        });                                                                                         \
-      },                                                                                            \
-      #name #count);
-#define BOTH_UNARY(name, is_signed, value) ONE_UNARY(name, 2, is_signed, value) ONE_UNARY(name, 4, is_signed, value)
   UNARY(BOTH_UNARY)
 
 #define ONE_SUM(name, count, is_signed)                                                          \
