@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 from fmkernels import attention, attention_varlen, merge_attention, reference
-from fmkernels.testing import FLOAT_DTYPES, Case, assert_as_good_as_torch, backends
+from fmkernels.testing import Case, assert_as_good_as_torch, backends
 
 BACKENDS = backends("attention_backward")
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
@@ -36,7 +36,14 @@ def gradients(call, function, tensors, grads, **more):
     return torch.autograd.grad([o for o, _ in wanted], leaves, [g for _, g in wanted], materialize_grads=True)
 
 
+def on(backend, case):
+    """The case in a dtype that the backend takes."""
+    takes = backend.attention_dtypes
+    return case if case.dtype in takes else dataclasses.replace(case, dtype=takes[0])
+
+
 def check(backend, case, through=("o", "lse")):
+    case = on(backend, case)
     _, tensors, call = inputs_of(case)
     function = attention_varlen if case.is_packed else attention
     generator = torch.Generator().manual_seed(1)
@@ -46,7 +53,8 @@ def check(backend, case, through=("o", "lse")):
     actual = backend.run(gradients, call, function, tensors, grads, return_lse=True)
 
     names = inputs_of(case)[0]
-    assert_as_good_as_torch(actual, lambda *a: from_saved(case, names, *a), *tensors, *grads)
+    computed_in = case.dtype if backend.has_tensor_cores else None  # weights are rounded to the dtype of the inputs
+    assert_as_good_as_torch(actual, lambda *a: from_saved(case, names, *a), *tensors, *grads, computed_in=computed_in)
 
 
 def from_saved(case, names, *inputs):
@@ -167,10 +175,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=str)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [pytest.param(b, dtype, id=f"{b}-{dtype}") for b in BACKENDS for dtype in b.attention_dtypes],
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_match_those_of_the_definition(case, dtype, backend):
+def test_gradients_match_those_of_the_definition(case, backend, dtype):
     check(backend, dataclasses.replace(case, dtype=dtype))
 
 
@@ -199,7 +209,7 @@ def test_rows_of_several_chunks(backend):
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_what_sees_nothing_has_no_gradient(backend):
     """Queries before the first key, and keys that a bias of -inf hides from all, even where they hold NaN."""
-    _, tensors, call = inputs_of(Case("blind", causal=True, seq_q=20, seq_k=8))
+    _, tensors, call = inputs_of(on(backend, Case("blind", causal=True, seq_q=20, seq_k=8)))
     grads = [torch.ones_like(t) for t in backend.run(call, attention, tensors, return_lse=True)]
     grads[1][:] = 0.0  # -inf has no slope
     grad_q, grad_k, grad_v = backend.run(gradients, call, attention, tensors, grads, return_lse=True)
@@ -207,11 +217,14 @@ def test_what_sees_nothing_has_no_gradient(backend):
     assert all(t.isfinite().all() for t in (grad_q, grad_k, grad_v))
 
 
+POISON = Case("poison", batch=1, heads=2, kv_heads=2, seq_q=100, seq_k=100, causal=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("where", ["grad_o", "q", "k", "v"])
 def test_nan_of_one_head_stays_there(where, backend):
     """A NaN reaches what sees it or is seen by it, and nothing else: hidden pairs are no products with zero."""
-    _, tensors, call = inputs_of(Case("poison", batch=1, heads=2, kv_heads=2, seq_q=100, seq_k=100, causal=True))
+    _, tensors, call = inputs_of(on(backend, POISON))
     o, lse = backend.run(call, attention, tensors, return_lse=True)
     grads = [torch.ones_like(o), torch.zeros_like(lse)]
     place = 60
@@ -242,7 +255,7 @@ def test_scores_beyond_the_range_of_half(backend):
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"seq_q": 0}, {"seq_k": 0}], ids=str)
 def test_nothing_to_do(sizes, backend):
-    _, tensors, call = inputs_of(dataclasses.replace(Case("empty", bias="hqk", sinks=True), **sizes))
+    _, tensors, call = inputs_of(on(backend, dataclasses.replace(Case("empty", bias="hqk", sinks=True), **sizes)))
     grads = [torch.ones_like(t) for t in backend.run(call, attention, tensors, return_lse=True)]
     if sizes == {"seq_k": 0}:
         grads[1] = None
@@ -254,17 +267,21 @@ def test_nothing_to_do(sizes, backend):
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_merged_attention_trains(backend):
     """Two halves of the keys, merged through their lse, have the gradients of the whole."""
-    (q, k, v), _ = Case("merged").inputs()
+    case = on(backend, Case("merged"))
+    inputs, _ = case.inputs()
 
-    def halves(q, k, v):
+    def halves(attention, merge, *inputs):
+        q, k, v = leaves = [t.detach().requires_grad_() for t in inputs]
         first = attention(q, k[:, :30], v[:, :30], return_lse=True)
-        return merge_attention(*first, *attention(q, k[:, 30:], v[:, 30:], return_lse=True))
+        o, _ = merge(*first, *attention(q, k[:, 30:], v[:, 30:], return_lse=True))
+        return torch.autograd.grad(o.square().sum(), leaves)
 
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    grads = [torch.autograd.grad(f(*leaves)[0].square().sum(), leaves)
-             for f in (lambda *a: halves(*a), lambda *a: attention(*a, return_lse=True))]  # fmt: skip
-    for merged, whole in zip(*grads, strict=True):
-        torch.testing.assert_close(merged, whole)
+    def definition(q, k, v, return_lse):
+        return reference.attention(q, k, v)
+
+    actual = backend.run(halves, attention, merge_attention, *inputs)
+    expected = lambda *inputs: halves(definition, reference.merge_attention, *inputs)  # noqa: E731
+    assert_as_good_as_torch(actual, expected, *inputs, computed_in=case.dtype)
 
 
 # ---- bits ------------------------------------------------------------------------------------------------------------
@@ -273,7 +290,7 @@ def test_merged_attention_trains(backend):
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_bits_do_not_depend_on_neighbours_threads_or_the_run(backend):
     case = Case("packed", seqlens=((70, 70), (1, 33), (130, 111)), causal=True, sinks=True)
-    _, tensors, call = inputs_of(case)
+    _, tensors, call = inputs_of(on(backend, case))
     grads = [torch.ones_like(t) for t in backend.run(call, attention_varlen, tensors, return_lse=True)]
     first = backend.run(gradients, call, attention_varlen, tensors, grads, return_lse=True)
     threads = torch.get_num_threads()
@@ -282,11 +299,12 @@ def test_bits_do_not_depend_on_neighbours_threads_or_the_run(backend):
         again = backend.run(gradients, call, attention_varlen, tensors, grads, return_lse=True)
         assert all(map(torch.equal, first, again))
     q, k, v, sinks = tensors
-    alone = [t[None, -n:].detach().requires_grad_() for t, n in ((q, 130), (k, 111), (v, 111))]
-    o = backend.run(attention, *alone, causal=True, sinks=sinks, return_lse=True)
-    torch.autograd.backward(o, [torch.ones_like(t) for t in o])
-    for t, packed in zip(alone, first[:3], strict=True):
-        assert torch.equal(t.grad[0], packed[-t.shape[1] :])
+    alone = [t[None, -n:] for t, n in ((q, 130), (k, 111), (v, 111))]
+    call = lambda function, tensors, **more: function(*tensors, causal=True, sinks=sinks, **more)  # noqa: E731
+    o, lse = backend.run(call, attention, alone, return_lse=True)
+    own = backend.run(gradients, call, attention, alone, [torch.ones_like(o), torch.ones_like(lse)], return_lse=True)
+    for t, packed in zip(own, first[:3], strict=True):
+        assert torch.equal(t[0], packed[-t.shape[1] :])
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------

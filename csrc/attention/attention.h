@@ -59,7 +59,7 @@ struct AttentionBackwardParams {
   const float *lse, *d_lse;                // d_lse: null for none
   int64_t lse_stride[3], d_lse_stride[3];  // [batch, heads, seq_q]; batch 0 where packed
   TokenView d_o, d_q, d_k, d_v;
-  float* d_sinks;            // [batch, heads], zeros before; null: not wanted
+  float* d_sinks;            // [heads]; null: not wanted
   float* d_bias;             // zeros before; null: not wanted
   int64_t d_bias_stride[4];  // 0 in a dimension that the bias is broadcast over
   bool d_bias_is_shared;     // between kv heads or sequences
@@ -67,6 +67,28 @@ struct AttentionBackwardParams {
 
 template <Isa isa>
 void run_attention_backward(const AttentionBackwardParams& p);
+
+// On CUDA, what the gradients read of every query: minus its lse in log2 units, and minus delta, the product of its o and
+// d_o less the gradient of its lse. [minus lse or minus delta][head][slot]; a sequence begins at a slot that is a multiple
+// of kStatsRows, and what is between its end and the next multiple is written too, as queries without weight.
+constexpr int kStatsRows = 64;
+struct AttentionRowStats {
+  float* data;
+  int64_t heads, num_slots, batch_slots;  // of a head; of a sequence, where they are not packed
+
+  FM_HOST_DEVICE int64_t index(int kind, int64_t head, bool is_packed, int64_t batch, int64_t q_start) const {
+    const int64_t first = is_packed ? (q_start / kStatsRows + batch) * kStatsRows : batch * batch_slots;
+    return (kind * heads + head) * num_slots + first;
+  }
+};
+// The sizes for these parameters; the pointer, to 2 * heads * num_slots numbers, is the caller's.
+AttentionRowStats attention_row_stats(const AttentionForwardParams& p);
+
+struct AttentionBackwardCall {
+  AttentionBackwardParams b;
+  AttentionRowStats stats;
+};
+void launch_attention_backward(const AttentionBackwardCall& call, cudaStream_t stream);
 
 // On CUDA the keys of a sequence with few rows are split into chunks of fixed length, whose results are merged in
 // order. A rule on the sequence alone: its bits depend neither on the batch nor on the GPU.

@@ -13,6 +13,8 @@
 // Numerics   float32; bits depend neither on the batch nor on the number of threads. Deterministic.
 // Cost       10 * visible pairs * head_dim flops.
 // After      Dao 2023, FlashAttention-2, algorithm 2, keys outside.
+#include <vector>
+
 #include "attention.h"
 #include "attention_tiled_cpu.h"
 
@@ -126,10 +128,10 @@ bool pack_tile_rows(const T* const* rows, int count, int64_t dim, int64_t column
   return horizontal_sum(zero) == 0.0f;
 }
 
-// Packs rows [begin, end) of the head; rows up to whole tiles see nothing.
+// Packs rows [begin, end) of the head; rows up to whole tiles see nothing. d_sinks, if any: of this sequence.
 template <class T>
 void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t begin, int64_t end,
-                const BackwardShape& shape, const BackwardScratch& scratch) {
+                const BackwardShape& shape, const BackwardScratch& scratch, float* d_sinks) {
   const AttentionForwardParams& p = b.forward;
   const float scale = query_scale(p);
   const int64_t padded = round_up(end - begin, kBackwardRows);
@@ -159,9 +161,9 @@ void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t beg
       scratch.lse_high[r] = static_cast<float>(lse_log2);
       scratch.lse_low[r] = std::isfinite(lse) ? static_cast<float>(lse_log2 - scratch.lse_high[r]) : 0.0f;
       if (lse != -kInfinity) scratch.visible[r] = visible_keys(p, s, row);  // -inf: nothing has weight
-      if (b.d_sinks != nullptr && lse != -kInfinity) {
+      if (d_sinks != nullptr && lse != -kInfinity) {
         const VecF share = exp2_nonpositive(broadcast(to_log2(p.sinks[head]) - lse * kLog2E));
-        b.d_sinks[s.batch * p.heads + head] -= share[0] * delta;
+        d_sinks[head] -= share[0] * delta;
       }
     }
     for (int64_t i = 0; i < kBackwardRows; i += kStrip) {
@@ -301,14 +303,14 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
 
 template <class T>
 void run_head(const AttentionBackwardParams& b, const Sequence& s, const BackwardShape& shape,
-              const BackwardScratch& scratch) {
+              const BackwardScratch& scratch, float* d_sinks) {
   const AttentionForwardParams& p = b.forward;
   const int64_t padded_keys = round_up(s.seq_k, kBackwardKeys);
   memset(scratch.dk, 0, static_cast<size_t>(padded_keys * shape.columns) * sizeof(float));
   memset(scratch.dv, 0, static_cast<size_t>(padded_keys * shape.v_columns) * sizeof(float));
   for (int64_t begin = 0; begin < s.num_rows; begin += shape.chunk_rows) {
     const int64_t end = min(begin + shape.chunk_rows, s.num_rows);
-    pack_chunk<T>(b, s, begin, end, shape, scratch);
+    pack_chunk<T>(b, s, begin, end, shape, scratch, d_sinks);
     const Range all{visible_keys(p, s, begin).begin, visible_keys(p, s, end - 1).end};
     for (int64_t block = all.begin / kBackwardKeys * kBackwardKeys; block < all.end; block += kBackwardKeys) {
       const int num_keys = static_cast<int>(min(s.seq_k - block, kBackwardKeys));
@@ -355,10 +357,16 @@ void run_backward(const AttentionBackwardParams& b) {
   const int workers = b.d_bias_is_shared ? 1 : workers_for(5 * pairs * p.kv_heads * (p.head_dim + p.v_head_dim));
   const int64_t scratch_bytes = BackwardScratch::num_bytes(shape);
   const Workspace workspace(workers * scratch_bytes);
+  std::vector<float> d_sinks(b.d_sinks == nullptr ? 0 : p.batch * p.heads);  // [batch, heads]
   parallel_for(p.batch * p.kv_heads, workers, [&](int64_t task, int worker) {
     const Sequence s = sequence_of(p, task / p.kv_heads, task % p.kv_heads);
-    run_head<T>(b, s, shape, BackwardScratch::in(Arena(workspace.data() + worker * scratch_bytes), shape));
+    run_head<T>(b, s, shape, BackwardScratch::in(Arena(workspace.data() + worker * scratch_bytes), shape),
+                d_sinks.empty() ? nullptr : d_sinks.data() + s.batch * p.heads);
   });
+  for (int64_t head = 0; !d_sinks.empty() && head < p.heads; ++head) {
+    b.d_sinks[head] = 0.0f;
+    for (int64_t i = 0; i < p.batch; ++i) b.d_sinks[head] += d_sinks[i * p.heads + head];
+  }
 }
 
 }  // namespace

@@ -18,10 +18,7 @@
 // Cost       4 * visible pairs * dim flops; bound by the tensor cores beyond seq ~ 500.
 // After      Dao 2023, FlashAttention-2, algorithm 1.
 
-#include <algorithm>
-
 #include "../common/dispatch.h"
-#include "../common/launch.h"
 #include "attention_scores_cuda.h"
 
 namespace fmkernels {
@@ -198,12 +195,6 @@ void launch_with(Args a, int64_t units, cudaStream_t stream) {
          sizeof(Smem<T>), stream, a);
 }
 
-// Whether every row of the tensor begins on a 16-byte boundary.
-bool is_aligned(const TokenView& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % kChunkElements == 0 &&
-         view.token_stride % kChunkElements == 0 && view.head_stride % kChunkElements == 0;
-}
-
 }  // namespace
 
 AttentionPartials attention_partials(const AttentionForwardParams& p) {
@@ -224,36 +215,17 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
          Divisor(static_cast<int32_t>(call.p.heads / call.p.kv_heads)),
          {}};
   AttentionForwardParams& p = a.p;
-  // A position, a window and the rows of a tile after it add up within 32 bits.
-  constexpr int64_t kMaxLength = (1 << 30) - 1024, kMaxGrid = 65535, kMaxStride = 1 << 23;
-  FM_CHECK(p.dtype != DType::kFloat32, "attention_forward: CUDA tensors must be float16 or bfloat16");
-  FM_CHECK(p.batch <= kMaxGrid && p.kv_heads <= kMaxGrid, "attention_forward: batch and kv_heads must be at most ",
-           kMaxGrid, " on CUDA, got ", p.batch, " and ", p.kv_heads);
-  FM_CHECK(p.seq_q * (p.heads / p.kv_heads) <= kMaxLength && p.seq_k <= kMaxLength && p.total_q <= kMaxLength &&
-               p.total_k <= kMaxLength,
-           "attention_forward: sequences must be at most ", kMaxLength, " rows long on CUDA");
-  for (const TokenView* view : {&p.q, &p.k, &p.v, &p.o}) {
-    FM_CHECK(is_aligned(*view), "attention_forward: rows of q, k, v and o must begin on 16-byte boundaries");
-    FM_CHECK(view->token_stride < kMaxStride, "attention_forward: a token stride must be below ", kMaxStride,
-             " elements on CUDA, got ", view->token_stride);
-  }
-  p.window_left = std::min<int64_t>(p.window_left, kMaxLength - 1);
-  p.window_right = std::min<int64_t>(p.window_right, kMaxLength - 1);
+  check_launch("attention_forward", p, {&p.q, &p.k, &p.v, &p.o});
   a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
 
-  int device = 0, smem_bytes = 0;
-  check_cuda("attention_forward", cudaGetDevice(&device));
-  check_cuda("attention_forward", cudaDeviceGetAttribute(&smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  FM_CHECK(smem_bytes >= 99 * 1024, "attention_forward: this GPU gives a block ", smem_bytes,
-           " bytes of shared memory; 99 KiB are needed (sm_80 and later)");
+  const int smem_bytes = max_smem_bytes("attention_forward");
   const int64_t max_rows = p.seq_q * (p.heads / p.kv_heads), dim = std::max(p.head_dim, p.v_head_dim);
   dispatch_half(p.dtype, [&]<class Element>() {
-    const int bucket = dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
     auto with = [&]<class T>() {
       const int64_t tiles = (max_rows + T::kRows - 1) / T::kRows;
       launch_with<T>(a, std::max(tiles, partials.max_chunks), stream);
     };
-    dispatch_int<64, 96, 128, 192, 256>("dim", bucket, [&]<int kDim>() {
+    dispatch_int<64, 96, 128, 192, 256>("dim", bucket_of(dim), [&]<int kDim>() {
       if constexpr (tile_of(99, kDim) == tile_of(163, kDim)) with.template operator()<Traits<Element, kDim, 163>>();
       else if (smem_bytes >= 163 * 1024) with.template operator()<Traits<Element, kDim, 163>>();
       else with.template operator()<Traits<Element, kDim, 99>>();

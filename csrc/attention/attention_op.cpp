@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention_forward, attention_varlen_forward: tensors in, checks, Params out.
+// attention_forward, attention_varlen_forward and their backward: tensors in, checks, Params out.
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "../common/tensor.h"
@@ -225,8 +224,6 @@ std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const
   return {o, lse};
 }
 
-#ifndef FM_CUDA
-
 // ---- gradients -------------------------------------------------------------------------------------------------------
 
 // A tensor [batch, heads, seq_q] or [heads, total_q] of float32, as strides [batch, heads, seq_q].
@@ -245,20 +242,30 @@ const float* view_rows(const char* name, const Tensor& t, const Tensor& q, int64
 }
 
 Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
-  Tensor t = torch::stable::new_empty(like, sizes, ScalarType::Float);
-  std::memset(data_of(t), 0, static_cast<size_t>(t.numel()) * sizeof(float));
-  return t;
+  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+}
+
+void execute(const AttentionBackwardParams& b, [[maybe_unused]] const Tensor& q) {
+#ifdef FM_CUDA
+  AttentionRowStats stats = attention_row_stats(b.forward);
+  Tensor data = torch::stable::new_empty(q, {2 * stats.heads * stats.num_slots}, ScalarType::Float);
+  stats.data = static_cast<float*>(data_of(data));
+  FM_EXECUTE(attention_backward, (AttentionBackwardCall{b, stats}), q);
+#else
+  FM_EXECUTE(attention_backward, b, q);
+#endif
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // grad_bias and grad_sinks have no elements where they are not wanted.
-Gradients run_backward(const AttentionForwardParams& forward, const Tensor& grad_o,
+Gradients run_backward(const AttentionForwardParams& forward, const Tensor& given_grad_o,
                        const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                       const Tensor& o, const Tensor& lse, const std::optional<Tensor>& bias, bool bias_grad) {
+                       const Tensor& given_o, const Tensor& lse, const std::optional<Tensor>& bias, bool bias_grad) {
   AttentionBackwardParams b{};
   b.forward = forward;
   const int64_t rank = q.dim();
+  const Tensor grad_o = readable(given_grad_o), o = readable(given_o);
   for (const auto& [name, t] : {std::pair{"grad_o", &grad_o}, {"o", &o}}) {
     check_rank(name, *t, rank);
     check_last_dim_contiguous(name, *t);
@@ -279,8 +286,8 @@ Gradients run_backward(const AttentionForwardParams& forward, const Tensor& grad
   b.d_k = view_tokens(grad_k);
   b.d_v = view_tokens(grad_v);
   const bool has_sinks = forward.sinks != nullptr;
-  Tensor of_sequences = zeros(q, {has_sinks ? forward.batch : 0, forward.heads});
-  if (has_sinks) b.d_sinks = static_cast<float*>(data_of(of_sequences));
+  Tensor grad_sinks = zeros(q, {has_sinks ? forward.heads : 0});
+  if (has_sinks) b.d_sinks = static_cast<float*>(data_of(grad_sinks));
   Tensor grad_bias = zeros(q, {0});
   if (bias.has_value() && bias_grad) {
     grad_bias = zeros(q, {bias->sizes().begin(), bias->sizes().end()});
@@ -288,20 +295,16 @@ Gradients run_backward(const AttentionForwardParams& forward, const Tensor& grad
     for (int dim = 0; dim < 4; ++dim) b.d_bias_stride[dim] = bias->size(dim) == 1 ? 0 : stride_of(grad_bias, dim);
     b.d_bias_is_shared = (bias->size(0) == 1 && forward.batch > 1) || (bias->size(1) == 1 && forward.kv_heads > 1);
   }
-  if (q.numel() + k.numel() > 0) FM_EXECUTE(attention_backward, b, q);
-  Tensor grad_sinks = zeros(q, {has_sinks ? forward.heads : 0});
-  auto* sum = static_cast<float*>(data_of(grad_sinks));
-  for (int64_t i = 0; has_sinks && i < forward.batch; ++i) {
-    for (int64_t head = 0; head < forward.heads; ++head) sum[head] += b.d_sinks[i * forward.heads + head];
-  }
+  if (q.numel() + k.numel() > 0) execute(b, q);
   return {grad_q, grad_k, grad_v, grad_bias, grad_sinks};
 }
 
-Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& q,
-                             const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& given_q,
+                             const Tensor& given_k, const Tensor& given_v, const Tensor& o, const Tensor& lse,
                              const std::optional<Tensor>& bias, const std::optional<Tensor>& alibi_slopes,
                              const std::optional<Tensor>& sinks, bool causal, int64_t window_left, int64_t window_right,
                              double softmax_scale, double softcap, bool bias_grad) {
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   check_rank("q", q, 4);
   const int64_t batch = q.size(0);
   AttentionForwardParams p =
@@ -313,10 +316,12 @@ Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
-    const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& o, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, bool causal,
-    int64_t window_left, int64_t window_right, double softmax_scale, double softcap) {
+    const Tensor& grad_o, const std::optional<Tensor>& grad_lse, const Tensor& given_q, const Tensor& given_k,
+    const Tensor& given_v, const Tensor& o, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks, bool causal, int64_t window_left, int64_t window_right, double softmax_scale,
+    double softcap) {
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   const AttentionForwardParams p =
       varlen_params(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal,
                     window_left, window_right, softmax_scale, softcap);
@@ -325,17 +330,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
   return {grad_q, grad_k, grad_v, grad_sinks};
 }
 
-#endif
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, FM_BACKEND, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_varlen_forward", TORCH_BOX(&attention_varlen_forward));
-#ifndef FM_CUDA
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward));
-#endif
 }
 
 }  // namespace fmkernels

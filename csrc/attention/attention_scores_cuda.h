@@ -9,24 +9,6 @@ namespace {
 
 // ---- modifiers and masks --------------------------------------------------------------------------------------------
 
-// tanh to a few units in the last place everywhere: 1 - 2 / (1 + e^2x) or, near zero, where that cancels, an odd
-// polynomial.
-__device__ __forceinline__ float tanh(float x) {
-  const float far = 1.0f - 2.0f * ptx::rcp(1.0f + ptx::ex2(x * (2.0f * kLog2E))), u = x * x;
-  float near = u * -5.602740497e-3f + 2.053993824e-2f;
-  near = near * u - 5.370532051e-2f;
-  near = near * u + 1.333093216e-1f;
-  near = near * u - 3.333325220e-1f;
-  near = near * u + 1.0f;
-  return fabsf(x) < 0.625f ? near * x : far;
-}
-
-// x in log2 units; what is finite stays finite.
-__device__ __forceinline__ float to_log2(float x) {
-  const float scaled = x * kLog2E;
-  return isfinite(x) ? fminf(fmaxf(scaled, -0x1.fp127f), 0x1.fp127f) : scaled;
-}
-
 // Row of the unit that a lane's accumulators i = 2 * half and 2 * half + 1 of m belong to.
 template <class T>
 __device__ __forceinline__ int row_of(const Unit& u, int m, int half) {

@@ -2,29 +2,14 @@
 // Tiles, shared memory and geometry of attention_forward.cu. Included by it alone.
 #pragma once
 
-#include <cmath>
-#include <utility>
 #include "../common/divisor.h"
-#include "../common/ptx.h"
-#include "attention.h"
+#include "attention_fragments_cuda.h"
 
 namespace fmkernels {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kChunkElements = 8;  // elements of a 16-byte chunk
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.69314718f;
 constexpr float kRescaleLog2 = 8.0f;     // growth of a maximum, in log2 units, from which on o is rescaled
 constexpr float kNoMax = 3.4028235e38f;  // shift of a row that has seen no finite score: larger than any growth
-
-// f.template operator()<i>() for i in [0, kCount): a loop whose index is a constant of the instructions in it.
-template <int kCount, class F>
-__device__ __forceinline__ void static_for(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    (f.template operator()<i>(), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
@@ -84,13 +69,6 @@ struct Traits {
   static_assert(kPassRows % 8 == 0, "a pass keeps the swizzle of its rows");
 };
 
-// Byte offset of a 16-byte chunk of a row. Eight rows at one column, and one row's columns, fall into different banks.
-template <int kDim>
-__host__ __device__ constexpr int swizzled(int row, int chunk) {
-  constexpr bool whole_lines = kDim * 2 % 128 == 0;  // else rows of 192 bytes: two rows shift by half of the banks
-  return row * kDim * 2 + ((chunk ^ (whole_lines ? row & 7 : row >> 1 & 3)) << 4);
-}
-
 // Factors of the bytes from one pass over a block to the next. The kernel reads them from its arguments, where one
 // instruction multiplies and adds; of factors that it knows the compiler makes two.
 struct Passes {
@@ -109,33 +87,15 @@ struct Args {
 
 // ---- geometry -------------------------------------------------------------------------------------------------------
 
-struct KeyRange {
-  int begin, end;
-};
-
 // One sequence of the batch, and the unit of this block.
-struct Unit {
-  Divisor group;  // query heads of a kv head
-  int q_start, k_start, seq_q, seq_k, num_rows;
-  int row_begin, chunk;  // chunk: -1 where the keys are not split
+struct Unit : Sequence {
+  Divisor group;                   // query heads of a kv head
+  int num_rows, row_begin, chunk;  // chunk: -1 where the keys are not split
   bool exists;
 };
 
-// x, the same in every lane of the warp, in a register that the compiler knows to be so.
-__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kAllLanes, x); }
-
-__device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
-
 __device__ __forceinline__ Unit unit_of(const Args& a, int tile_rows) {
-  const AttentionForwardParams& p = a.p;
-  Unit u{a.group, 0, 0, static_cast<int>(p.seq_q), static_cast<int>(p.seq_k), 0, 0, -1, true};
-  if (p.cu_seqlens_q != nullptr) {  // lengths that only the device knows stay within the tensors, whatever they are
-    const int b = blockIdx.z;
-    u.q_start = uniform(clamp(p.cu_seqlens_q[b], 0, static_cast<int>(p.total_q)));
-    u.k_start = uniform(clamp(p.cu_seqlens_k[b], 0, static_cast<int>(p.total_k)));
-    u.seq_q = uniform(min(clamp(p.cu_seqlens_q[b + 1], u.q_start, static_cast<int>(p.total_q)) - u.q_start, u.seq_q));
-    u.seq_k = uniform(min(clamp(p.cu_seqlens_k[b + 1], u.k_start, static_cast<int>(p.total_k)) - u.k_start, u.seq_k));
-  }
+  Unit u{sequence_of(a.p, blockIdx.z), a.group, 0, 0, -1, true};
   u.num_rows = u.seq_q * u.group.value();
   const int unit = blockIdx.x;
   if (is_split(u.num_rows, u.seq_k)) {
@@ -153,13 +113,6 @@ __device__ __forceinline__ Unit unit_of(const Args& a, int tile_rows) {
 __device__ __forceinline__ int query_of(const Unit& u, int row) { return row / u.group; }
 __device__ __forceinline__ int64_t head_of(const Unit& u, int row) {
   return static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
-}
-
-// Keys that a query sees.
-__device__ __forceinline__ KeyRange visible_keys(const AttentionForwardParams& p, const Unit& u, int query) {
-  const int diagonal = query + u.seq_k - u.seq_q;
-  return {p.window_left < 0 ? 0 : max(0, diagonal - static_cast<int>(p.window_left)),
-          p.window_right < 0 ? u.seq_k : clamp(diagonal + static_cast<int>(p.window_right) + 1, 0, u.seq_k)};
 }
 
 // For rows [begin, end): keys that any of them sees, and keys that all of them see.

@@ -9,9 +9,6 @@ namespace {
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
-// x, out of a shuffle with itself: the compiler keeps the result instead of computing it again in the loop.
-__device__ __forceinline__ uint32_t pinned(uint32_t x) { return __shfl_sync(ptx::kAllLanes, x, threadIdx.x % kWarp); }
-
 // Keys or values of one kv head, and where this thread writes the part of a block that it copies.
 template <class T, bool kValues>
 struct BlockCopy {
@@ -117,38 +114,6 @@ struct WarpState {
 template <class T>
 using Scores = float[T::kRowTiles][T::kKeyTiles][4];
 
-// The lane's row and 16-byte chunk of a 16 x 16 fragment: ldmatrix.x4 gives its four 8 x 8 matrices column by column,
-// as fragments of q and of transposed values are numbered, or row by row, as those of keys are.
-template <class T>
-__device__ __forceinline__ uint32_t lane_offset(bool by_column) {
-  const int lane = threadIdx.x % kWarp;
-  return by_column ? swizzled<T::kDim>(lane % 16, lane / 16)
-                   : swizzled<T::kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-}
-
-// The lane's row of the first fragment in each column step (16 columns) of what a swizzle permutes. A step flips bits of
-// the address: either all addresses are kept, or one from which the others are made.
-template <class T, bool kKept>
-struct Columns {
-  static constexpr int kSteps = T::kDim * 2 % 128 == 0 ? 4 : 2;
-  uint32_t at[kKept ? kSteps : 1];
-
-  template <int step>
-  __device__ __forceinline__ uint32_t of() const {
-    if constexpr (kKept) return at[step % kSteps];
-    else return at[0] ^ (step % kSteps * 32);
-  }
-};
-
-// ldmatrix.x4 of the fragment at row `row` and column step `step`. Rows are whole multiples of what the swizzle permutes.
-template <class T, int row, int step, bool kTransposed = false, bool kKept>
-__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const Columns<T, kKept>& columns) {
-  constexpr int kSteps = Columns<T, kKept>::kSteps, kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
-  const uint32_t column = columns.template of<step>();
-  if constexpr (kTransposed) ptx::ldmatrix_x4_trans<kOffset>(r, column);
-  else ptx::ldmatrix_x4<kOffset>(r, column);
-}
-
 template <class T, int step>
 __device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][4], const Columns<T, false>& at) {
   static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, m * 16, step>(q[m], at); });
@@ -215,16 +180,6 @@ __device__ __forceinline__ void multiply_values(WarpState<T>& w, const Scores<T>
       }
     });
   });
-}
-
-// The largest of the four lanes that share a row; all four hold it.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(ptx::kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(ptx::kAllLanes, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(ptx::kAllLanes, x, 1);
-  return x + __shfl_xor_sync(ptx::kAllLanes, x, 2);
 }
 
 // Scores, in units of 1 / scale, become weights exp2(score * scale + shift); the sums grow by them.
