@@ -69,19 +69,24 @@ template <Isa isa>
 void run_attention_backward(const AttentionBackwardParams& p);
 
 // On CUDA, what the gradients read of every query: minus its lse in log2 units, and minus delta, the product of its o and
-// d_o less the gradient of its lse. [minus lse or minus delta][head][slot]; a sequence begins at a slot that is a multiple
-// of kStatsRows, and what is between its end and the next multiple is written too, as queries without weight.
-constexpr int kStatsRows = 64;
+// d_o less the gradient of its lse. A sequence has a slot for each query of each head, from a multiple of kStatsRows on;
+// what is between its end and the next multiple is written too, as queries without weight. Of sixteen slots minus lse
+// comes first, then minus delta: of two neighbours at a time and twice, as the accumulators of a product begin.
+constexpr int kStatsRows = 64, kStatsGroup = 16, kStatsFloats = 4;  // floats of a slot
 struct AttentionRowStats {
   float* data;
-  int64_t heads, num_slots, batch_slots;  // of a head; of a sequence, where they are not packed
+  int64_t num_slots, batch_slots;  // of a head; of a sequence, where they are not packed
 
-  FM_HOST_DEVICE int64_t index(int kind, int64_t head, bool is_packed, int64_t batch, int64_t q_start) const {
-    const int64_t first = is_packed ? (q_start / kStatsRows + batch) * kStatsRows : batch * batch_slots;
-    return (kind * heads + head) * num_slots + first;
+  static constexpr int kToSecond = 2,
+                       kToDelta = 2 * kStatsGroup;  // from minus lse to the same again, and to minus delta
+  FM_HOST_DEVICE int64_t first_slot(int64_t head, bool is_packed, int64_t batch, int64_t q_start) const {
+    return head * num_slots + (is_packed ? (q_start / kStatsRows + batch) * kStatsRows : batch * batch_slots);
+  }
+  FM_HOST_DEVICE float* minus_lse(int64_t slot) const {
+    return data + slot / kStatsGroup * kStatsGroup * kStatsFloats + slot % kStatsGroup / 2 * 4 + slot % 2;
   }
 };
-// The sizes for these parameters; the pointer, to 2 * heads * num_slots numbers, is the caller's.
+// The sizes for these parameters; the pointer, to heads * num_slots * kStatsFloats numbers, is the caller's.
 AttentionRowStats attention_row_stats(const AttentionForwardParams& p);
 
 struct AttentionBackwardCall {

@@ -44,15 +44,26 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const int end_block = tile.any.begin < tile.any.end ? (tile.any.end + T::kStreamed - 1) / T::kStreamed : first_block;
   const int plain_begin = max(first_block, (tile.all.begin + T::kStreamed - 1) / T::kStreamed);
   const int plain_end = a.is_general ? 0 : min(tile.all.end / T::kStreamed, end_block);
-  const int num_streamed = u.num_streamed;
   if (threadIdx.x == 0) smem.unit = u;
   if (threadIdx.x % kWarp == 0) {
     const int warp_begin = u.begin + warp * T::kWarpRows;
     smem.partners[warp] = partners_of<T>(p, u, warp_begin, warp_begin + T::kWarpRows);
   }
-  RowStats<T> rows;
-  rows.load(a, u, blockIdx.y);
-  const Addresses<T> at(smem);
+  if constexpr (T::kOwnsQueries) load_owned_stats(smem, a, u, blockIdx.y);
+  Addresses<T> at(smem);
+
+  // The streamed heads: one for queries, those of the group for keys.
+  const int first_head = T::kOwnsQueries ? blockIdx.y / a.group : blockIdx.y * a.group;
+  const int num_heads = T::kOwnsQueries ? 1 : a.group;
+  int to_next = sizeof(Stage<T>);    // from the stage of the block at hand to the other
+  const auto copy_of = [&](int i) {  // of streamed head i, with its first block under way
+    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : sizeof(Stage<T>), first_head + i, first_block);
+    if (i == 0) copy.zero_columns();
+    copy.issue(a, smem, to_next, first_block < end_block ? u.num_streamed - first_block * T::kStreamed : 0);
+    ptx::cp_async_commit();
+    return copy;
+  };
+  StreamCopy<T> copy = copy_of(0);
 
   Gradient<T> grads[T::kEndGrad - T::kFirstGrad];
 #pragma unroll
@@ -60,64 +71,56 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     for_each<T::kRowTiles, T::kColumnTiles>([&](int m, int n, int i) { gradient[m][n][i] = 0.0f; });
   }
 
-  // The streamed heads: one for queries, those of the group for keys.
-  const int first_head = T::kOwnsQueries ? blockIdx.y / a.group : blockIdx.y * a.group;
-  const int end_head = first_head + (T::kOwnsQueries ? 1 : a.group);
-  int stage = 0;
-  for (int streamed_head = first_head; streamed_head < end_head; ++streamed_head) {
-    const int head = T::kOwnsQueries ? blockIdx.y : streamed_head;
-    StreamCopy<T> copy(a, u, smem, streamed_head, first_block);
-    if (streamed_head == first_head) copy.zero_columns();
+  for (int i = 0; i < num_heads; ++i) {
+    const int head = T::kOwnsQueries ? blockIdx.y : first_head + i;
+    if (i > 0) copy = copy_of(i);
     int block = first_block;
-    if (block < end_block) copy.issue(a, smem, stage, num_streamed - block * T::kStreamed);
-    ptx::cp_async_commit();
 
     // One block. With kGeneral it modifies, masks and may skip.
     auto step = [&]<bool kGeneral>() {
       const int first_streamed = block * T::kStreamed;
       bool nonfinite = false;
       ptx::cp_async_wait<0>();
-      if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(stage));
+      if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(-to_next));
       else __syncthreads();
       // B1: every warp sees block[i] and what it owns, and has read block[i-1]
-      if (block + 1 < end_block) copy.issue(a, smem, stage ^ 1, num_streamed - first_streamed - T::kStreamed);
+      copy.issue(a, smem, -to_next, block + 1 < end_block ? smem.unit.num_streamed - first_streamed - T::kStreamed : 0);
       ptx::cp_async_commit();
 
-      const Range mine = kGeneral ? smem.partners[warp].any : Range{};
-      const bool works = !kGeneral || (first_streamed < mine.end && first_streamed + T::kStreamed > mine.begin);
-      const Columns<T, false> streamed = in_stage(at.streamed, stage), transposed = in_stage(at.transposed, stage);
-      const float* stats = at.stats + stage * 2 * T::kStreamed;
-      Products<T> s, d;
+      const Partners mine = kGeneral ? smem.partners[warp] : Partners{};
+      // Where something is not finite all warps work, because they share barriers.
+      const bool works =
+          !kGeneral || nonfinite || (first_streamed < mine.any.end && first_streamed + T::kStreamed > mine.any.begin);
+      const bool is_whole =
+          !kGeneral || (mine.all.begin <= first_streamed && first_streamed + T::kStreamed <= mine.all.end);
       if (works) {
-        for_each<T::kRowTiles, T::kStreamTiles>([&](int m, int n, int i) { s[m][n][i] = 0.0f; });
-        multiply<T, 0>(s, at.owned, streamed);
-        if constexpr (T::kHasSlopes) {
-          with_stats<T, 1>(d, rows, stats, [](float, float minus_delta) { return minus_delta; });
-          multiply<T, 1>(d, at.owned, streamed);
-        }
-        if constexpr (kGeneral) {
-          weigh_general<T, true>(s, d, a, smem.unit, head, first_streamed, rows, stats);
-        } else {
-          with_stats<T, 0>(s, rows, stats,
-                           [&](float x, float minus_lse) { return ptx::ex2(fmaf(x, a.scale_log2, minus_lse)); });
-          if constexpr (T::kHasSlopes)
-            for_each<T::kRowTiles, T::kStreamTiles>([&](int m, int n, int i) { d[m][n][i] *= s[m][n][i]; });
-        }
+        Products<T> s[T::kParts];
+        multiply_scores<T>(s, at);
+        static_for<T::kParts>([&]<int part>() {
+          const int first_of_part = first_streamed + part * T::kPart;
+          Products<T> d[1];
+          if constexpr (T::kHasSlopes) multiply_slopes<T, part>(d, at);
+          if (kGeneral && a.is_general) {
+            weigh_general<T, part, true>(s[part], d[0], a, smem.unit, head, first_of_part, at.stats);
+          } else {
+            weigh<T, part>(s[part], d[0], at.stats, a.scale_log2);
+            if (!is_whole) mask<T>(s[part], d[0], a, smem.unit, first_of_part);
+          }
+          if (kGeneral && nonfinite) {
+            static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
+              add_nonfinite<T, T::kFirstGrad + g>(grads[g], smem, a, to_next > 0 ? 0 : 1, part * T::kPart,
+                                                  first_of_part);
+            });
+            __syncthreads();  // every warp has read what is not finite
+            copy.zero_nonfinite(0, part * T::kPart);
+            __syncthreads();  // every warp sees zeros in its place
+          }
+          if constexpr (T::kEndGrad == 2) accumulate<T, 1, part>(grads[1 - T::kFirstGrad], s[part], at.transposed);
+          if constexpr (T::kFirstGrad == 0) accumulate<T, 0, part>(grads[0], d[0], at.transposed);
+        });
       }
-      if (kGeneral && nonfinite) {
-        if (works) {
-          static_for<T::kEndGrad - T::kFirstGrad>(
-              [&]<int g>() { add_nonfinite<T, T::kFirstGrad + g>(grads[g], smem, a, stage, first_streamed); });
-        }
-        __syncthreads();  // every warp has read what is not finite
-        copy.zero_nonfinite(stage);
-        __syncthreads();  // every warp sees zeros in its place
-      }
-      if (works) {
-        if constexpr (T::kEndGrad == 2) accumulate<T, 1>(grads[1 - T::kFirstGrad], s, transposed);
-        if constexpr (T::kFirstGrad == 0) accumulate<T, 0>(grads[0], d, transposed);
-      }
-      stage ^= 1;
+      at.turn(to_next);
+      to_next = -to_next;
       ++block;
     };
 
@@ -134,12 +137,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   }
 
   ptx::cp_async_wait<0>();
-  __syncwarp();  // a warp's part of owned is copied, read and overwritten by the warp alone
+  __syncthreads();  // every warp sees the unit, also where there was no block
   static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
     keep_gradient(grads[g], smem, T::kFirstGrad + g, T::kFirstGrad + g == 0 ? p.softmax_scale : 1.0f);
   });
   __syncwarp();
-  for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor) store_owned(smem, a, u, tensor);
+  for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor) store_owned(smem, a, smem.unit, tensor);
 }
 
 // ---- what the others read of a query --------------------------------------------------------------------------------
@@ -158,40 +161,47 @@ __global__ void __launch_bounds__(128) attention_backward_rows_kernel(const __gr
   const Sequence s = sequence_of(p, blockIdx.z);
   const int first = blockIdx.x * kStatsRows, head = blockIdx.y, lane = threadIdx.x % kLanesARow;
   if (first >= s.seq_q) return;
-  const int64_t slot = a.stats.index(0, head, p.cu_seqlens_q != nullptr, blockIdx.z, s.q_start);
-  const int64_t to_delta = a.stats.index(1, 0, false, 0, 0);
-  for (int r = threadIdx.x / kLanesARow; r < kStatsRows; r += blockDim.x / kLanesARow) {
-    const int query = first + r;
-    const bool exists = query < s.seq_q;
-    const int64_t token = s.q_start + query;
-    const auto row = [&](const TokenView& view) {
-      return static_cast<const Element*>(view.data) + blockIdx.z * view.batch_stride + token * view.token_stride +
-             head * view.head_stride;
-    };
+  const auto rows_of = [&](const TokenView& view) {
+    return static_cast<const Element*>(view.data) + blockIdx.z * view.batch_stride + head * view.head_stride;
+  };
+  const Element *const o = rows_of(p.o), *const d_o = rows_of(a.b.d_o);
+  // Lane i of a row's lanes keeps the product of the i-th pass.
+  constexpr int kPassRows = 128 / kLanesARow, kPasses = kStatsRows / kPassRows;
+  static_assert(kPasses <= kLanesARow);
+  float mine = 0.0f;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int query = first + threadIdx.x / kLanesARow + pass * kPassRows;
+    const int64_t token = s.q_start + min(query, s.seq_q - 1);
     float product = 0.0f;
-    for (int c = lane * kChunkElements; exists && c < p.v_head_dim; c += kLanesARow * kChunkElements) {
-      const uint4 o = *reinterpret_cast<const uint4*>(row(p.o) + c);
-      const uint4 d_o = *reinterpret_cast<const uint4*>(row(a.b.d_o) + c);
-      const auto *x = reinterpret_cast<const Element*>(&o), *y = reinterpret_cast<const Element*>(&d_o);
-      for (int i = 0; i < kChunkElements; ++i) product = fmaf(to_float(x[i]), to_float(y[i]), product);
+    for (int c = lane * kChunkElements; c < p.v_head_dim; c += kLanesARow * kChunkElements) {
+      const uint4 x = *reinterpret_cast<const uint4*>(o + token * p.o.token_stride + c);
+      const uint4 y = *reinterpret_cast<const uint4*>(d_o + token * a.b.d_o.token_stride + c);
+      const auto *of_x = reinterpret_cast<const Element*>(&x), *of_y = reinterpret_cast<const Element*>(&y);
+#pragma unroll
+      for (int i = 0; i < kChunkElements; ++i) product = fmaf(to_float(of_x[i]), to_float(of_y[i]), product);
     }
     for (int distance = kLanesARow / 2; distance > 0; distance /= 2)
       product += __shfl_xor_sync(ptx::kAllLanes, product, distance);
-    if (lane != 0) continue;
-    float minus_lse = -INFINITY, minus_delta = 0.0f;
-    if (exists) {
-      const auto of_row = [&](const float* data, const int64_t (&stride)[3]) {
-        return data[blockIdx.z * stride[0] + head * stride[1] + token * stride[2]];
-      };
-      const float lse = of_row(a.b.lse, a.b.lse_stride);
-      if (lse != -INFINITY) {
-        minus_lse = -lse * kLog2E;
-        minus_delta = (a.b.d_lse == nullptr ? 0.0f : of_row(a.b.d_lse, a.b.d_lse_stride)) - product;
-      }
-    }
-    a.stats.data[slot + query] = minus_lse;
-    a.stats.data[slot + to_delta + query] = minus_delta;
+    if (lane == pass) mine = product;
   }
+  if (lane >= kPasses) return;
+  const int query = first + threadIdx.x / kLanesARow + lane * kPassRows;
+  float minus_lse = -INFINITY, minus_delta = 0.0f;
+  if (query < s.seq_q) {
+    const auto of_row = [&](const float* data, const int64_t (&stride)[3]) {
+      return data[blockIdx.z * stride[0] + head * stride[1] + (s.q_start + query) * stride[2]];
+    };
+    const float lse = of_row(a.b.lse, a.b.lse_stride);
+    if (lse != -INFINITY) {
+      minus_lse = -lse * kLog2E;
+      minus_delta = (a.b.d_lse == nullptr ? 0.0f : of_row(a.b.d_lse, a.b.d_lse_stride)) - mine;
+    }
+  }
+  const int64_t slot = a.stats.first_slot(head, p.cu_seqlens_q != nullptr, blockIdx.z, s.q_start) + query;
+  float* to = a.stats.minus_lse(slot);
+  to[0] = to[AttentionRowStats::kToSecond] = minus_lse;
+  to[AttentionRowStats::kToDelta] = to[AttentionRowStats::kToDelta + AttentionRowStats::kToSecond] = minus_delta;
 }
 
 // ---- d_sinks --------------------------------------------------------------------------------------------------------
@@ -204,14 +214,13 @@ __global__ void __launch_bounds__(kSinkThreads) attention_backward_sinks_kernel(
   __shared__ float sums[kSinkThreads];
   const int head = blockIdx.x;
   const float sink = to_log2(p.sinks[head]);
-  const int64_t to_delta = a.stats.index(1, 0, false, 0, 0);
   float sum = 0.0f;
   for (int batch = 0; batch < p.batch; ++batch) {
     const Sequence s = sequence_of(p, batch);
-    const float* stats = a.stats.data + a.stats.index(0, head, p.cu_seqlens_q != nullptr, batch, s.q_start);
+    const int64_t first = a.stats.first_slot(head, p.cu_seqlens_q != nullptr, batch, s.q_start);
     for (int query = threadIdx.x; query < s.seq_q; query += kSinkThreads) {
-      const float minus_lse = stats[query];
-      if (minus_lse != -INFINITY) sum += ptx::ex2(sink + minus_lse) * stats[to_delta + query];
+      const float* stats = a.stats.minus_lse(first + query);
+      if (stats[0] != -INFINITY) sum += ptx::ex2(sink + stats[0]) * stats[AttentionRowStats::kToDelta];
     }
   }
   sums[threadIdx.x] = sum;
@@ -251,7 +260,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const Addresses<T> at(smem);
 
   Products<T> sum;
-  for_each<T::kRowTiles, T::kStreamTiles>([&](int m, int n, int i) { sum[m][n][i] = 0.0f; });
+  for_each<T::kRowTiles, T::kPartTiles>([&](int m, int n, int i) { sum[m][n][i] = 0.0f; });
   for (int batch = batches.begin; batch < batches.end; ++batch) {
     for (int head = heads.begin; head < heads.end; ++head) {
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -265,24 +274,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
           if (!is_loaded) {
             load_owned(smem, a, u, 0, head);
             load_owned(smem, a, u, 1, head);
+            load_owned_stats(smem, a, u, head);
             is_loaded = true;
           }
-          StreamCopy<T> copy(a, u, smem, head / a.group, block);
+          StreamCopy<T> copy(a, u, smem, 0, head / a.group, block);
           copy.zero_columns();
           copy.issue(a, smem, 0, u.seq_k - first_key);
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
           __syncthreads();  // every warp sees the tile and the block
-          RowStats<T> rows;
-          rows.load(a, u, head);
-          Products<T> s, d;
-          for_each<T::kRowTiles, T::kStreamTiles>([&](int m, int n, int i) { s[m][n][i] = 0.0f; });
-          multiply<T, 0>(s, at.owned, at.streamed);
-          with_stats<T, 1>(d, rows, at.stats, [](float, float minus_delta) { return minus_delta; });
-          multiply<T, 1>(d, at.owned, at.streamed);
-          weigh_general<T, false>(s, d, a, u, head, first_key, rows, at.stats);
-          for_each<T::kRowTiles, T::kStreamTiles>([&](int m, int n, int i) {
-            if (RowStats<T>::row_of(u, m, i / 2) < u.seq_q) sum[m][n][i] += d[m][n][i];
+          Products<T> s[1], d[1];
+          multiply_scores<T>(s, at);
+          multiply_slopes<T, 0>(d, at);
+          weigh_general<T, 0, false>(s[0], d[0], a, u, head, first_key, at.stats);
+          for_each<T::kRowTiles, T::kPartTiles>([&](int m, int n, int i) {
+            if (row_of<T>(u, m, i / 2) < u.seq_q) sum[m][n][i] += d[0][m][n][i];
           });
         }
       }
@@ -297,10 +303,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query = RowStats<T>::row_of(u, m, half);
+        const int query = row_of<T>(u, m, half);
         float of_row = 0.0f;
 #pragma unroll
-        for (int n = 0; n < T::kStreamTiles; ++n) {
+        for (int n = 0; n < T::kPartTiles; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int key = first_key + n * 8 + lane % 4 * 2 + e;
@@ -318,7 +324,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   float (&sums)[T::kWarps][T::kStreamed] = *reinterpret_cast<float (*)[T::kWarps][T::kStreamed]>(&smem);
   __syncthreads();  // every warp has read the last block, which the sums overlay
 #pragma unroll
-  for (int n = 0; n < T::kStreamTiles; ++n) {
+  for (int n = 0; n < T::kPartTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float of_column = 0.0f;
@@ -350,27 +356,21 @@ template <class T>
 BackwardArgs args_of(const AttentionBackwardCall& call) {
   const AttentionBackwardParams& b = call.b;
   const AttentionForwardParams& p = b.forward;
-  BackwardArgs a{p,
-                 {p.q, b.d_o},
-                 {p.k, p.v},
-                 {b.d_q, {}},
-                 {static_cast<int>(p.head_dim), static_cast<int>(p.v_head_dim)},
-                 call.stats,
-                 static_cast<float>(p.softmax_scale * kLog2E),
-                 p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr,
-                 static_cast<int>(p.heads / p.kv_heads),
-                 {},
-                 {}};
+  BackwardArgs a{};
+  a.p = p;
+  a.owned[0] = p.q, a.owned[1] = b.d_o, a.grads[0] = b.d_q;
+  a.streamed[0] = p.k, a.streamed[1] = p.v;
+  a.dims[0] = static_cast<int>(p.head_dim), a.dims[1] = static_cast<int>(p.v_head_dim);
+  a.stats = call.stats;
+  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
+  a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
+  a.group = static_cast<int>(p.heads / p.kv_heads);
   if (!T::kOwnsQueries) {
     std::swap(a.owned, a.streamed);
     a.grads[0] = b.d_k;
     a.grads[1] = b.d_v;
   }
-  for (int t = 0; t < 2; ++t) {
-    const int64_t row_bytes = a.streamed[t].token_stride * 2;
-    a.pass_bytes[t] = row_bytes * T::kPassRows;
-    a.block_bytes[t] = row_bytes * (T::kStreamed - (T::kPasses - 1) * T::kPassRows);
-  }
+  a.num_passes = T::kPasses;
   return a;
 }
 
@@ -407,7 +407,7 @@ AttentionRowStats attention_row_stats(const AttentionForwardParams& p) {
   const int64_t batch_slots = (p.seq_q + kStatsRows - 1) / kStatsRows * kStatsRows;
   const int64_t num_slots =
       p.cu_seqlens_q != nullptr ? (p.total_q / kStatsRows + p.batch + 1) * kStatsRows : p.batch * batch_slots;
-  return {nullptr, p.heads, num_slots, batch_slots};
+  return {nullptr, num_slots, batch_slots};
 }
 
 void launch_attention_backward(const AttentionBackwardCall& given, cudaStream_t stream) {

@@ -18,16 +18,18 @@ enum class Pass { kQuery, kKeyValue, kKey, kValue };
 
 struct BackwardTile {
   int owned, streamed, warps;
+  int part;  // streamed rows whose slopes are in registers at a time
 };
 
 // One table for every architecture: all tiles fit into the 99 KiB of sm_86, 89 and 120.
 constexpr BackwardTile backward_tile(int dim, Pass pass) {
+  const bool both = pass == Pass::kKeyValue;
   switch (dim) {
-    case 64: return {128, 32, 4};
-    case 96: return pass == Pass::kQuery ? BackwardTile{128, 32, 4} : BackwardTile{64, 32, 4};
-    case 128: return {128, 32, 8};
-    case 192: return {64, 32, 4};
-    default: return {64, 16, 4};  // 256
+    case 64: return {128, 32, 4, both ? 16 : 32};
+    case 96: return {both ? 64 : 128, 32, 4, 32};
+    case 128: return {128, 32, both ? 8 : 4, 32};
+    case 192: return {64, 32, 4, 32};
+    default: return {64, 16, 4, 16};  // 256
   }
 }
 
@@ -39,18 +41,20 @@ struct Traits {
   static constexpr int kDim = kDim_, kOwned = kTile.owned, kStreamed = kTile.streamed, kWarps = kTile.warps;
   static constexpr int kThreads = kWarps * kWarp, kBlocksPerSm = kThreads == 128 && kDim <= 96 ? 2 : 1;
   static constexpr int kWarpRows = kOwned / kWarps, kRowTiles = kWarpRows / 16;  // m16 tiles of a warp
-  static constexpr int kStreamTiles = kStreamed / 8, kColumnTiles = kDim / 8;    // n8 tiles of scores and of gradients
-  static constexpr int kRowChunks = kDim / kChunkElements;                       // 16-byte chunks of a row
-  static constexpr int kRowThreads = kRowChunks % 8 == 0 ? 8 : 4;                // threads along a row that is copied
+  static constexpr int kPart = kTile.part, kParts = kStreamed / kPart;
+  static constexpr int kPartTiles = kPart / 8, kColumnTiles = kDim / 8;  // n8 tiles of products and of gradients
+  static constexpr int kRowChunks = kDim / kChunkElements;               // 16-byte chunks of a row
+  static constexpr int kRowThreads = kRowChunks % 8 == 0 ? 8 : 4;        // threads along a row that is copied
   static constexpr int kColumnPasses = kRowChunks / kRowThreads;
-  static constexpr int kPassRows = kThreads / kRowThreads, kPasses = kStreamed / kPassRows;  // of the block
-  static constexpr int kWarpPassRows = kWarp / kRowThreads;                                  // of one warp's own rows
+  // Of a streamed block, half of the threads copy one tensor, half the other.
+  static constexpr int kPassRows = kThreads / 2 / kRowThreads, kPasses = kStreamed / kPassRows;
+  static constexpr int kWarpPassRows = kWarp / kRowThreads;  // of one warp's own rows
   static constexpr bool kOwnsQueries = kPass == Pass::kQuery;
   static constexpr bool kHasSlopes = kPass != Pass::kValue;  // of weights: they need the second product
   static constexpr int kFirstGrad = kHasSlopes ? 0 : 1, kEndGrad = kPass == Pass::kKeyValue || !kHasSlopes ? 2 : 1;
-  static constexpr int kTensorBytes = kStreamed * kDim * 2, kStageBytes = 2 * kTensorBytes;
+  static constexpr int kTensorBytes = kStreamed * kDim * 2;
 
-  static_assert(kWarpRows % 16 == 0 && kStreamed % 16 == 0 && kDim % 32 == 0, "whole fragments");
+  static_assert(kWarpRows % 16 == 0 && kPart % 16 == 0 && kStreamed % kPart == 0 && kDim % 32 == 0, "whole fragments");
   static_assert(kStreamed % kPassRows == 0 && kPassRows % 8 == 0, "whole passes, which keep the swizzle of their rows");
 };
 
@@ -59,11 +63,12 @@ struct BackwardArgs {
   TokenView owned[2], streamed[2], grads[2];
   int dims[2];  // columns of tensors 0 and 1
   AttentionRowStats stats;
-  float scale_log2;        // of products, where nothing else modifies them
-  bool is_general;         // every block goes through the loop that modifies and masks
-  int group;               // query heads of a kv head
-  int64_t pass_bytes[2];   // of the streamed tensors: between the rows of two passes,
-  int64_t block_bytes[2];  // and from the last pass over a block to the first one over the next
+  float scale_log2;  // of products, where nothing else modifies them
+  bool is_general;   // every block goes through the loop that modifies and masks
+  int group;         // query heads of a kv head
+  // Factors of the bytes from one pass over a block to the next: one instruction multiplies and adds, where they come from
+  // here.
+  uint32_t pass[8] = {0, 1, 2, 3, 4, 5, 6, 7}, num_passes;
 };
 
 // ---- geometry -------------------------------------------------------------------------------------------------------
@@ -114,15 +119,24 @@ __device__ __forceinline__ Partners partners_of(const AttentionForwardParams& p,
   return {{first.begin, last.end}, {last.begin, first.end}};
 }
 
+// Statistics of queries: where they are streamed as they lie in memory (attention.h); of owned ones, a lane's two rows of a
+// fragment, twice each, are together.
+template <class T>
+struct Stage {
+  typename T::Element rows[2][T::kStreamed][T::kDim];  // [tensor, row, column], swizzled
+  alignas(128) float stats[T::kOwnsQueries ? 1 : T::kStreamed * kStatsFloats];
+};
+
 template <class T>
 struct Smem {
-  typename T::Element owned[2][T::kOwned][T::kDim];           // [tensor, row, column], swizzled; then the gradients
-  typename T::Element streamed[2][2][T::kStreamed][T::kDim];  // [stage, tensor, row, column], swizzled
-  float stats[2][2][T::kStreamed];  // [stage, minus lse or minus delta, query], where queries are streamed
+  typename T::Element owned[2][T::kOwned][T::kDim];  // [tensor, row, column], swizzled; then the gradients
+  alignas(128) Stage<T> stages[2];
+  alignas(16) float stats[T::kOwnsQueries ? T::kOwned * kStatsFloats : 1];
   // What only masks ask for: kept here, because the products leave no register for it.
   Unit unit;
   Partners partners[T::kWarps];
 };
+constexpr int kStatsBytes = kStatsFloats * 4;
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
@@ -147,10 +161,22 @@ __device__ __forceinline__ void load_owned(Smem<T>& smem, const BackwardArgs& a,
   }
 }
 
+// Their statistics, where they are queries.
+template <class T>
+__device__ __forceinline__ void load_owned_stats(Smem<T>& smem, const BackwardArgs& a, const Unit& u, int head) {
+  const int64_t slot = a.stats.first_slot(head, a.p.cu_seqlens_q != nullptr, u.batch, u.q_start);
+  for (int r = threadIdx.x; r < T::kOwned; r += T::kThreads) {
+    const float* from = a.stats.minus_lse(slot + min(u.begin + r, u.seq_q - 1));
+    float* to = smem.stats + r / kStatsGroup * kStatsGroup * kStatsFloats + r % 8 * 4 + r / 8 % 2 * 2;
+    to[0] = to[1] = from[0];
+    to[AttentionRowStats::kToDelta] = to[AttentionRowStats::kToDelta + 1] = from[AttentionRowStats::kToDelta];
+  }
+}
+
 // The gradient of those rows, from owned[tensor] to memory.
 template <class T>
 __device__ __forceinline__ void store_owned(const Smem<T>& smem, const BackwardArgs& a, const Unit& u, int tensor) {
-  const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp * T::kWarpRows;
+  const int lane = pinned(threadIdx.x % kWarp), warp_row = threadIdx.x / kWarp * T::kWarpRows;
   const int first = lane / T::kRowThreads, chunk = lane % T::kRowThreads;
   const TokenView& view = a.grads[tensor];
   const int start = T::kOwnsQueries ? u.q_start : u.k_start;
@@ -167,85 +193,94 @@ __device__ __forceinline__ void store_owned(const Smem<T>& smem, const BackwardA
   }
 }
 
-// The streamed tensors of one head, block after block, and where this thread writes the part that it copies.
+// The streamed tensors of one head, block after block into alternating stages: what this thread copies, all of one tensor.
 template <class T>
 struct StreamCopy {
-  const char* next[2];  // this thread's row of the first pass over the block to come, at its first column
-  const float* stats;   // four statistics of the queries to come, for the first threads
-  uint32_t smem;        // where that goes in stage 0
-  int columns[2];       // 16-byte chunks that the tensors have from this thread's first column on
+  const char* next;     // its row of the first pass over the block to come, at its first column
+  const char* stats;    // its part of the statistics to come
+  uint32_t pass_bytes;  // between the rows of two passes
+  uint32_t smem;        // where the first chunk goes
+  int columns;          // 16-byte chunks that the tensor has from its first column on
 
-  __device__ __forceinline__ StreamCopy(const BackwardArgs& a, const Unit& u, const Smem<T>& shared, int head,
-                                        int block) {
-    const int row = threadIdx.x / T::kRowThreads, chunk = threadIdx.x % T::kRowThreads;
-    const int64_t token = (T::kOwnsQueries ? u.k_start : u.q_start) + static_cast<int64_t>(block) * T::kStreamed + row;
-    for (int t = 0; t < 2; ++t) {
-      const TokenView& view = a.streamed[t];
-      next[t] = static_cast<const char*>(view.data) + chunk * 16 +
-                2 * (u.batch * view.batch_stride + head * view.head_stride + token * view.token_stride);
-      columns[t] = a.dims[t] / kChunkElements - chunk;
-    }
-    smem = pinned(ptx::smem_address(shared.streamed) + swizzled<T::kDim>(row, chunk));
+  static __device__ __forceinline__ int row_of(int thread) { return thread % (T::kThreads / 2) / T::kRowThreads; }
+
+  // The first block goes to the stage that begins `stage` bytes after the first one.
+  __device__ __forceinline__ StreamCopy(const BackwardArgs& a, const Unit& u, const Smem<T>& shared, int stage,
+                                        int head, int first_block) {
+    // Pinned, so that nothing made of it waits in registers for the next head.
+    const int thread = static_cast<int>(pinned(threadIdx.x));
+    const int tensor = thread / (T::kThreads / 2), row = row_of(thread), chunk = thread % T::kRowThreads;
+    const TokenView& view = a.streamed[tensor];
+    const int64_t first = static_cast<int64_t>(static_cast<int>(pinned(first_block))) * T::kStreamed;
+    next = static_cast<const char*>(view.data) + chunk * 16 +
+           2 * (u.batch * view.batch_stride + head * view.head_stride +
+                ((T::kOwnsQueries ? u.k_start : u.q_start) + first + row) * view.token_stride);
+    pass_bytes = pinned(static_cast<uint32_t>(view.token_stride) * T::kPassRows * 2);
+    smem =
+        pinned(ptx::smem_address(&shared.stages[0]) + stage + tensor * T::kTensorBytes + swizzled<T::kDim>(row, chunk));
+    columns = static_cast<int>(pinned(a.dims[tensor] / kChunkElements - chunk));
     if constexpr (!T::kOwnsQueries) {
-      const int kind = threadIdx.x / (T::kStreamed / 4) % 2, four = threadIdx.x % (T::kStreamed / 4);
-      stats = a.stats.data + a.stats.index(kind, head, a.p.cu_seqlens_q != nullptr, u.batch, u.q_start) +
-              static_cast<int64_t>(block) * T::kStreamed + four * 4;
+      const int64_t slot = a.stats.first_slot(head, a.p.cu_seqlens_q != nullptr, u.batch, u.q_start) + first;
+      stats = reinterpret_cast<const char*>(a.stats.minus_lse(slot)) + thread * 16;
     }
   }
 
-  static constexpr int smem_bytes(int tensor, int pass, int c) {
-    return tensor * T::kTensorBytes + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
+  static constexpr int smem_bytes(int pass, int c) {
+    return pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
   }
-  // The next block, of whose rows `num_rows` exist: the rest is zeros. Statistics exist for whole blocks.
-  __device__ __forceinline__ void issue(const BackwardArgs& a, const Smem<T>& shared, int stage, int num_rows) {
-    if (num_rows >= T::kStreamed) {
-      each(
-          [&]<int tensor, int pass, int c>() {
-            ptx::cp_async_16_if<smem_bytes(tensor, pass, c), c * T::kRowThreads * 16, c * T::kRowThreads>(
-                true, columns[tensor], smem + stage * T::kStageBytes, next[tensor]);
-          },
-          a);
-    } else {
-      const int row = threadIdx.x / T::kRowThreads;
-      each(
-          [&]<int tensor, int pass, int c>() {
-            if (c * T::kRowThreads < columns[tensor]) {
-              const bool valid = row + pass * T::kPassRows < num_rows;
-              ptx::cp_async_16_or_zero(smem + stage * T::kStageBytes + smem_bytes(tensor, pass, c),
-                                       valid ? next[tensor] + c * T::kRowThreads * 16 : next[tensor], valid);
-            }
-          },
-          a);
-    }
-    if constexpr (!T::kOwnsQueries) {
-      if (threadIdx.x < T::kStreamed / 2) {
-        ptx::cp_async_16_or_zero(ptx::smem_address(shared.stats[stage]) + threadIdx.x * 16, stats, true);
-      }
-      stats += T::kStreamed;
-    }
-  }
-  // Zeros in the columns that the tensors lack: written once, never copied over.
-  __device__ __forceinline__ void zero_columns() const {
-    for (int stage = 0; stage < 2; ++stage) {
-      places([&]<int tensor, int pass, int c>() {
-        if (c * T::kRowThreads >= columns[tensor]) *chunk_at<uint4>(stage, smem_bytes(tensor, pass, c)) = uint4{};
+
+  // The next block. Of its rows `num_rows` exist: none, all, or the first, and then the rest is zeros. Statistics exist for
+  // whole blocks. The one after it goes to the stage `to_next` bytes away.
+  __device__ __forceinline__ void issue(const BackwardArgs& a, const Smem<T>& shared, int to_next, int num_rows) {
+    if (0 < num_rows && num_rows < T::kStreamed) {
+      places([&]<int pass, int c>() {
+        if (c * T::kRowThreads < columns) {
+          const bool valid = row_of(threadIdx.x) + pass * T::kPassRows < num_rows;
+          const uint64_t bytes = uint64_t{pass_bytes} * pass + c * T::kRowThreads * 16;
+          ptx::cp_async_16_or_zero(smem + smem_bytes(pass, c), next + (valid ? bytes : 0), valid);
+        }
       });
     }
+    static_for<T::kPasses>([&]<int pass>() {
+      const char* from = pass == 0 ? next : next + uint64_t{pass_bytes} * a.pass[pass];
+      static_for<T::kColumnPasses>([&]<int c>() {
+        ptx::cp_async_16_if<smem_bytes(pass, c), c * T::kRowThreads * 16, c * T::kRowThreads>(num_rows >= T::kStreamed,
+                                                                                              columns, smem, from);
+      });
+    });
+    next += uint64_t{pass_bytes} * a.num_passes;
+    if constexpr (!T::kOwnsQueries) {
+      const int stage = to_next > 0 ? 0 : sizeof(Stage<T>);
+      ptx::cp_async_16_if<0, 0, 0>(threadIdx.x < T::kStreamed, num_rows,
+                                   ptx::smem_address(shared.stages[0].stats) + stage + threadIdx.x * 16, stats);
+      stats += T::kStreamed * kStatsFloats * 4;
+    }
+    smem += to_next;
   }
-  // Whether any of this thread's chunks holds an element that is not finite: its product with zero is NaN.
-  __device__ __forceinline__ bool has_nonfinite(int stage) const {
+  // Zeros in the columns that the tensor lacks, in both stages: written once, never copied over. Before the first block.
+  __device__ __forceinline__ void zero_columns() const {
+    places([&]<int pass, int c>() {
+      if (c * T::kRowThreads < columns) return;
+      *chunk_at<uint4>(smem_bytes(pass, c)) = uint4{};
+      *chunk_at<uint4>(static_cast<int>(sizeof(Stage<T>)) + smem_bytes(pass, c)) = uint4{};
+    });
+  }
+  // Whether any of this thread's chunks, in the stage `bytes` from that of the block to come, holds an element that is not
+  // finite: its product with zero is NaN.
+  __device__ __forceinline__ bool has_nonfinite(int bytes) const {
     uint32_t sum = 0;
-    places([&]<int tensor, int pass, int c>() {
-      const uint4 x = *chunk_at<uint4>(stage, smem_bytes(tensor, pass, c));
+    places([&]<int pass, int c>() {
+      const uint4 x = *chunk_at<uint4>(bytes + smem_bytes(pass, c));
       for (uint32_t word : {x.x, x.y, x.z, x.w}) sum = ptx::fma_x2<typename T::Element>(word, 0, sum);
     });
     return sum != 0;
   }
-  // The elements of this thread's chunks that are not finite become zeros.
-  __device__ __forceinline__ void zero_nonfinite(int stage) const {
+  // The elements of these chunks that are not finite become zeros, in the kPart rows from `first_row` on.
+  __device__ __forceinline__ void zero_nonfinite(int bytes, int first_row) const {
     constexpr uint32_t kExponent = kDType<typename T::Element> == DType::kFloat16 ? 0x7c00u : 0x7f80u;
-    places([&]<int tensor, int pass, int c>() {
-      auto* element = chunk_at<uint16_t>(stage, smem_bytes(tensor, pass, c));
+    places([&]<int pass, int c>() {
+      if (static_cast<uint32_t>(row_of(threadIdx.x) + pass * T::kPassRows - first_row) >= T::kPart) return;
+      auto* element = chunk_at<uint16_t>(bytes + smem_bytes(pass, c));
       for (int i = 0; i < kChunkElements; ++i) {
         if ((element[i] & kExponent) == kExponent) element[i] = 0;
       }
@@ -254,27 +289,14 @@ struct StreamCopy {
 
  private:
   template <class U>
-  __device__ __forceinline__ U* chunk_at(int stage, int bytes) const {
-    return static_cast<U*>(__cvta_shared_to_generic(smem + stage * T::kStageBytes + bytes));
+  __device__ __forceinline__ U* chunk_at(int bytes) const {
+    return static_cast<U*>(__cvta_shared_to_generic(smem + bytes));
   }
-  // f<tensor, pass, c>() for every chunk of this thread.
+  // f<pass, c>() for every chunk of this thread.
   template <class F>
   static __device__ __forceinline__ void places(F&& f) {
-    static_for<2>([&]<int tensor>() {
-      static_for<T::kPasses>([&]<int pass>() {
-        static_for<T::kColumnPasses>([&]<int c>() { f.template operator()<tensor, pass, c>(); });
-      });
-    });
-  }
-  // The same, with next[tensor] on the row of the pass; then it is on the next block.
-  template <class F>
-  __device__ __forceinline__ void each(F&& f, const BackwardArgs& a) {
-    static_for<2>([&]<int tensor>() {
-      static_for<T::kPasses>([&]<int pass>() {
-        static_for<T::kColumnPasses>([&]<int c>() { f.template operator()<tensor, pass, c>(); });
-        next[tensor] += pass + 1 < T::kPasses ? a.pass_bytes[tensor] : a.block_bytes[tensor];
-      });
-    });
+    static_for<T::kPasses>(
+        [&]<int pass>() { static_for<T::kColumnPasses>([&]<int c>() { f.template operator()<pass, c>(); }); });
   }
 };
 

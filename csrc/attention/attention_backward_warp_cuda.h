@@ -9,7 +9,7 @@ namespace {
 
 // What a lane keeps: owned row 16 * m + 8 * half + g of the warp, in accumulators i = 2 * half and 2 * half + 1.
 template <class T>
-using Products = float[T::kRowTiles][T::kStreamTiles][4];  // owned x streamed
+using Products = float[T::kRowTiles][T::kPartTiles][4];  // owned x a part of what is streamed
 template <class T>
 using Gradient = float[T::kRowTiles][T::kColumnTiles][4];  // owned x column
 
@@ -26,50 +26,60 @@ __device__ __forceinline__ void for_each(F&& f) {
   }
 }
 
-// The lane's rows of the first fragments.
+// The lane's rows of the first fragments; of what is streamed, in the stage of the block at hand.
 template <class T>
 struct Addresses {
-  Columns<T, false> owned, streamed, transposed;  // the last two: in stage 0
-  const float* stats;                             // of the lane's first streamed query, in stage 0
+  Columns<T, false> owned, streamed, transposed;
+  uint32_t stats;  // of the lane's first query, owned or streamed
 
   __device__ __forceinline__ explicit Addresses(const Smem<T>& smem)
-      : owned{ptx::smem_address(smem.owned[0][threadIdx.x / kWarp * T::kWarpRows]) + lane_offset<T>(true)},
-        streamed{ptx::smem_address(smem.streamed) + lane_offset<T>(false)},
-        transposed{ptx::smem_address(smem.streamed) + lane_offset<T>(true)},
-        stats(&smem.stats[0][0][threadIdx.x % 4 * 2]) {}
+      : owned{pinned(ptx::smem_address(smem.owned[0][threadIdx.x / kWarp * T::kWarpRows]) + lane_offset<T>(true))},
+        streamed{pinned(ptx::smem_address(&smem.stages[0]) + lane_offset<T>(false))},
+        transposed{pinned(ptx::smem_address(&smem.stages[0]) + lane_offset<T>(true))},
+        stats(pinned(T::kOwnsQueries
+                         ? ptx::smem_address(smem.stats + threadIdx.x / kWarp * T::kWarpRows * kStatsFloats +
+                                             threadIdx.x % kWarp / 4 * 4)
+                         : ptx::smem_address(smem.stages[0].stats + threadIdx.x % 4 * 4))) {}
+  // To the other stage, `bytes` away.
+  __device__ __forceinline__ void turn(int bytes) {
+    streamed.at[0] += bytes;
+    transposed.at[0] += bytes;
+    if (!T::kOwnsQueries) stats += bytes;
+  }
 };
 
-template <class T>
-__device__ __forceinline__ Columns<T, false> in_stage(const Columns<T, false>& first, int stage) {
-  return {{first.at[0] + stage * T::kStageBytes}};
-}
-
-// x += owned[tensor] streamed[tensor]^T for one block.
-template <class T, int tensor>
-__device__ __forceinline__ void multiply(Products<T>& x, const Columns<T, false>& owned,
-                                         const Columns<T, false>& streamed) {
+// x[i] = owned[tensor] streamed[tensor]^T + first(m, n), for parts first_part + i of the block.
+template <class T, int tensor, int first_part, int num_parts, class First>
+__device__ __forceinline__ void multiply(Products<T> (&x)[num_parts], const Addresses<T>& at, First&& first) {
+  using Element = typename T::Element;
   static_for<T::kDim / 16>([&]<int step>() {
     uint32_t a[T::kRowTiles][4];
-    static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, tensor * T::kOwned + m * 16, step>(a[m], owned); });
-    static_for<T::kStreamTiles / 2>([&]<int pair>() {
-      constexpr int n = pair * 2;
+    static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, tensor * T::kOwned + m * 16, step>(a[m], at.owned); });
+    static_for<num_parts * T::kPartTiles / 2>([&]<int pair>() {
+      constexpr int part = pair * 2 / T::kPartTiles, n = pair * 2 % T::kPartTiles;
       uint32_t b[4];
-      load_fragment<T, tensor * T::kStreamed + n * 8, step>(b, streamed);
+      load_fragment<T, tensor * T::kStreamed + (first_part + part) * T::kPart + n * 8, step>(b, at.streamed);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
-        ptx::mma_m16n8k16<typename T::Element>(x[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<typename T::Element>(x[m][n + 1], a[m], b[2], b[3]);
+        auto &left = x[part][m][n], &right = x[part][m][n + 1];
+        if constexpr (step == 0) {
+          ptx::mma_m16n8k16<Element>(left, a[m], b[0], b[1], first(m, n));
+          ptx::mma_m16n8k16<Element>(right, a[m], b[2], b[3], first(m, n + 1));
+        } else {
+          ptx::mma_m16n8k16<Element>(left, a[m], b[0], b[1]);
+          ptx::mma_m16n8k16<Element>(right, a[m], b[2], b[3]);
+        }
       }
     });
   });
 }
 
-// gradient += x streamed[tensor] for one block.
-template <class T, int tensor>
+// gradient += x streamed[tensor] for one part.
+template <class T, int tensor, int part>
 __device__ __forceinline__ void accumulate(Gradient<T>& gradient, const Products<T>& x,
                                            const Columns<T, false>& transposed) {
   using Element = typename T::Element;
-  static_for<T::kStreamed / 16>([&]<int step>() {
+  static_for<T::kPart / 16>([&]<int step>() {
     uint32_t a[T::kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) {
@@ -82,7 +92,7 @@ __device__ __forceinline__ void accumulate(Gradient<T>& gradient, const Products
     static_for<T::kColumnTiles / 2>([&]<int pair>() {
       constexpr int n = pair * 2;
       uint32_t b[4];
-      load_fragment<T, tensor * T::kStreamed + step * 16, pair, true>(b, transposed);
+      load_fragment<T, tensor * T::kStreamed + part * T::kPart + step * 16, pair, true>(b, transposed);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
         ptx::mma_m16n8k16<Element>(gradient[m][n], a[m], b[0], b[1]);
@@ -92,44 +102,48 @@ __device__ __forceinline__ void accumulate(Gradient<T>& gradient, const Products
   });
 }
 
-// Minus lse in log2 units (kind 0) or minus delta (kind 1) of the queries that a lane's products belong to: of its owned
-// rows, in registers, or of the streamed ones, in shared memory.
+// Minus lse in log2 units (kind 0) or minus delta (kind 1) of the queries of the accumulators of m and n, a tile of the
+// block. A load is one instruction, and keeping them would take registers that the products need.
+template <class T, int kind>
+__device__ __forceinline__ float4 stats_of(uint32_t stats, int m, int n) {
+  const int slot = T::kOwnsQueries ? m * 16 : n / 2 * kStatsGroup;
+  return *static_cast<const float4*>(__cvta_shared_to_generic(
+      stats + (slot * kStatsFloats + kind * AttentionRowStats::kToDelta + (T::kOwnsQueries ? 0 : n % 2 * 16)) * 4));
+}
+
+// The owned row that a lane's accumulators belong to.
 template <class T>
-struct RowStats {
-  float of_owned[T::kOwnsQueries ? 2 : 1][T::kRowTiles][2];
+__device__ __forceinline__ int row_of(const Unit& u, int m, int half) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  return u.begin + warp * T::kWarpRows + m * 16 + half * 8 + lane / 4;
+}
 
-  __device__ __forceinline__ void load(const BackwardArgs& a, const Unit& u, int head) {
-    if constexpr (T::kOwnsQueries) {
-      for (int kind = 0; kind < 2; ++kind) {
-        const float* stats = a.stats.data + a.stats.index(kind, head, a.p.cu_seqlens_q != nullptr, u.batch, u.q_start);
-        for (int m = 0; m < T::kRowTiles; ++m) {
-          for (int half = 0; half < 2; ++half) of_owned[kind][m][half] = stats[min(row_of(u, m, half), u.seq_q - 1)];
-        }
-      }
-    }
-  }
-  // The owned row that a lane's accumulators belong to.
-  static __device__ __forceinline__ int row_of(const Unit& u, int m, int half) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    return u.begin + warp * T::kWarpRows + m * 16 + half * 8 + lane / 4;
-  }
-};
+// s = owned[0] streamed[0]^T for the block.
+template <class T>
+__device__ __forceinline__ void multiply_scores(Products<T> (&s)[T::kParts], const Addresses<T>& at) {
+  multiply<T, 0, 0>(s, at, [](int, int) { return float4{}; });
+}
+// d = owned[1] streamed[1]^T - delta for a part.
+template <class T, int part>
+__device__ __forceinline__ void multiply_slopes(Products<T> (&d)[1], const Addresses<T>& at) {
+  multiply<T, 1, part>(d, at, [&](int m, int n) { return stats_of<T, 1>(at.stats, m, part * T::kPartTiles + n); });
+}
 
-// x[m][n][i] = f(x[m][n][i], the statistic of its query).
-template <class T, int kind, class F>
-__device__ __forceinline__ void with_stats(Products<T>& x, const RowStats<T>& rows, const float* streamed, F&& f) {
+// Products become weights (in s) and the gradients of scores (in d).
+template <class T, int part>
+__device__ __forceinline__ void weigh(Products<T>& s, Products<T>& d, uint32_t stats, float scale_log2) {
 #pragma unroll
-  for (int n = 0; n < T::kStreamTiles; ++n) {
-    float2 of_columns{};
-    if constexpr (!T::kOwnsQueries)
-      of_columns = *reinterpret_cast<const float2*>(streamed + kind * T::kStreamed + n * 8);
+  for (int n = 0; n < T::kPartTiles; ++n) {
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) {
+      const float4 minus_lse = stats_of<T, 0>(stats, m, part * T::kPartTiles + n);
+      s[m][n][0] = ptx::ex2(fmaf(s[m][n][0], scale_log2, minus_lse.x));
+      s[m][n][1] = ptx::ex2(fmaf(s[m][n][1], scale_log2, minus_lse.y));
+      s[m][n][2] = ptx::ex2(fmaf(s[m][n][2], scale_log2, minus_lse.z));
+      s[m][n][3] = ptx::ex2(fmaf(s[m][n][3], scale_log2, minus_lse.w));
+      if constexpr (T::kHasSlopes) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float stat = i % 2 == 0 ? of_columns.x : of_columns.y;
-        if constexpr (T::kOwnsQueries) stat = rows.of_owned[kind][m][i / 2];
-        x[m][n][i] = f(x[m][n][i], stat);
+        for (int i = 0; i < 4; ++i) d[m][n][i] *= s[m][n][i];
       }
     }
   }
@@ -146,12 +160,37 @@ __device__ __forceinline__ float bias_of(const AttentionForwardParams& p, int ba
   return to_log2(to_float(static_cast<const BFloat16*>(p.bias)[at]));
 }
 
-// Products become weights (in s) and the gradients of scores, those after softcap or, with kThroughCap, those before it
-// (in d); hidden pairs have neither.
-template <class T, bool kThroughCap>
+// Hidden pairs have neither weight nor gradient.
+template <class T>
+__device__ __forceinline__ void mask(Products<T>& s, Products<T>& d, const BackwardArgs& a, const Unit& u,
+                                     int first_streamed) {
+  const int column = first_streamed + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Range partners = partners_of<T>(a.p, u, row_of<T>(u, m, half));
+      const int begin = partners.begin - column;
+      const uint32_t count = max(partners.end - partners.begin, 0);
+#pragma unroll
+      for (int n = 0; n < T::kPartTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int i = 2 * half + e;
+          if (static_cast<uint32_t>(n * 8 + e - begin) < count) continue;
+          s[m][n][i] = 0.0f;
+          if constexpr (T::kHasSlopes) d[m][n][i] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// `weigh` and `mask` with everything that may modify scores; the gradients are of scores after softcap or, with
+// kThroughCap, of those before it.
+template <class T, int part, bool kThroughCap>
 __device__ __forceinline__ void weigh_general(Products<T>& s, Products<T>& d, const BackwardArgs& a, const Unit& u,
-                                              int head, int first_streamed, const RowStats<T>& rows,
-                                              const float* streamed_stats) {
+                                              int head, int first_streamed, uint32_t stats) {
   const AttentionForwardParams& p = a.p;
   const int column = first_streamed + threadIdx.x % 4 * 2, shift = u.seq_k - u.seq_q;
   float slope = 0.0f;
@@ -160,10 +199,11 @@ __device__ __forceinline__ void weigh_general(Products<T>& s, Products<T>& d, co
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int owned = min(RowStats<T>::row_of(u, m, half), u.num_owned - 1);
+      const int owned = min(row_of<T>(u, m, half), u.num_owned - 1);
       const Range partners = partners_of<T>(p, u, owned);
 #pragma unroll
-      for (int n = 0; n < T::kStreamTiles; ++n) {
+      for (int n = 0; n < T::kPartTiles; ++n) {
+        const float4 minus_lse = stats_of<T, 0>(stats, m, part * T::kPartTiles + n);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int i = 2 * half + e, streamed = column + n * 8 + e;
@@ -179,10 +219,8 @@ __device__ __forceinline__ void weigh_general(Products<T>& s, Products<T>& d, co
           }
           if (p.bias != nullptr && visible) score += bias_of(p, u.batch, head, query, key);
           if (p.alibi_slopes != nullptr) score -= slope * static_cast<float>(abs(query + shift - key));
-          float minus_lse;
-          if constexpr (T::kOwnsQueries) minus_lse = rows.of_owned[0][m][half];
-          else minus_lse = streamed_stats[n * 8 + e];
-          const float weight = ptx::ex2(score + minus_lse);
+          const float weight = ptx::ex2(
+              score + (half == 0 ? (e == 0 ? minus_lse.x : minus_lse.y) : (e == 0 ? minus_lse.z : minus_lse.w)));
           s[m][n][i] = visible ? weight : 0.0f;
           if constexpr (T::kHasSlopes)
             d[m][n][i] = visible ? weight * d[m][n][i] * (kThroughCap ? steepness : 1.0f) : 0.0f;
@@ -192,20 +230,20 @@ __device__ __forceinline__ void weigh_general(Products<T>& s, Products<T>& d, co
   }
 }
 
-// NaN where a streamed value that is not finite meets an owned row. In a product with the weight 0 of a hidden pair it
+// NaN where a value of the part from streamed row `first_streamed` on, row `first_row` of the block, that is not finite meets an owned row. In a product with the weight 0 of a hidden pair it
 // would reach others, so these values go this way and are zeros in the product.
 template <class T, int tensor>
 __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<T>& smem, const BackwardArgs& a,
-                                              int stage, int first_streamed) {
+                                              int stage, int first_row, int first_streamed) {
   const Unit& u = smem.unit;
-  const typename T::Element* values = &smem.streamed[stage][tensor][0][0];
+  const typename T::Element* values = &smem.stages[stage].rows[tensor][first_row][0];
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int owned = RowStats<T>::row_of(u, m, half);
+      const int owned = row_of<T>(u, m, half);
       const Range partners = partners_of<T>(a.p, u, min(owned, u.num_owned - 1));
-      const int end = min(partners.end - first_streamed, T::kStreamed);
+      const int end = min(partners.end - first_streamed, T::kPart);
 #pragma unroll 1
       for (int row = max(partners.begin - first_streamed, 0); row < end; ++row) {
 #pragma unroll

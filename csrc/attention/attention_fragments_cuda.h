@@ -98,9 +98,9 @@ struct Columns {
 };
 
 // ldmatrix.x4 of the fragment at row `row` and column step `step`. Rows are whole multiples of what the swizzle permutes.
-template <class T, int row, int step, bool kTransposed = false, bool kKept>
-__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const Columns<T, kKept>& columns) {
-  constexpr int kSteps = Columns<T, kKept>::kSteps, kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
+template <class T, int row, int step, bool kTransposed = false, class Steps>
+__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const Steps& columns) {
+  constexpr int kSteps = Columns<T, false>::kSteps, kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
   const uint32_t column = columns.template of<step>();
   if constexpr (kTransposed) ptx::ldmatrix_x4_trans<kOffset>(r, column);
   else ptx::ldmatrix_x4<kOffset>(r, column);

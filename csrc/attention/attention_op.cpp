@@ -248,7 +248,8 @@ Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
 void execute(const AttentionBackwardParams& b, [[maybe_unused]] const Tensor& q) {
 #ifdef FM_CUDA
   AttentionRowStats stats = attention_row_stats(b.forward);
-  Tensor data = torch::stable::new_empty(q, {2 * stats.heads * stats.num_slots}, ScalarType::Float);
+  const int64_t num_floats = b.forward.heads * stats.num_slots * kStatsFloats;
+  Tensor data = torch::stable::new_empty(q, {num_floats}, ScalarType::Float);
   stats.data = static_cast<float*>(data_of(data));
   FM_EXECUTE(attention_backward, (AttentionBackwardCall{b, stats}), q);
 #else
