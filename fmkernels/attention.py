@@ -52,9 +52,9 @@ def attention(
         bias: added to the scores, float32 or the dtype of q, [1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]; -inf
             hides a key, whose value must then still be finite (0 * NaN is NaN).
         dropout_p: probability that a weight of the softmax is dropped, of [0, 1); what is kept is scaled by
-            1 / (1 - dropout_p). It is rounded to a multiple of 2**-16.
-        dropout_rng: [2], int64, on the device of q: (seed, offset modulo 2**32), from which it follows what is dropped;
-            the same pair drops the same weights again. None: drawn from torch's generator of the device.
+            1 / (1 - dropout_p). It is rounded to a multiple of 2**-16. On the CPU alone: on CUDA it must be 0.
+        dropout_rng: [2], int64, on the device of q: a seed and an offset modulo 2**32, from which it follows what is
+            dropped; the same pair drops the same weights again. None: drawn from torch's generator of the device.
         return_lse: also return the logarithm of the denominator.
 
     All tensors may have any strides with a contiguous last dimension (bias: any strides). Nothing is copied, except on

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropout of attention: which weights are dropped whatever the path, values, gradients, replay."""
+"""Dropout of attention: which weights are dropped whatever the path, values, gradients, replay. What the bits
+are worth is in test_philox.py."""
 
 import math
 from dataclasses import replace
@@ -22,32 +23,6 @@ P, RNG = 0.3, torch.tensor([3, 4])
 # ---- what is dropped -----------------------------------------------------------------------------------------------
 
 
-def kept(dropout_p, *shape, seed=1, offset=0, **kwargs):
-    return reference.dropout_factors(dropout_p, torch.tensor([seed, offset]), *shape, **kwargs) != 0
-
-
-@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
-def test_the_kept_are_as_many_as_said_and_independent(dropout_p):
-    """Within five standard deviations: of all, of every row, column and head, and of pairs at any small distance."""
-    keep = kept(dropout_p, 2, 4, 128, 512)
-    rate = 1 - round(dropout_p * 65536) / 65536
-
-    def check_rate(of, expected):
-        sigma = (expected * (1 - expected) / of.shape[-1]) ** 0.5
-        assert ((of.double().mean(-1) - expected).abs() < 5 * sigma).all()
-
-    for dim in range(4):
-        check_rate(keep.movedim(dim, 0).flatten(1), rate)
-    check_rate(keep.flatten(0, 2), rate)
-    pairs = [(keep[..., :-d], keep[..., d:]) for d in (1, 2, 7, 8, 16, 32, 64)]
-    pairs += [(keep[:, :, :-d], keep[:, :, d:]) for d in (1, 2, 64)] + [(keep[:, 1:], keep[:, :-1]), tuple(keep)]
-    pairs += [
-        (keep, kept(dropout_p, *keep.shape, **other)) for other in ({"offset": 1}, {"seed": 2}, {"seed": 1 << 32})
-    ]
-    for a, b in pairs:
-        check_rate((a & b).flatten(), rate**2)
-
-
 def dropped_by_forward(backend, case, keys):
     """[batch, heads, seq_q, 256]: whether the weight of keys[n] is dropped; values are rows of the identity."""
     (q, k, _), kwargs = case.inputs(backend.device)
@@ -59,7 +34,7 @@ def dropped_by_forward(backend, case, keys):
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [2, 6])
-@pytest.mark.parametrize("seq_q", [1, 3, 4, 60])
+@pytest.mark.parametrize("seq_q", [1, 2, 4, 60])
 def test_every_path_drops_the_same(seq_q, heads, dtype, backend):
     """Few rows go the direct way in chunks of keys, more the tiled one in blocks."""
     case = Case("path", seq_q=seq_q, seq_k=1300, heads=heads, kv_heads=2, dtype=dtype, dropout_p=P)

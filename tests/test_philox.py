@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generator of random bits, csrc/common/philox.h and its reference, against the published answers."""
+"""The generator of random bits, csrc/common/philox.h and its reference: published answers, and statistics of drops."""
 
+import pytest
 import torch
 
 from fmkernels import reference
@@ -34,3 +35,29 @@ def test_the_generator_gives_the_published_answers(run_cpp):
     numbers = torch.tensor([[int(word, 16) for word in row] for row in rows])
     words = torch.stack(reference.philox(numbers.T[:4], numbers.T[4:6]), dim=1)
     assert [f"{word:08x}" for word in words.flatten().tolist()] == answers
+
+
+def kept(dropout_p, *shape, seed=1, offset=0):
+    return (reference.dropout_factors(dropout_p, torch.tensor([seed, offset]), *shape) != 0).double()
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+def test_the_kept_are_as_many_as_said_and_independent(dropout_p):
+    """Within five standard deviations: of all, of every row, column and head, and of pairs at any small distance."""
+    rate = 1 - round(dropout_p * 65536) / 65536
+    shape = (2, 4, 128, 512)
+    keep = (kept(dropout_p, *shape) - rate) / (rate * (1 - rate)) ** 0.5  # of mean 0 and variance 1
+
+    def check_mean(x):
+        assert (x.mean(-1).abs() < 5 * x.shape[-1] ** -0.5).all()
+
+    for dim in range(4):
+        check_mean(keep.movedim(dim, 0).flatten(1))
+    check_mean(keep.flatten(0, 2))
+    for d in (1, 2, 7, 8, 16, 32, 64):
+        check_mean((keep[..., d:] * keep[..., :-d]).flatten())
+        check_mean((keep[:, :, d:] * keep[:, :, :-d]).flatten())
+    check_mean((keep[:, 1:] * keep[:, :-1]).flatten())
+    check_mean((keep[1] * keep[0]).flatten())
+    for other in ({"offset": 1}, {"seed": 2}, {"seed": 1 << 32}):
+        check_mean((keep * (kept(dropout_p, *shape, **other) - rate)).flatten())
