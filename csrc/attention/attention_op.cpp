@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_forward, attention_varlen_forward and their backward: tensors in, checks, Params out.
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "../common/tensor.h"
@@ -259,9 +258,7 @@ const float* view_rows(const char* name, const Tensor& t, const Tensor& q, int64
 }
 
 Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
-  Tensor t = torch::stable::new_empty(like, sizes, ScalarType::Float);
-  std::memset(data_of(t), 0, static_cast<size_t>(t.numel()) * sizeof(float));
-  return t;
+  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
