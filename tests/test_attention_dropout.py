@@ -134,6 +134,13 @@ def test_a_dropped_value_counts_zero_times(seq_q, backend):
     assert o[:, :-1].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"seq_q": 0}, {"seq_k": 0}], ids=str)
+def test_nothing_to_drop(sizes, backend):
+    args, kwargs = replace(Case("empty", dropout_p=P), **sizes).inputs(backend.device)
+    assert all((t == 0).all() for t in backend.run(gradients, attention, args, **kwargs))
+
+
 # ---- replay ----------------------------------------------------------------------------------------------------------
 
 
