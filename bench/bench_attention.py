@@ -229,3 +229,36 @@ def test_short(compare, device, dtype, case):
         [torch_contender("SDPA", functools.partial(sdpa, is_causal=True, enable_gqa=case.kv_heads is not None), qkv)],
         flops=case.flops(causal_pairs(case.seq)),
     )
+
+
+@pytest.mark.parametrize("case", [Case(1, 4, 64, 1024), Case(1, 4, 128, 1024)], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("peer", ["no dropout", "SDPA"])
+def test_dropout(compare, device, dtype, case, training, peer):
+    """Beside the same without dropout, which tells what it costs, and beside torch, forward and with gradients.
+
+    Each drops weights of its own, so of the results the shapes alone are compared.
+    """
+    if device.type != "cpu":
+        pytest.skip("the CUDA kernels have no dropout yet")
+    qkv = [x.requires_grad_(training) for x in case.qkv(dtype, device)]
+
+    def run(function, *inputs: Tensor, **options) -> Tensor:
+        with torch.set_grad_enabled(training):
+            o = function(*inputs, **options)
+            return torch.autograd.grad(o, inputs, torch.ones_like(o))[0] if training else o
+
+    dropping = functools.partial(run, fmkernels.attention, dropout_p=0.1)
+    if peer == "no dropout":
+        other = Contender("no dropout", functools.partial(run, fmkernels.attention), [tuple(qkv)], torch.zeros_like)
+    else:
+        swapped = tuple(swap(x).detach().requires_grad_(training) for x in qkv)
+        run_torch = functools.partial(run, sdpa, dropout_p=0.1)
+        other = Contender("SDPA", run_torch, [swapped], lambda o: torch.zeros_like(swap(o)))
+    compare(
+        f"dropout / {peer}",
+        f"{case} {'training' if training else 'forward'}",
+        Contender("fmkernels", dropping, [tuple(qkv)], torch.zeros_like),
+        [other],
+        flops=case.flops(case.seq**2) * (7 if training else 2) // 2,
+    )

@@ -8,20 +8,23 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   // total]
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, bool causal, "
-      "int window_left, int window_right, float softmax_scale, float softcap) -> (Tensor o, Tensor lse)");
+      "int window_left, int window_right, float softmax_scale, float softcap, float dropout_p, "
+      "Tensor? dropout_rng) -> (Tensor o, Tensor lse)");
   m.def(
       "attention_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "int max_seqlen_q, int max_seqlen_k, Tensor? alibi_slopes, Tensor? sinks, bool causal, int window_left, "
-      "int window_right, float softmax_scale, float softcap) -> (Tensor o, Tensor lse)");
+      "int window_right, float softmax_scale, float softcap, float dropout_p, Tensor? dropout_rng) -> "
+      "(Tensor o, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
       "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, bool causal, int window_left, int window_right, "
-      "float softmax_scale, float softcap, bool bias_grad) -> "
+      "float softmax_scale, float softcap, float dropout_p, Tensor? dropout_rng, bool bias_grad) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)");
   m.def(
       "attention_varlen_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
       "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? alibi_slopes, "
-      "Tensor? sinks, bool causal, int window_left, int window_right, float softmax_scale, float softcap) -> "
+      "Tensor? sinks, bool causal, int window_left, int window_right, float softmax_scale, float softcap, "
+      "float dropout_p, Tensor? dropout_rng) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_sinks)");
 
   // merge_attention: two partial results of attention into one

@@ -19,6 +19,7 @@ _LAYOUTS = (
     "[batch, seq_k, kv_heads, head_dim]",
     "[batch, seq_k, kv_heads, v_head_dim]",
 )
+_DROPOUT = slice(5, 7)  # dropout_p and dropout_rng, after causal, window, softmax_scale and softcap
 _PACKED_LAYOUTS = ("[total_q, heads, head_dim]", "[total_k, kv_heads, head_dim]", "[total_k, kv_heads, v_head_dim]")
 
 
@@ -51,7 +52,13 @@ def under_autocast(q: Any) -> bool:
 
 
 def check_scalars(
-    op: str, causal: bool, window: tuple[int, int], softmax_scale: float | None, softcap: float, return_lse: bool
+    op: str,
+    causal: bool,
+    window: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    return_lse: bool,
 ) -> None:
     check.flag(op, "causal", causal)
     check.flag(op, "return_lse", return_lse)
@@ -65,6 +72,9 @@ def check_scalars(
     vanishes = softcap <= 2.0**-150  # in float32
     if softcap != 0 and (vanishes or largest_scale > check.FLOAT32_MAX * softcap):
         raise ValueError(f"{op}: softcap must be 0 or leave softmax_scale / softcap finite in float32, got {softcap}.")
+    check.number(op, "dropout_p", dropout_p, non_negative=True)
+    if dropout_p >= 1:
+        raise ValueError(f"{op}: dropout_p must be less than 1, got {dropout_p}.")
 
 
 def check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
@@ -88,13 +98,25 @@ def check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None,
         check.size(op, "sinks", sinks, 0, "heads", heads)
 
 
+def check_dropout(op: str, q: Tensor, dropout_p: float, dropout_rng: Tensor | None) -> None:
+    if dropout_rng is not None:
+        check.is_tensor(op, "dropout_rng", dropout_rng)
+        check.rank(op, "dropout_rng", dropout_rng, 1, "[2]")
+        check.dtype(op, "dropout_rng", dropout_rng, (torch.int64,))
+        check.same_device(op, "dropout_rng", dropout_rng, "q", q)
+        check.last_dim_contiguous(op, "dropout_rng", dropout_rng)
+        check.size(op, "dropout_rng", dropout_rng, 0, "size", 2)
+    if dropout_p > 0 and q.device.type == "cuda":
+        raise ValueError(f"{op}: dropout_p must be 0 on CUDA, whose kernels have no dropout yet, got {dropout_p}.")
+
+
 def check_device(op: str, schema: str, q: Tensor) -> None:
     check.kernel_exists(op, schema, q)
     if q.device.type == "cuda" and not under_autocast(q):
         check.dtype(op, "q on CUDA", q, HALF_DTYPES)
 
 
-def check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
+def check_attention(q, k, v, bias, alibi_slopes, sinks, *scalars) -> None:
     op = "attention"
     check_qkv(op, q, k, v, _LAYOUTS)
     for name, t in (("k", k), ("v", v)):
@@ -112,11 +134,12 @@ def check_attention(q, k, v, bias, alibi_slopes, sinks, *_scalars) -> None:
         ):
             if bias.shape[dim] not in (1, full):
                 raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
+    check_dropout(op, q, *scalars[_DROPOUT])
     check_device(op, "attention_forward", q)
 
 
 def check_attention_varlen(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, *_scalars
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, *scalars
 ) -> None:
     op = "attention_varlen"
     check_qkv(op, q, k, v, _PACKED_LAYOUTS)
@@ -131,6 +154,7 @@ def check_attention_varlen(
             raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
     check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
     check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
+    check_dropout(op, q, *scalars[_DROPOUT])
     if (q.device.type == "cpu" or _library.check_values) and not (
         torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)
     ):

@@ -27,6 +27,8 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_rng: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention without materialising the score matrix.
@@ -49,6 +51,10 @@ def attention(
         sinks: [heads], float32; one more logit per head in the denominator of the softmax.
         bias: added to the scores, float32 or the dtype of q, [1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]; -inf
             hides a key, whose value must then still be finite (0 * NaN is NaN).
+        dropout_p: probability that a weight of the softmax is dropped, of [0, 1); what is kept is scaled by
+            1 / (1 - dropout_p). It is rounded to a multiple of 2**-16. On the CPU alone: on CUDA it must be 0.
+        dropout_rng: [2], int64, on the device of q: a seed and an offset modulo 2**32, from which it follows what is
+            dropped; the same pair drops the same weights again. None: drawn from torch's generator of the device.
         return_lse: also return the logarithm of the denominator.
 
     All tensors may have any strides with a contiguous last dimension (bias: any strides). Nothing is copied, except on
@@ -66,10 +72,11 @@ def attention(
     Deterministic: a row's bits depend on its own sequence, and not on the batch or the number of threads.
     Algorithm: Dao 2023, FlashAttention-2.
     """
-    check_scalars("attention", causal, window, softmax_scale, softcap, return_lse)
+    check_scalars("attention", causal, window, softmax_scale, softcap, dropout_p, return_lse)
     _check_no_grad("attention", alibi_slopes)
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
-    args = (q, k, v, bias, alibi_slopes, sinks, causal, *window, scale, softcap)
+    rng = _draw_rng(q) if dropout_p > 0.0 and dropout_rng is None else dropout_rng
+    args = (q, k, v, bias, alibi_slopes, sinks, causal, *window, scale, softcap, dropout_p, rng)
     o, lse = _call(ops.attention_forward, args, (q, k, v, bias, sinks), check_attention)
     return (o, lse) if return_lse else o
 
@@ -89,12 +96,15 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_rng: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences of different lengths, packed one after another without padding.
 
     Sequence b has the queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1] and the keys from cu_seqlens_k[b] to
-    cu_seqlens_k[b + 1]; either may be empty. Its result has the bits that `attention` gives for it alone.
+    cu_seqlens_k[b + 1]; either may be empty. Its result has the bits that `attention` gives for it alone; under dropout
+    those that it gives for it as the batch b.
 
     Args:
         q: [total_q, heads, head_dim]; dtypes and head sizes as in `attention`.
@@ -104,8 +114,9 @@ def attention_varlen(
         cu_seqlens_k: [batch + 1], int32, likewise to total_k.
         max_seqlen_q: at least the longest query length.
         max_seqlen_k: at least the longest key length.
-        causal, window, softmax_scale, softcap, alibi_slopes, sinks, return_lse: as in `attention`; seq_q and seq_k are
-            those of the sequence. There is no bias: packed sequences have no common rectangle for one.
+        causal, window, softmax_scale, softcap, alibi_slopes, sinks, dropout_p, dropout_rng, return_lse: as in
+            `attention`; seq_q and seq_k are those of the sequence. There is no bias: packed sequences have no common
+            rectangle for one.
 
     Returns:
         o [total_q, heads, v_head_dim]; with return_lse, (o, lse) with lse [heads, total_q], float32.
@@ -113,13 +124,14 @@ def attention_varlen(
     Raises, support and determinism: as `attention`. Under torch.compile the kernel checks the values of the prefix sums
     and raises RuntimeError.
     """
-    check_scalars("attention_varlen", causal, window, softmax_scale, softcap, return_lse)
+    check_scalars("attention_varlen", causal, window, softmax_scale, softcap, dropout_p, return_lse)
     _check_no_grad("attention_varlen", alibi_slopes)
     check.integer("attention_varlen", "max_seqlen_q", max_seqlen_q, 0)
     check.integer("attention_varlen", "max_seqlen_k", max_seqlen_k, 0)
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    args += (alibi_slopes, sinks, causal, *window, scale, softcap)
+    rng = _draw_rng(q) if dropout_p > 0.0 and dropout_rng is None else dropout_rng
+    args += (alibi_slopes, sinks, causal, *window, scale, softcap, dropout_p, rng)
     if _library.check_values and not torch.compiler.is_compiling():
         check_attention_varlen(*args)
     o, lse = _call(ops.attention_varlen_forward, args, (q, k, v, sinks), check_attention_varlen)
@@ -136,9 +148,10 @@ def _call(op: Any, args: tuple[Any, ...], differentiable: tuple[Any, ...], check
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, slopes: Any, sinks: Any, *scalars: Any) -> Any:
-        o, lse = ops.attention_forward(q, k, v, bias, slopes, sinks, *scalars)
-        ctx.save_for_backward(q, k, v, o, lse, bias, slopes, sinks)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, slopes: Any, sinks: Any, *args: Any) -> Any:
+        o, lse = ops.attention_forward(q, k, v, bias, slopes, sinks, *args)
+        *scalars, rng = args
+        ctx.save_for_backward(q, k, v, o, lse, bias, slopes, sinks, rng)
         ctx.scalars = scalars
         ctx.set_materialize_grads(False)
         return o, lse
@@ -146,22 +159,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, o, lse, bias, slopes, sinks = ctx.saved_tensors
+        q, k, v, o, lse, bias, slopes, sinks, rng = ctx.saved_tensors
         wants_bias = ctx.needs_input_grad[3]
         grad_o = _readable_grad("attention", grad_o, o)
         *grads, grad_bias, grad_sinks = ops.attention_backward(
-            grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *ctx.scalars, wants_bias
+            grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *ctx.scalars, rng, wants_bias
         )
         grads += [grad_bias.to(bias.dtype) if wants_bias else None, None, grad_sinks if sinks is not None else None]
-        return (*grads, *[None] * len(ctx.scalars))
+        return (*grads, *[None] * len(ctx.scalars), None)
 
 
 class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
         o, lse = ops.attention_varlen_forward(q, k, v, *args)
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, slopes, sinks, *scalars = args
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, slopes, sinks)
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, slopes, sinks, *scalars, rng = args
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, slopes, sinks, rng)
         ctx.scalars = (max_seqlen_q, max_seqlen_k), scalars
         ctx.set_materialize_grads(False)
         return o, lse
@@ -169,13 +182,13 @@ class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, slopes, sinks = ctx.saved_tensors
+        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, slopes, sinks, rng = ctx.saved_tensors
         lengths, scalars = ctx.scalars
         grad_o = _readable_grad("attention_varlen", grad_o, o)
         *grads, grad_sinks = ops.attention_varlen_backward(
-            grad_o, grad_lse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, *lengths, slopes, sinks, *scalars
+            grad_o, grad_lse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, *lengths, slopes, sinks, *scalars, rng
         )
-        return (*grads, *[None] * 5, grad_sinks if sinks is not None else None, *[None] * len(scalars))
+        return (*grads, *[None] * 5, grad_sinks if sinks is not None else None, *[None] * len(scalars), None)
 
 
 def _readable_grad(op: str, grad_o: Tensor | None, o: Tensor) -> Tensor:
@@ -197,6 +210,11 @@ def _check_no_grad(op: str, alibi_slopes: Tensor | None) -> None:
 def _default_scale(q: Any) -> float:
     """head_dim ** -0.5, and any number where q is refused later."""
     return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0 else 1.0
+
+
+def _draw_rng(q: Any) -> Tensor | None:
+    """A new (seed, offset), and nothing where q is refused later."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device) if isinstance(q, Tensor) else None
 
 
 @register_fake("attention_forward")

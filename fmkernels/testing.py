@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ class Case:
     bias_hides: bool = False  # about a quarter of the entries is -inf
     transposed: bool = False  # [batch, heads, seq, dim] in memory
     seqlens: tuple[tuple[int, int], ...] | None = None  # (query, key) lengths of packed sequences
+    dropout_p: float = field(default=0.0, repr=False)  # the other tensors do not depend on it
 
     def __str__(self) -> str:
         return self.name
@@ -180,11 +181,13 @@ class Case:
             if self.bias_hides:
                 bias[torch.rand(bias.shape, generator=generator).to(device) < 0.25] = -math.inf
             kwargs["bias"] = bias.to(self.dtype if self.bias_dtype is None else self.bias_dtype)
+        if self.dropout_p:
+            kwargs["dropout_rng"] = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator).to(device)
         return args, kwargs
 
 
-_OPTIONS = ("causal", "window", "softmax_scale", "softcap")
-_OPTION_DEFAULTS = {field.name: field.default for field in fields(Case) if field.name in _OPTIONS}
+_OPTIONS = ("causal", "window", "softmax_scale", "softcap", "dropout_p")
+_OPTION_DEFAULTS = {option.name: option.default for option in fields(Case) if option.name in _OPTIONS}
 
 
 # Where the error of torch is measured: at the inputs and at neighbours with full mantissas, two or, for few elements,

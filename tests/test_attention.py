@@ -333,7 +333,7 @@ TORCH_CASES = [
 def op_arguments(case, device="cpu"):
     (q, k, v), options = case.inputs(device)
     modifiers = [options.get(name) for name in ("bias", "alibi_slopes", "sinks")]
-    return (q, k, v, *modifiers, case.causal, *case.window, case.softmax_scale or 0.25, case.softcap)
+    return (q, k, v, *modifiers, case.causal, *case.window, case.softmax_scale or 0.25, case.softcap, 0.0, None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)

@@ -62,7 +62,7 @@ def from_saved(case, names, *inputs):
     rounding of lse, and of o to the dtype of the inputs, that no backward can undo."""
     *tensors, grad_o, grad_lse = inputs
     _, kwargs = case.inputs()
-    kwargs = {n: v.to(tensors[0].dtype) if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
+    kwargs |= {n: v.to(tensors[0].dtype) for n, v in kwargs.items() if torch.is_tensor(v) and v.is_floating_point()}
     given = dict(zip(names, tensors, strict=True))
     if not case.is_packed:
         grads = from_saved_dense(case.dtype, given, kwargs, grad_o, grad_lse)
@@ -74,7 +74,7 @@ def from_saved(case, names, *inputs):
         starts = [queries.stop, keys.stop]
         places = {"q": queries, "k": keys, "v": keys}
         part = {name: t[None, places[name]] if name in places else t for name, t in given.items()}
-        own = dict(kwargs)
+        own = kwargs | {"first_batch": b}
         if case.alibi == "batch":
             own["alibi_slopes"] = kwargs["alibi_slopes"][b : b + 1]
         grad = from_saved_dense(case.dtype, part, own, *(g if g is None else g[None, queries] if i == 0 else
@@ -95,16 +95,20 @@ def from_saved_dense(dtype, given, kwargs, grad_o, grad_lse):
         o, lse = reference.attention(q, k, v, sinks=sinks, bias=given.get("bias"), **kwargs)
     if q.dtype == torch.float32:
         o = o.to(dtype).float()
+    dropout_p, rng, first_batch = (kwargs.pop(name, 0) for name in ("dropout_p", "dropout_rng", "first_batch"))
     scores, _ = reference.attention_scores(leaves["q"], leaves["k"], bias=leaves.get("bias"), **kwargs)
     group = q.shape[2] // k.shape[2]
     grad_o = torch.zeros_like(o) if grad_o is None else grad_o
     delta = (grad_o * o).sum(-1).transpose(1, 2) - (0 if grad_lse is None else grad_lse)
     weights = torch.where(lse[..., None] == -math.inf, 0.0, (scores.detach() - lse[..., None]).exp())
-    products = torch.einsum("bihd,bjhd->bhij", grad_o, v.repeat_interleave(group, dim=2))
+    factors = 1.0
+    if dropout_p:
+        factors = reference.dropout_factors(dropout_p, rng, *scores.shape, first_batch=first_batch).to(q)
+    products = torch.einsum("bihd,bjhd->bhij", grad_o, v.repeat_interleave(group, dim=2)) * factors
     slopes = torch.where(weights == 0, 0.0, weights * (products - delta[..., None]))
     wanted = [n for n in ("q", "k", "bias") if n in leaves]
     grads = dict(zip(wanted, torch.autograd.grad(scores, [leaves[n] for n in wanted], slopes), strict=True))
-    of_heads = torch.einsum("bhij,bihd->bjhd", weights, grad_o)
+    of_heads = torch.einsum("bhij,bihd->bjhd", weights * factors, grad_o)
     grads["v"] = of_heads.unflatten(2, (k.shape[2], group)).sum(3)
     if sinks is not None:
         share = torch.where(lse == -math.inf, 0.0, (sinks[:, None] - lse).exp())
@@ -113,7 +117,11 @@ def from_saved_dense(dtype, given, kwargs, grad_o, grad_lse):
 
 
 def test_the_gradients_from_saved_results_are_those_of_the_definition():
-    for case in CASES:
+    check_definition(CASES)
+
+
+def check_definition(cases):
+    for case in cases:
         names, tensors, call = inputs_of(case)
         tensors = [t.double() for t in tensors]
         slopes = case.inputs()[1].get("alibi_slopes")
@@ -341,7 +349,7 @@ def test_backward_is_refused_where_there_is_none():
 def test_opcheck(case):
     args, kwargs = case.inputs()
     q, scale = args[0], args[0].shape[-1] ** -0.5
-    tail = (False, -1, -1, scale, 0.0)
+    tail = (False, -1, -1, scale, 0.0, 0.0, None)
     if case.is_packed:
         forward, backward = torch.ops.fmkernels.attention_varlen_forward, torch.ops.fmkernels.attention_varlen_backward
         o, lse = forward(*args, None, None, *tail)
@@ -375,6 +383,8 @@ def test_the_op_refuses_what_does_not_fit(name):
         "window_right": -1,
         "softmax_scale": 1.0,
         "softcap": 0.0,
+        "dropout_p": 0.0,
+        "dropout_rng": None,
         "bias_grad": False,
     }
     torch.ops.fmkernels.attention_backward(**given)

@@ -80,7 +80,7 @@ def test_sequences_that_cannot_hold_the_queries_are_a_sentence_and_no_empty_grid
     forward = torch.ops.fmkernels_emulated.attention_varlen_forward.default
     case = Case("empty grid", heads=2, kv_heads=1, seqlens=((5, 9), (4, seq_k)), dtype=torch.float16)
     q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = case.inputs()[0]
-    tail = (longest_k, None, None, False, -1, -1, 0.25, 0.0)
+    tail = (longest_k, None, None, False, -1, -1, 0.25, 0.0, 0.0, None)
     for longest in (0, -5):
         with pytest.raises(RuntimeError, match=f"2 sequences of at most {longest} tokens, which are not the 9 tokens"):
             forward(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, *tail)
@@ -104,7 +104,7 @@ def test_unaligned_rows_are_copied(name, offset):
 
 def test_sizes_that_no_grid_holds_and_float32_are_sentences():
     forward = torch.ops.fmkernels_emulated.attention_forward.default
-    tail = (None, None, None, False, -1, -1, 0.25, 0.0)
+    tail = (None, None, None, False, -1, -1, 0.25, 0.0, 0.0, None)
     many = torch.zeros(1, 1, 1, 8, dtype=torch.float16).expand(70000, -1, -1, -1)
     with pytest.raises(RuntimeError, match="batch and kv_heads must be at most 65535 on CUDA, got 70000 and 1"):
         forward(many, many, many, *tail)

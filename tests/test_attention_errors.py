@@ -224,6 +224,7 @@ def test_packed_sequences_have_no_bias():
 # ---- the ops themselves, without the public functions before them ----------------------------------------------------
 
 MODIFIERS = {"window_left": -1, "window_right": -1, "softmax_scale": 0.25, "softcap": 0.0}
+MODIFIERS |= {"dropout_p": 0.0, "dropout_rng": None}
 DIRECT = {"q": Q, "k": K, "v": V, "bias": None, "alibi_slopes": None, "sinks": None, "causal": False, **MODIFIERS}
 DIRECT_PACKED = {**PACKED, "alibi_slopes": None, "sinks": None, "causal": False, **MODIFIERS}
 EMPTY = torch.zeros(())

@@ -123,8 +123,8 @@ def test_the_portable_kernels_keep_subnormal_halves_where_subnormal_floats_are_f
 def test_the_portable_kernels():
     """The generic instruction set is chosen when the library is loaded, hence another process."""
     here = Path(__file__).parent
-    files = [here / f"test_{name}.py" for name in ("attention", "attention_isolation", "dtype")]
-    chosen = "(forward_matches and (everything or window or plain or 513)) or poisoned or conversion"
+    files = [here / f"test_{name}.py" for name in ("attention", "attention_dropout", "attention_isolation", "dtype")]
+    chosen = "(forward_matches and (everything or window or plain or 513)) or poisoned or conversion or drops_the_same"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files), "-k", chosen]
     run = subprocess.run(command, env={**os.environ, "FMKERNELS_CPU_ISA": "generic"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -138,7 +138,7 @@ def test_backward_is_refused_and_not_zero(name):
 def op_arguments(case, device="cpu"):
     args, _, options = packed(case, device)
     scale, slopes, sinks = case.softmax_scale or 0.25, options.get("alibi_slopes"), options.get("sinks")
-    return (*args, slopes, sinks, case.causal, *case.window, scale, case.softcap)
+    return (*args, slopes, sinks, case.causal, *case.window, scale, case.softcap, 0.0, None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)

@@ -114,6 +114,16 @@ def test_sdpa_converts_an_expanded_mask_once(served):
     assert served[0][3]["bias"].shape == (2, 1, 1, 12)
 
 
+def test_sdpa_drops_as_attention_does(served):
+    q, k, v = qkv(5, 12)
+    torch.manual_seed(3)
+    actual = sdpa.scaled_dot_product_attention(q, k, v, None, 0.5, True)
+    assert len(served) == 1
+    torch.manual_seed(3)
+    expected = attention(*(t.transpose(1, 2) for t in (q, k[:, :, :5], v[:, :, :5])), causal=True, dropout_p=0.5)
+    assert torch.equal(actual, expected.transpose(1, 2))
+
+
 def nested(*tensors):
     with warnings.catch_warnings():  # torch calls them a prototype
         warnings.simplefilter("ignore")
@@ -122,7 +132,7 @@ def nested(*tensors):
 
 q, k, v = qkv()
 FALLBACKS = {
-    "dropout": ((q, k, v), {"dropout_p": 0.5}),
+    "a dropout_p that is no number of [0, 1)": ((q, k, v), {"dropout_p": 1.0}),
     "an input that requires a gradient": ((q.clone().requires_grad_(), k, v), {}),
     "dtypes torch.float64": ((q.double(), k.double(), v.double()), {}),
     "head_dim 12": ((q[..., :12], k[..., :12], v), {}),
@@ -278,13 +288,20 @@ def test_flash_attn_varlen_func_has_the_bits_of_attention_varlen():
     assert probabilities.numel() == 0
 
 
+def test_flash_attn_drops_as_attention_does():
+    for case, function, own in (
+        (Case("plain"), flash_attn_func, attention),
+        (Case("packed", seqlens=((3, 5), (7, 7))), flash_attn_varlen_func, attention_varlen),
+    ):
+        args, _ = case.inputs()
+        torch.manual_seed(3)
+        actual = function(*args, 0.5)
+        torch.manual_seed(3)
+        assert torch.equal(actual, own(*args, dropout_p=0.5))
+
+
 def test_flash_attn_refuses_what_it_has_not():
-    args, _ = Case("plain").inputs()
-    with pytest.raises(ValueError, match=r"^flash_attn_func: dropout_p must be 0, got 0.1\.$"):
-        flash_attn_func(*args, 0.1)
     args, _ = Case("packed", seqlens=((3, 5),)).inputs()
-    with pytest.raises(ValueError, match=r"^flash_attn_varlen_func: dropout_p must be 0, got 0.1\.$"):
-        flash_attn_varlen_func(*args, 0.1)
     with pytest.raises(ValueError, match=r"^flash_attn_varlen_func: block_table must be None"):
         flash_attn_varlen_func(*args, block_table=torch.zeros(1, 1, dtype=torch.int32))
 

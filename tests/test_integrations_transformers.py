@@ -260,14 +260,25 @@ def test_compiles_without_a_graph_break(embeds):
         torch.testing.assert_close(compiled(inputs_embeds=embeds, use_cache=False).logits, expected)
 
 
+def test_attention_dropout_while_training(calls, embeds):
+    model = random_model(transformers.LlamaConfig(**SIZES, attention_dropout=0.5))
+    torch.manual_seed(3)
+    first, second = (model.train()(inputs_embeds=embeds).logits for _ in range(2))
+    assert {call[3]["dropout_p"] for call in calls} == {0.5}
+    torch.manual_seed(3)
+    assert torch.equal(model(inputs_embeds=embeds).logits, first)
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.model.layers.parameters())
+    calls.clear()
+    model.eval()(inputs_embeds=embeds)
+    assert {call[3]["dropout_p"] for call in calls} == {0.0}
+
+
 # ---- errors ----
 
 
-def test_dropout_and_weights_are_refused(embeds):
-    config = transformers.LlamaConfig(**SIZES, attention_dropout=0.1)
-    model = random_model(config)
-    with pytest.raises(ValueError, match=r"attention dropout must be 0, got 0\.1\.$"):
-        model.train()(inputs_embeds=embeds)
+def test_weights_are_refused():
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="output_attentions must be False"):
         integration.attention_forward(torch.nn.Module(), q, q, q, None, output_attentions=True)

@@ -5,6 +5,15 @@
 //   visible     : i + shift - window_left <= j <= i + shift + window_right,  shift = seq_k - seq_q  (bottom-right)
 //   lse(i)      = log(sum over visible j of exp(score(i, j)) + exp(sink)),  -inf where nothing is visible
 //   o(i)        = sum over visible j of exp(score(i, j) - lse(i)) v_j,      0 where nothing is visible
+//
+// Dropout multiplies the weight of each v_j by dropout_scale() or by 0; lse is what it is without. Which weights are
+// dropped follows from (seed, offset) and the place alone: batch b, head h, query i, key j, in a packed sequence those of
+// the sequence b. Each has 16 bits, and is dropped where they are less than dropout_threshold:
+//
+//   (x0, x1, x2, x3) = Philox4x32-10(counter (j / 32 * 4 + j % 8 / 2, i, b * heads + h, offset), key seed)
+//   bits(j)          = low half of x[j % 32 / 8] where j is even, high half where it is odd
+//
+// so that one call serves what a thread of a GPU holds of a row in four accumulators m16n8 side by side.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +56,15 @@ struct AttentionForwardParams {
   int64_t bias_stride[4];             // [batch, heads, seq_q, seq_k]; 0 in a broadcast dimension
   const float* alibi_slopes;          // [heads] or [batch, heads]; null: none
   int64_t alibi_batch_stride;
-  const float* sinks;  // [heads]; null: none
+  const float* sinks;          // [heads]; null: none
+  uint32_t dropout_threshold;  // of 2^16, less than it; 0: no dropout
+  const int64_t* dropout_rng;  // [2]: seed, offset modulo 2^32; null without dropout
 };
+
+// What a weight that is kept is multiplied by: the expectation of a weight is the weight, exactly.
+FM_HOST_DEVICE float dropout_scale(const AttentionForwardParams& p) {
+  return 65536.0f / static_cast<float>(65536 - p.dropout_threshold);
+}
 
 template <Isa isa>
 void run_attention_forward(const AttentionForwardParams& p);

@@ -6,6 +6,7 @@
 // Task       One kv head of one sequence, by one worker. Blocks of kBackwardKeys keys, and for each of them tiles of
 //            kBackwardRows rows, in order: five products a tile, all sums in the same order always. No atomics.
 // Weights    p = exp2(score - lse), from the forward's lse; ds = p * (do . v - delta), delta = do . o - dlse.
+// Dropout    do is scaled up while it is packed; a dropped pair is 0 in do . v and, once ds is made, in p.
 // Memory     float32 copies of the rows of a chunk (at most kChunkBytes) in the two layouts that the products read, and
 //            float32 accumulators of the gradients of one head: linear in the sequence.
 // Masks      Hidden pairs have p = ds = 0, whatever their product is. Where a block or a tile holds something that is not
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "attention_dropout_cpu.h"
 #include "attention_tiled_cpu.h"
 
 namespace fmkernels {
@@ -26,6 +28,7 @@ constexpr int kBackwardKeys = 96;  // keys of a block: whole strips and panels
 constexpr int64_t kChunkBytes = 24 << 20;
 static_assert(kBackwardRows % kStrip == 0 && kBackwardKeys % kStrip == 0 && kBackwardKeys % kPanel == 0);
 static_assert(kBackwardKeys <= kBlockK, "score rows are kBlockK apart");
+static_assert(kBackwardKeys % kDropoutGroup == 0);
 
 // acc[r][0, kPanel) += sum over j in [begin, end) of w(r, j) * rows[j][.], for kRows r; w(r, j) is weights[r][j] or, of
 // the transposed product, weights[j][r]; weights are kBlockK apart, rows kPanel. The sum is made first: a chain of
@@ -112,15 +115,15 @@ struct BackwardScratch {
   }
 };
 
-// rows[0, count) of a tile to [column / kPanel][kBackwardRows][kPanel]; columns past dim and null rows as zeros. Whether
-// all are finite.
+// rows[0, count) of a tile, scaled, to [column / kPanel][kBackwardRows][kPanel]; columns past dim and null rows as
+// zeros. Whether all are finite.
 template <class T>
-bool pack_tile_rows(const T* const* rows, int count, int64_t dim, int64_t columns, float* packed) {
+bool pack_tile_rows(const T* const* rows, int count, int64_t dim, int64_t columns, float scale, float* packed) {
   VecF zero{};
   for (int64_t c = 0; c < columns; c += kLanes) {
     float* out = packed + c / kPanel * kPanel * kBackwardRows + c % kPanel;
     for (int r = 0; r < count; ++r) {
-      const VecF x = c < dim && rows[r] != nullptr ? load(rows[r] + c) : VecF{};
+      const VecF x = c < dim && rows[r] != nullptr ? load(rows[r] + c) * scale : VecF{};
       zero += x * 0.0f;
       store(out + r * kPanel, x);
     }
@@ -133,7 +136,7 @@ template <class T>
 void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t begin, int64_t end,
                 const BackwardShape& shape, const BackwardScratch& scratch, float* d_sinks) {
   const AttentionForwardParams& p = b.forward;
-  const float scale = query_scale(p);
+  const float scale = query_scale(p), kept_scale = dropout_scale(p);
   const int64_t padded = round_up(end - begin, kBackwardRows);
   for (int64_t tile = 0; tile < padded; tile += kBackwardRows) {
     const T *q[kBackwardRows], *d_o[kBackwardRows];
@@ -168,12 +171,12 @@ void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t beg
     }
     for (int64_t i = 0; i < kBackwardRows; i += kStrip) {
       pack_strip(q + i, p.head_dim, scale, scratch.q + (tile + i) * p.head_dim);
-      pack_strip(d_o + i, p.v_head_dim, 1.0f, scratch.d_o + (tile + i) * p.v_head_dim);
+      pack_strip(d_o + i, p.v_head_dim, kept_scale, scratch.d_o + (tile + i) * p.v_head_dim);
     }
     const bool finite_q =
-        pack_tile_rows(q, kBackwardRows, p.head_dim, shape.columns, scratch.q_rows + tile * shape.columns);
-    const bool finite_do =
-        pack_tile_rows(d_o, kBackwardRows, p.v_head_dim, shape.v_columns, scratch.d_o_rows + tile * shape.v_columns);
+        pack_tile_rows(q, kBackwardRows, p.head_dim, shape.columns, 1.0f, scratch.q_rows + tile * shape.columns);
+    const bool finite_do = pack_tile_rows(d_o, kBackwardRows, p.v_head_dim, shape.v_columns, kept_scale,
+                                          scratch.d_o_rows + tile * shape.v_columns);
     scratch.finite[tile / kBackwardRows] = finite_q && finite_do;
   }
   memset(scratch.dq, 0, static_cast<size_t>(padded * shape.columns) * sizeof(float));
@@ -196,8 +199,8 @@ FM_INLINE void weights_of_row(float* p, float* ds, Range visible, float lse_high
 // One tile of rows against one block of keys.
 template <class T>
 void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int64_t first_row, int64_t tile,
-                       int64_t block, int num_keys, bool keys_finite, const BackwardShape& shape,
-                       const BackwardScratch& scratch) {
+                       int64_t block, int num_keys, bool keys_finite, const Dropout& dropout,
+                       const BackwardShape& shape, const BackwardScratch& scratch) {
   const AttentionForwardParams& p = b.forward;
   Range visible[kBackwardRows], strips[kBackwardRows / kStrip], all{kBackwardKeys, 0};
   for (int strip = 0; strip < kBackwardRows / kStrip; ++strip) {
@@ -233,8 +236,20 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
     if (count > 0 && has_modifiers(p)) {
       apply_modifiers(p, s, first_row + tile + r, block + visible[r].begin, count, weights + visible[r].begin);
     }
+    DropoutBits is_kept[kBackwardKeys / kDropoutStep];
+    if (dropout.is_on()) {
+      dropout.for_each_step(p, s, first_row + tile + r, block, visible[r], [&](int64_t j, DropoutBits bits) {
+        is_kept[j / kDropoutStep] = bits;
+        mask(gradients + j, bits);
+      });
+    }
     weights_of_row(weights, gradients, visible[r], scratch.lse_high[tile + r], scratch.lse_low[tile + r],
                    scratch.delta[tile + r]);
+    if (dropout.is_on()) {
+      for (int64_t i = visible[r].begin / kDropoutStep; i * kDropoutStep < visible[r].end; ++i) {
+        mask(weights + i * kDropoutStep, is_kept[i]);
+      }
+    }
     if (count > 0 && b.d_bias != nullptr) {
       float* bias = b.d_bias + s.batch * b.d_bias_stride[0] + s.head(first_row + tile + r) * b.d_bias_stride[1] +
                     s.query(first_row + tile + r) * b.d_bias_stride[2] + block * b.d_bias_stride[3];
@@ -305,6 +320,7 @@ template <class T>
 void run_head(const AttentionBackwardParams& b, const Sequence& s, const BackwardShape& shape,
               const BackwardScratch& scratch, float* d_sinks) {
   const AttentionForwardParams& p = b.forward;
+  const Dropout dropout(p);
   const int64_t padded_keys = round_up(s.seq_k, kBackwardKeys);
   memset(scratch.dk, 0, static_cast<size_t>(padded_keys * shape.columns) * sizeof(float));
   memset(scratch.dv, 0, static_cast<size_t>(padded_keys * shape.v_columns) * sizeof(float));
@@ -319,7 +335,7 @@ void run_head(const AttentionBackwardParams& b, const Sequence& s, const Backwar
       pack_keys(token<T>(p.v, s, s.k_start, block, s.kv_head), p.v.token_stride, num_keys, p.v_head_dim, scratch.v);
       const bool keys_finite = pack_values(k, p.k.token_stride, num_keys, p.head_dim, scratch.k_rows);
       for (int64_t tile = 0; tile < end - begin; tile += kBackwardRows) {
-        run_backward_tile<T>(b, s, begin, tile, block, num_keys, keys_finite, shape, scratch);
+        run_backward_tile<T>(b, s, begin, tile, block, num_keys, keys_finite, dropout, shape, scratch);
       }
     }
     for (int64_t row = begin; row < end; ++row) {

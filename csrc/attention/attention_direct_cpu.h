@@ -3,7 +3,7 @@
 // Internal linkage, as in common/vec.h.
 #pragma once
 
-#include "attention_rows_cpu.h"
+#include "attention_dropout_cpu.h"
 
 namespace fmkernels {
 namespace {
@@ -96,8 +96,8 @@ struct DirectBlock {
 
 // One block for the kRows rows from `first_row` on.
 template <int kRows, class T>
-void run_direct_rows(const AttentionForwardParams& p, const Sequence& s, const DirectBlock& d, int64_t first_row,
-                     const float* q, int64_t ahead_k, int64_t ahead_v, const Partial& partial) {
+void run_direct_rows(const AttentionForwardParams& p, const Sequence& s, const Dropout& dropout, const DirectBlock& d,
+                     int64_t first_row, const float* q, int64_t ahead_k, int64_t ahead_v, const Partial& partial) {
   alignas(64) float scores[kLanes * kDirectBlock];  // softmax_step takes kLanes rows, of which kRows are there
   direct_scores<kRows>(q, token<T>(p.k, s, s.k_start, d.block + d.keys.begin, s.kv_head), p.k.token_stride, ahead_k,
                        static_cast<int>(d.keys.end - d.keys.begin), p.head_dim, scores + d.keys.begin);
@@ -115,6 +115,9 @@ void run_direct_rows(const AttentionForwardParams& p, const Sequence& s, const D
   common.end = max(common.begin, common.end);
   float alpha[kLanes];
   softmax_step<kDirectBlock>(scores, visible, partial.state.from(first_row), alpha);
+  for (int r = 0; dropout.is_on() && r < kRows; ++r) {
+    dropout.drop(p, s, first_row + r, d.block, visible[r], scores + r * kDirectBlock);
+  }
 
   // What all rows see together, then the ragged ends row by row.
   const T* values = token<T>(p.v, s, s.k_start, d.block, s.kv_head);
@@ -138,6 +141,7 @@ void run_direct(const AttentionForwardParams& p, Sequence s, int64_t num_heads, 
                 const Partial* partials) {
   const int64_t first_head = s.kv_head;
   const float scale = query_scale(p);
+  const Dropout dropout(p);
   Range visible[kDirectRows], all{end, begin};
   for (int64_t row = 0; row < s.num_rows; ++row) {
     const Range keys = visible_keys(p, s, row);
@@ -174,10 +178,10 @@ void run_direct(const AttentionForwardParams& p, Sequence s, int64_t num_heads, 
       for (int64_t row = 0; row < s.num_rows; row += 4) {
         const float* rows = q + (head * kDirectRows + row) * p.head_dim;
         switch (min(s.num_rows - row, 4)) {
-          case 1: run_direct_rows<1, T>(p, s, d, row, rows, ahead_k, ahead_v, partials[head]); break;
-          case 2: run_direct_rows<2, T>(p, s, d, row, rows, ahead_k, ahead_v, partials[head]); break;
-          case 3: run_direct_rows<3, T>(p, s, d, row, rows, ahead_k, ahead_v, partials[head]); break;
-          case 4: run_direct_rows<4, T>(p, s, d, row, rows, ahead_k, ahead_v, partials[head]); break;
+          case 1: run_direct_rows<1, T>(p, s, dropout, d, row, rows, ahead_k, ahead_v, partials[head]); break;
+          case 2: run_direct_rows<2, T>(p, s, dropout, d, row, rows, ahead_k, ahead_v, partials[head]); break;
+          case 3: run_direct_rows<3, T>(p, s, dropout, d, row, rows, ahead_k, ahead_v, partials[head]); break;
+          case 4: run_direct_rows<4, T>(p, s, dropout, d, row, rows, ahead_k, ahead_v, partials[head]); break;
         }
       }
     }

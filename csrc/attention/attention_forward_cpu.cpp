@@ -10,6 +10,7 @@
 // Masks      Every row has a visible range [begin, end) of keys. Scores are computed in whole panels and the softmax
 //            reads the visible range alone. Inside a strip a weight of 0 hides a value; where a block holds a value
 //            that is not finite, the ragged ends of a strip go row by row: nothing hidden reaches a row, NaN included.
+// Dropout    The weights of dropped keys become 0 once they are in the sum of the row, and before they meet the values.
 // Numerics   float32 accumulation; scores in units of log2; blocks and chunks lie at fixed key positions, so a
 //            sequence's bits depend neither on the batch nor on the number of threads. Deterministic.
 // Cost       4 * rows * visible keys * head_dim flops. Decode reads every key and value once: bound by memory.
@@ -23,6 +24,7 @@ namespace fmkernels {
 namespace {
 
 constexpr int64_t kPackedBytes = 48 << 20;  // packed blocks that all workers together keep
+static_assert(kBlockK % kDropoutGroup == 0 && kDirectBlock % kDropoutGroup == 0 && kChunk % kDropoutGroup == 0);
 
 // What one sequence of the batch contributes, per kv head: row tiles, or chunks of the direct path.
 struct SequencePlan {

@@ -53,7 +53,8 @@ void execute(const AttentionForwardParams& p, [[maybe_unused]] const Tensor& q) 
 AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
                                      int64_t batch, bool causal, int64_t window_left, int64_t window_right,
-                                     double softmax_scale, double softcap) {
+                                     double softmax_scale, double softcap, double dropout_p,
+                                     const std::optional<Tensor>& dropout_rng) {
   const int64_t rank = q.dim(), first = rank - 3;
   AttentionForwardParams p{};
   p.dtype = dtype_of("q", q);
@@ -116,6 +117,20 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
     check_size("sinks", *sinks, 0, p.heads);
     p.sinks = static_cast<const float*>(data_of(*sinks));
   }
+  FM_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be at least 0 and less than 1, got ", dropout_p);
+  p.dropout_threshold = static_cast<uint32_t>(std::fmin(std::floor(dropout_p * 65536.0 + 0.5), 65535.0));
+  FM_CHECK(dropout_p == 0.0 || dropout_rng.has_value(), "dropout_rng must be given where dropout_p is not 0");
+#ifdef FM_CUDA
+  FM_CHECK(p.dropout_threshold == 0, "the CUDA kernels have no dropout yet: dropout_p must be 0, got ", dropout_p);
+#endif
+  if (dropout_rng.has_value()) {
+    check_same_device("dropout_rng", *dropout_rng, q);
+    check_scalar_type("dropout_rng", *dropout_rng, ScalarType::Long, "int64");
+    check_rank("dropout_rng", *dropout_rng, 1);
+    check_last_dim_contiguous("dropout_rng", *dropout_rng);
+    check_size("dropout_rng", *dropout_rng, 0, 2);
+    p.dropout_rng = static_cast<const int64_t*>(data_of(*dropout_rng));
+  }
   return p;
 }
 
@@ -138,12 +153,13 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor
                                              const std::optional<Tensor>& bias,
                                              const std::optional<Tensor>& alibi_slopes,
                                              const std::optional<Tensor>& sinks, bool causal, int64_t window_left,
-                                             int64_t window_right, double softmax_scale, double softcap) {
+                                             int64_t window_right, double softmax_scale, double softcap,
+                                             double dropout_p, const std::optional<Tensor>& dropout_rng) {
   const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   check_rank("q", q, 4);
   const int64_t batch = q.size(0);
-  AttentionForwardParams p =
-      common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
+  AttentionForwardParams p = common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right,
+                                           softmax_scale, softcap, dropout_p, dropout_rng);
   check_size("k", k, 0, batch);
   check_size("v", v, 0, batch);
   if (bias.has_value()) set_bias(p, *bias, q);
@@ -184,12 +200,12 @@ AttentionForwardParams varlen_params(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                      const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
                                      bool causal, int64_t window_left, int64_t window_right, double softmax_scale,
-                                     double softcap) {
+                                     double softcap, double dropout_p, const std::optional<Tensor>& dropout_rng) {
   check_rank("q", q, 3);
   check_rank("cu_seqlens_q", cu_seqlens_q, 1);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
-  AttentionForwardParams p =
-      common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
+  AttentionForwardParams p = common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right,
+                                           softmax_scale, softcap, dropout_p, dropout_rng);
   check_same_device("cu_seqlens_q", cu_seqlens_q, q);
   check_same_device("cu_seqlens_k", cu_seqlens_k, q);
   const int64_t total_q = p.total_q = p.seq_q;
@@ -204,17 +220,15 @@ AttentionForwardParams varlen_params(const Tensor& q, const Tensor& k, const Ten
   return p;
 }
 
-std::tuple<Tensor, Tensor> attention_varlen_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
-                                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                    const std::optional<Tensor>& alibi_slopes,
-                                                    const std::optional<Tensor>& sinks, bool causal,
-                                                    int64_t window_left, int64_t window_right, double softmax_scale,
-                                                    double softcap) {
+std::tuple<Tensor, Tensor> attention_varlen_forward(
+    const Tensor& given_q, const Tensor& given_k, const Tensor& given_v, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sinks, bool causal, int64_t window_left, int64_t window_right, double softmax_scale,
+    double softcap, double dropout_p, const std::optional<Tensor>& dropout_rng) {
   const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   AttentionForwardParams p =
       varlen_params(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal,
-                    window_left, window_right, softmax_scale, softcap);
+                    window_left, window_right, softmax_scale, softcap, dropout_p, dropout_rng);
   Tensor o = torch::stable::new_empty(q, {p.total_q, p.heads, p.v_head_dim});
   Tensor lse = torch::stable::new_empty(q, {p.heads, p.total_q}, ScalarType::Float);
   p.o = view_tokens(o);
@@ -304,12 +318,13 @@ Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& 
                              const Tensor& given_k, const Tensor& given_v, const Tensor& o, const Tensor& lse,
                              const std::optional<Tensor>& bias, const std::optional<Tensor>& alibi_slopes,
                              const std::optional<Tensor>& sinks, bool causal, int64_t window_left, int64_t window_right,
-                             double softmax_scale, double softcap, bool bias_grad) {
+                             double softmax_scale, double softcap, double dropout_p,
+                             const std::optional<Tensor>& dropout_rng, bool bias_grad) {
   const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   check_rank("q", q, 4);
   const int64_t batch = q.size(0);
-  AttentionForwardParams p =
-      common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right, softmax_scale, softcap);
+  AttentionForwardParams p = common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right,
+                                           softmax_scale, softcap, dropout_p, dropout_rng);
   check_size("k", k, 0, batch);
   check_size("v", v, 0, batch);
   if (bias.has_value()) set_bias(p, *bias, q);
@@ -321,11 +336,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_backward(
     const Tensor& given_v, const Tensor& o, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
     int64_t max_seqlen_q, int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sinks, bool causal, int64_t window_left, int64_t window_right, double softmax_scale,
-    double softcap) {
+    double softcap, double dropout_p, const std::optional<Tensor>& dropout_rng) {
   const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   const AttentionForwardParams p =
       varlen_params(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, causal,
-                    window_left, window_right, softmax_scale, softcap);
+                    window_left, window_right, softmax_scale, softcap, dropout_p, dropout_rng);
   auto [grad_q, grad_k, grad_v, grad_bias, grad_sinks] =
       run_backward(p, grad_o, grad_lse, q, k, v, o, lse, std::nullopt, false);
   return {grad_q, grad_k, grad_v, grad_sinks};

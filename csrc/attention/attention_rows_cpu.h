@@ -206,7 +206,7 @@ void softmax_step(float* scores, const Range* visible, RowStates state, float* a
   store(state.sum, load(state.sum) * factor + join_lanes(lanes, [](VecF a, VecF b) { return a + b; }));
 }
 
-// Divides the accumulated row by its sum, sink included, and writes o and lse.
+// Divides the accumulated row by its sum, sink included, and writes o and lse. What dropout scales up it scales here.
 template <class T>
 void finish_row(const AttentionForwardParams& p, const Sequence& s, int64_t row, RowState state, const float* acc) {
   const int64_t head = s.head(row), query = s.query(row);
@@ -218,7 +218,7 @@ void finish_row(const AttentionForwardParams& p, const Sequence& s, int64_t row,
     scale = std::exp2(state.max_log2 - safe_max);
     state = {new_max, state.sum * scale + std::exp2(sink_log2 - safe_max)};
   }
-  const float factor = state.sum == 0.0f ? 0.0f : scale / state.sum;
+  const float factor = state.sum == 0.0f ? 0.0f : scale / state.sum * dropout_scale(p);
   T* o = const_cast<T*>(token<T>(p.o, s, s.q_start, query, head));
   for (int64_t c = 0; c < p.v_head_dim; c += kLanes) store(o + c, load(acc + c) * factor);
   p.lse[s.batch * p.lse_batch_stride + head * p.lse_head_stride + s.q_start + query] =

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../common/parallel.h"
-#include "attention_rows_cpu.h"
+#include "attention_dropout_cpu.h"
 
 namespace fmkernels {
 namespace {
@@ -242,6 +242,7 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
   const int num_rows = static_cast<int>(row_end - row_begin);
   const int64_t padded_rows = round_up(num_rows, kGroupRows), columns = shape.columns;
   const bool modified = has_modifiers(p);
+  const Dropout dropout(p);
   const int64_t first_sum = p.head_dim <= kLongestSum ? p.head_dim : p.head_dim / 2;
 
   // Query rows, scaled and interleaved by strip; the rows that pad the last group are zeros.
@@ -326,6 +327,9 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
       float alpha[kGroupRows];
       for (int r = 0; r < kGroupRows; r += kLanes) {
         softmax_step<kBlockK>(scratch.scores + r * kBlockK, visible + r, scratch.state.from(group + r), alpha + r);
+      }
+      for (int r = 0; dropout.is_on() && r < kGroupRows; ++r) {
+        dropout.drop(p, s, row_begin + group + r, block, visible[r], scratch.scores + r * kBlockK);
       }
 
       // Values.

@@ -36,11 +36,10 @@ def flash_attn_func(
     Args:
         q: [batch, seq_q, heads, head_dim]; k, v: [batch, seq_k, kv_heads, head_dim]; any strides with a contiguous last
             dimension, nothing is copied.
-        dropout_p: must be 0.
-        softmax_scale, causal, softcap, alibi_slopes: as in `fmkernels.attention`; window_size is its window.
+        dropout_p, softmax_scale, causal, softcap, alibi_slopes: as in `fmkernels.attention`; window_size is its window.
         deterministic: the kernels always are.
         return_attn_probs: also return lse and, in the place of the probabilities, an empty tensor: flash_attn fills it
-            under dropout alone.
+            under dropout alone, for its own tests.
 
     Returns:
         o [batch, seq_q, heads, head_dim]; with return_attn_probs (o, lse [batch, heads, seq_q], empty).
@@ -48,7 +47,7 @@ def flash_attn_func(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
-    _check("flash_attn_func", dropout_p, window_size, deterministic, return_attn_probs)
+    _check("flash_attn_func", window_size, deterministic, return_attn_probs)
     result = attention(
         q,
         k,
@@ -58,6 +57,7 @@ def flash_attn_func(
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
         return_lse=return_attn_probs,
     )
     return _with_probabilities(result)
@@ -95,7 +95,7 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
-    _check("flash_attn_varlen_func", dropout_p, window_size, deterministic, return_attn_probs)
+    _check("flash_attn_varlen_func", window_size, deterministic, return_attn_probs)
     if block_table is not None:
         raise ValueError("flash_attn_varlen_func: block_table must be None: paged keys are not supported, got a table.")
     result = attention_varlen(
@@ -111,15 +111,14 @@ def flash_attn_varlen_func(
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
         return_lse=return_attn_probs,
     )
     return _with_probabilities(result)
 
 
-def _check(function: str, dropout_p: Any, window_size: Any, deterministic: Any, return_attn_probs: Any) -> None:
+def _check(function: str, window_size: Any, deterministic: Any, return_attn_probs: Any) -> None:
     """What `attention` does not see, or knows under another name."""
-    if dropout_p != 0.0:
-        raise ValueError(f"{function}: dropout_p must be 0, got {dropout_p}.")
     check.window(function, "window_size", window_size)
     check.flag(function, "deterministic", deterministic)
     check.flag(function, "return_attn_probs", return_attn_probs)

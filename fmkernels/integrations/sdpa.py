@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
         key: [batch, kv_heads, seq_k, head_dim] or [batch, seq_k, head_dim].
         value: [batch, kv_heads, seq_k, v_head_dim] or [batch, seq_k, v_head_dim].
         attn_mask: boolean (True: visible) or added to the scores; broadcasts to [batch, heads, seq_q, seq_k].
-        dropout_p: probability of dropout.
+        dropout_p: probability of dropout; a seed drops other weights than in torch.
         is_causal: query i sees the keys j <= i: aligned at the first key, unlike `fmkernels.attention`.
         scale: factor of the products; head_dim ** -0.5 when None.
         enable_gqa: whether heads may be a multiple of kv_heads.
@@ -73,8 +73,8 @@ def scaled_dot_product_attention(
     Returns:
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
-    Calls that the kernels do not serve (dropout, gradients, float64, float32 on CUDA, head sizes off the multiples of
-    8, other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each
+    Calls that the kernels do not serve (gradients, float64, float32 and dropout on CUDA, head sizes off the multiples
+    of 8, other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each
     reason.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -93,7 +93,7 @@ def scaled_dot_product_attention(
         k, v = k[:, :seq_q], v[:, :seq_q]
         window = (-1, max(seq_q - seq_k, 0))
     bias = None if attn_mask is None else _bias(attn_mask, has_heads, query.dtype)
-    o = attention(q, k, v, window=window, softmax_scale=scale, bias=bias)
+    o = attention(q, k, v, window=window, softmax_scale=scale, bias=bias, dropout_p=dropout_p)
     return o.transpose(1, 2) if has_heads else o.squeeze(2)
 
 
@@ -131,8 +131,10 @@ def _unsupported(
         return "tensors on several devices"
     if query.device.type != "cpu" and not (query.device.type == "cuda" and "attention_forward" in cuda_ops):
         return f"a device without a kernel, {query.device.type}"
-    if dropout_p != 0.0:
-        return "dropout"
+    if isinstance(dropout_p, bool) or not (isinstance(dropout_p, _NUMBERS) and 0 <= dropout_p < 1):
+        return "a dropout_p that is no number of [0, 1)"
+    if dropout_p > 0 and query.device.type == "cuda":
+        return "dropout on CUDA"
     if needs_grad(*tensors):
         return "an input that requires a gradient"
     if query.dtype not in check.FLOAT_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:

@@ -23,9 +23,9 @@ def register() -> None:
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fmkernels")
 
     Honoured: causal and bidirectional attention, padding, sliding windows, custom 4-D masks (boolean or additive),
-    grouped heads, softcap, attention sinks, position bias, dynamic and static caches. Queries, keys and values are read
-    where they lie; no key head is repeated. Where the mask follows from causality and the sliding window alone, none is
-    built.
+    grouped heads, softcap, attention sinks, position bias, dropout on the CPU, dynamic and static caches. Queries, keys
+    and values are read where they lie; no key head is repeated. Where the mask follows from causality and the sliding
+    window alone, none is built.
 
     Raises:
         ImportError: transformers is not installed, or older than 5.0.
@@ -63,8 +63,6 @@ def attention_forward(
 
     Without a mask it is causal, last query against last key, where the module is; a mask stands for everything.
     """
-    if dropout != 0.0:
-        raise ValueError(f"attn_implementation='{NAME}': attention dropout must be 0, got {dropout}.")
     if kwargs.get("output_attentions", False):
         raise ValueError(f"attn_implementation='{NAME}': output_attentions must be False: no weights are kept.")
     bias, causal, window = None, False, (-1, -1)
@@ -89,6 +87,7 @@ def attention_forward(
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.float(),
         bias=bias,
+        dropout_p=dropout,
     )
     return o, None
 

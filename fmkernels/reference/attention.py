@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .dropout import dropout_factors
+
 
 def attention(
     q: Tensor,
@@ -21,8 +23,12 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_rng: Tensor | None = None,
+    first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse) of `fmkernels.attention`; every tensor in the dtype to compute in."""
+    """(o, lse) of `fmkernels.attention`; every tensor in the dtype to compute in. Dropout needs its generator, and what
+    it counts as the first batch."""
     v = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores, visible = attention_scores(
         q,
@@ -44,6 +50,8 @@ def attention(
     largest = torch.where(largest == -math.inf, 0.0, largest.detach())
     total = (logits - largest).exp().sum(-1, keepdim=True)
     weights = torch.where(total == 0, 0.0, (scores - largest).exp() / torch.where(total == 0, 1.0, total))
+    if dropout_p > 0.0:
+        weights = weights * dropout_factors(dropout_p, dropout_rng, *weights.shape, first_batch=first_batch).to(weights)
     # A hidden key has no part in the result, whatever its value holds.
     values = torch.where(visible[None, None, :, :, None], v.permute(0, 2, 1, 3)[:, :, None], 0.0)
     o = torch.einsum("bhij,bhijd->bihd", weights, values)
@@ -100,6 +108,7 @@ def attention_varlen(
     for b, (qs, qe) in enumerate(zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], strict=False)):
         ks, ke = cu_seqlens_k[b : b + 2].tolist()
         slopes = alibi_slopes[b : b + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-        o_b, lse_b = attention(q[None, qs:qe], k[None, ks:ke], v[None, ks:ke], alibi_slopes=slopes, **kwargs)
+        tensors = (q[None, qs:qe], k[None, ks:ke], v[None, ks:ke])
+        o_b, lse_b = attention(*tensors, alibi_slopes=slopes, first_batch=b, **kwargs)
         o[qs:qe], lse[:, qs:qe] = o_b[0], lse_b[0]
     return o, lse
