@@ -231,6 +231,92 @@ def test_short(compare, device, dtype, case):
     )
 
 
+def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
+    """The composition that a framework without a kernel runs, [batch, heads, seq, head_dim]."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    if is_causal:
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+        )
+    return scores.softmax(-1) @ v
+
+
+def gradients(function, *inputs: Tensor, **options) -> Tensor:
+    """Forward and backward; of the gradients that of q is compared."""
+    o = function(*inputs, **options)
+    return torch.autograd.grad(o, inputs, torch.ones_like(o))[0]
+
+
+def leaves(tensors: list[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    return tuple(t.detach().to(dtype or t.dtype).contiguous().requires_grad_() for t in tensors)
+
+
+TRAINING = [Case(1, 4, head_dim, seq) for head_dim in (64, 128) for seq in (512, 1024, 2048)]
+
+
+@pytest.mark.parametrize("case", TRAINING, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_training(compare, device, dtype, case, causal):
+    """Forward and backward, in the layout that each likes best."""
+    qkv = case.qkv(dtype, device)
+    swapped = leaves([swap(x) for x in qkv])
+    peers = {"SDPA": sdpa, "naive": naive}
+    compare(
+        "training",
+        f"{case} {'causal' if causal else 'full'}",
+        Contender("fmkernels", functools.partial(gradients, fmkernels.attention, causal=causal), [leaves(qkv)]),
+        [
+            Contender(name, functools.partial(gradients, peer, is_causal=causal), [swapped], to_layout=swap)
+            for name, peer in peers.items()
+        ],
+        flops=case.flops(causal_pairs(case.seq) if causal else case.seq**2) * 7 // 2,
+    )
+
+
+@pytest.mark.parametrize("case", TRAINING[:2] + TRAINING[3:5], ids=str)
+def test_training_with_bias(compare, device, dtype, case):
+    """An additive bias [heads, seq, seq] that gets a gradient."""
+    qkv = case.qkv(dtype, device)
+    bias = torch.randn(1, case.heads, case.seq, case.seq, device=device).to(dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return fmkernels.attention(q, k, v, bias=bias)
+
+    swapped = leaves([*(swap(x) for x in qkv), bias])
+    compare(
+        "training with bias",
+        str(case),
+        Contender("fmkernels", functools.partial(gradients, attend), [leaves([*qkv, bias])]),
+        [
+            Contender(name, functools.partial(gradients, peer), [swapped], to_layout=swap)
+            for name, peer in (("SDPA", sdpa), ("naive", naive))
+        ],
+        flops=case.flops(case.seq**2) * 7 // 2,
+    )
+
+
+@pytest.mark.parametrize("case", TRAINING[:2] + TRAINING[3:5], ids=str)
+def test_training_half(compare, device, case):
+    """bfloat16 beside the same job in torch on a CPU: upcast, SDPA and its gradients, round."""
+    if device.type != "cpu":
+        pytest.skip("on CUDA bfloat16 is the native dtype, upcasting is no yardstick")
+    qkv = case.qkv(torch.bfloat16, device)
+
+    def upcast(*inputs: Tensor) -> Tensor:
+        return gradients(sdpa, *leaves(list(inputs), torch.float32), is_causal=True).to(torch.bfloat16)
+
+    compare(
+        "training / bf16",
+        f"{case} causal",
+        Contender("fmkernels", functools.partial(gradients, fmkernels.attention, causal=True), [leaves(qkv)]),
+        [Contender("upcast + SDPA", upcast, [leaves([swap(x) for x in qkv])], to_layout=swap)],
+        flops=case.flops(causal_pairs(case.seq)) * 7 // 2,
+        check_dtype=True,
+    )
+
+
 @pytest.mark.parametrize("case", [Case(1, 4, 64, 1024), Case(1, 4, 128, 1024)], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("peer", ["no dropout", "SDPA"])

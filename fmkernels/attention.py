@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from . import _check as check
 from . import _library
 from ._attention_checks import check_attention, check_attention_varlen, check_scalars
-from ._library import call, has_kernel, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
 
 
 def attention(
@@ -67,9 +67,10 @@ def attention(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    Supported on the CPU and, float16 and bfloat16, on CUDA (sm_80 and later). Not differentiable yet: backward raises
-    RuntimeError.
-    Deterministic: a row's bits depend on its own sequence, and not on the batch or the number of threads.
+    Supported on the CPU and, float16 and bfloat16, on CUDA (sm_80 and later). Differentiable once, in q, k, v, bias and
+    sinks, through o and through lse; a bias that requires no gradient costs none.
+    Deterministic, gradients too: no atomics. A row's bits depend on its own sequence, and not on the batch or the
+    number of threads.
     Algorithm: Dao 2023, FlashAttention-2.
     """
     check_scalars("attention", causal, window, softmax_scale, softcap, dropout_p, return_lse)
@@ -161,7 +162,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, o, lse, bias, slopes, sinks, rng = ctx.saved_tensors
         wants_bias = ctx.needs_input_grad[3]
-        grad_o = _readable_grad("attention", grad_o, o)
+        grad_o = _readable_grad(grad_o, o)
         *grads, grad_bias, grad_sinks = ops.attention_backward(
             grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *ctx.scalars, rng, wants_bias
         )
@@ -184,19 +185,15 @@ class _AttentionVarlen(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, slopes, sinks, rng = ctx.saved_tensors
         lengths, scalars = ctx.scalars
-        grad_o = _readable_grad("attention_varlen", grad_o, o)
+        grad_o = _readable_grad(grad_o, o)
         *grads, grad_sinks = ops.attention_varlen_backward(
             grad_o, grad_lse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, *lengths, slopes, sinks, *scalars, rng
         )
         return (*grads, *[None] * 5, grad_sinks if sinks is not None else None, *[None] * len(scalars), None)
 
 
-def _readable_grad(op: str, grad_o: Tensor | None, o: Tensor) -> Tensor:
+def _readable_grad(grad_o: Tensor | None, o: Tensor) -> Tensor:
     """The gradient as the kernels read it."""
-    if not torch.compiler.is_compiling() and not has_kernel(f"{op}_backward", o.device.type, ops.namespace):
-        raise RuntimeError(
-            f"{op}: the backward pass does not exist on {o.device.type} yet; call it under torch.no_grad()."
-        )
     if grad_o is None:
         return torch.zeros_like(o)
     return grad_o if grad_o.stride(-1) == 1 else grad_o.contiguous()  # expanded, as sum() gives

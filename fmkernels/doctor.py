@@ -7,6 +7,7 @@ import ctypes
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
 from .testing import BACKENDS as ALL_BACKENDS
-from .testing import Backend, Case, assert_as_good_as_torch
+from .testing import Backend, Case, assert_as_good_as_torch, assert_attention
 
 BACKENDS = tuple(backend for backend in ALL_BACKENDS if backend.namespace == "fmkernels")
 """Those of an installation: the emulated one belongs to the tests."""
@@ -138,51 +139,91 @@ def _outcome(name: str, backend: Backend) -> str:
     if not __debug__:
         return "not tested: python -O removes the checks"
     try:
-        backend.run(SELF_TESTS[name], backend.device)
+        backend.run(SELF_TESTS[name], backend)
     except Exception as error:  # whatever it is, it is what the report is for
         return f"{type(error).__name__}: {error}"
     return "passed"
 
 
-def _test_attention(device: str) -> None:
-    case = Case("doctor", causal=True, window=(40, -1), softcap=20.0, alibi="heads", sinks=True, bias="hqk")
-    args, kwargs = case.inputs(device)
-    assert_as_good_as_torch(attention(*args, **kwargs, return_lse=True), reference.attention, *args, **kwargs)
+_EVERYTHING = Case("doctor", causal=True, window=(40, -1), softcap=20.0, alibi="heads", sinks=True, bias="hqk")
+_PACKED = Case("doctor", seqlens=((1, 70), (0, 3), (33, 33)), causal=True)
 
 
-def _test_attention_varlen(device: str) -> None:
-    args, kwargs = Case("doctor", seqlens=((1, 70), (0, 3), (33, 33)), causal=True).inputs(device)
+def _inputs(case: Case, backend: Backend) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return replace(case, dtype=backend.attention_dtypes[0]).inputs(backend.device)
+
+
+def _test_attention(backend: Backend) -> None:
+    args, kwargs = _inputs(_EVERYTHING, backend)
+    assert_attention(backend, attention(*args, **kwargs, return_lse=True), reference.attention, *args, **kwargs)
+
+
+def _test_attention_varlen(backend: Backend) -> None:
+    args, kwargs = _inputs(_PACKED, backend)
     actual = attention_varlen(*args, **kwargs, return_lse=True)
-    assert_as_good_as_torch(actual, reference.attention_varlen, *args[:5], **kwargs)
+    assert_attention(backend, actual, reference.attention_varlen, *args[:5], **kwargs)
 
 
-def _partial_results(device: str) -> tuple[torch.Tensor, ...]:
+def _gradients(function: Callable[..., Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of the sum of all squared results."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return torch.autograd.grad([result.square().sum() for result in function(*leaves)], leaves)
+
+
+def _assert_gradients(backend: Backend, function: Callable[..., Any], expected: Any, *tensors: torch.Tensor) -> None:
+    actual = _gradients(lambda *leaves: function(*leaves, return_lse=True), *tensors)
+    truth = lambda *leaves: _gradients(expected, *leaves)  # noqa: E731
+    assert_as_good_as_torch(actual, truth, *tensors, computed_in=backend.attention_dtypes[0])
+
+
+def _test_attention_backward(backend: Backend) -> None:
+    args, kwargs = _inputs(_EVERYTHING, backend)
+    leaves = (*args, kwargs.pop("sinks"), kwargs.pop("bias"))
+
+    def over(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(q: Any, k: Any, v: Any, sinks: Any, bias: Any, **more: Any) -> Any:
+            return function(q, k, v, sinks=sinks, bias=bias, **kwargs, **more)
+
+        return run
+
+    _assert_gradients(backend, over(attention), over(reference.attention), *leaves)
+
+
+def _test_attention_varlen_backward(backend: Backend) -> None:
+    args, kwargs = _inputs(_PACKED, backend)
+
+    def run(*leaves: Any, **more: Any) -> Any:
+        return attention_varlen(*leaves, *args[3:], **kwargs, **more)
+
+    def expected(*leaves: Any) -> Any:
+        return reference.attention_varlen(*leaves, *args[3:5], **kwargs)
+
+    _assert_gradients(backend, run, expected, *args[:3])
+
+
+def _partial_results(backend: Backend) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 5, 3, 16), (2, 3, 5)) * 2
-    return tuple(torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    return tuple(torch.randn(shape, generator=generator).to(backend.device) for shape in shapes)
 
 
-def _test_merge_attention(device: str) -> None:
-    inputs = _partial_results(device)
+def _test_merge_attention(backend: Backend) -> None:
+    inputs = _partial_results(backend)
     assert_as_good_as_torch(merge_attention(*inputs), reference.merge_attention, *inputs)
 
 
-def _test_merge_attention_backward(device: str) -> None:
-    inputs = _partial_results(device)
-
-    def gradients(merge: Callable[..., Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        o, lse = merge(*leaves)
-        return torch.autograd.grad((o.square().sum(), lse.square().sum()), leaves)
-
-    expected = lambda *tensors: gradients(reference.merge_attention, *tensors)  # noqa: E731
-    assert_as_good_as_torch(gradients(merge_attention, *inputs), expected, *inputs)
+def _test_merge_attention_backward(backend: Backend) -> None:
+    inputs = _partial_results(backend)
+    expected = lambda *tensors: _gradients(reference.merge_attention, *tensors)  # noqa: E731
+    assert_as_good_as_torch(_gradients(merge_attention, *inputs), expected, *inputs)
 
 
-SELF_TESTS: dict[str, Callable[[str], None]] = {
+SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "attention_forward": _test_attention,
     "attention_varlen_forward": _test_attention_varlen,
+    "attention_backward": _test_attention_backward,
+    "attention_varlen_backward": _test_attention_varlen_backward,
     "merge_attention_forward": _test_merge_attention,
     "merge_attention_backward": _test_merge_attention_backward,
 }
-"""One small case for each op, on the given device, against the reference in float64."""
+"""One small case for each op, on the given backend, against the reference in float64."""

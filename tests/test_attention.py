@@ -293,21 +293,7 @@ def test_a_window_wider_than_any_sequence_hides_nothing(seq_q, seq_k, window):
     assert torch.equal(attention(*args, window=window), attention(*args))
 
 
-# ---- gradients: none yet, and said so --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["q", "k", "v", "sinks", "bias"])
-def test_backward_is_refused_and_not_zero(name):
-    args, kwargs = Case("gradient", sinks=True, bias="hqk").inputs()
-    arguments = dict(zip("qkv", args, strict=True), **kwargs)
-    expected = attention(**arguments)
-    arguments[name].requires_grad_()
-    o = attention(**arguments)
-    assert torch.equal(o, expected)
-    with pytest.raises(RuntimeError, match="attention: the backward pass does not exist yet; call it under"):
-        o.sum().backward()
-    with torch.no_grad():
-        assert not attention(**arguments).requires_grad
+# ---- gradients: test_attention_backward.py ---------------------------------------------------------------------------
 
 
 def test_forward_mode_is_refused_and_not_zero():
@@ -360,17 +346,6 @@ def test_compile_with_inductor():
     (q, k, v), _ = Case("inductor").inputs()
     compiled = torch.compile(lambda q, k, v: attention(q * 2, k, v, causal=True) + 1, fullgraph=True)
     assert torch.equal(compiled(q, k, v), attention(q * 2, k, v, causal=True) + 1)
-
-
-def test_compile_refuses_inputs_that_require_a_gradient():
-    """The graph of the backward pass is made before the first call returns."""
-    torch._dynamo.reset()
-    (q, k, v), _ = Case("gradient").inputs()
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="attention: the backward pass does not exist yet"):
-        compiled(q.requires_grad_(), k, v)
-    with torch.no_grad():
-        assert torch.equal(compiled(q, k, v), attention(q, k, v))
 
 
 class Module(torch.nn.Module):

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """attention on emulated GPUs: the tiles of every architecture class, and whether the checks see what holds them up."""
 
-import itertools
 import math
-import re
 from dataclasses import replace
 
 import pytest
 import torch
+from faults import missing_synchronisations
 
 from fmkernels import _library, attention, attention_varlen, reference
 from fmkernels.testing import Case, assert_attention, backends
@@ -158,55 +157,10 @@ def test_the_memory_for_chunks_is_bounded_by_the_keys():
 
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
 
-KERNEL = "attention_forward_kernel"
-SYNCHRONISATION = re.compile(
-    r"^\s*(?:bar(?:rier)?(?:\.cta)?\.sync|bar\.warp\.sync|cp\.async\.wait_group)\b.*;$"
-    r"|^\s*bar(?:rier)?(?:\.cta)?\.red\.or\.pred\s+(?P<result>%p\d+), 0, (?P<own>%p\d+);$",
-    re.MULTILINE,
-)
 # Masked and plain blocks, and a value that is not finite: every path of the kernel runs.
 CASE = Case(
     "faulty", batch=1, seq_q=300, seq_k=300, heads=1, kv_heads=1, head_dim=64, dtype=torch.bfloat16, causal=True
 )
-
-
-def kernels_of(text: str) -> list[tuple[int, int]]:
-    """Where in a PTX text the bodies of the kernel's bfloat16 instances for head_dim 64 stand."""
-    starts = [m.start() for m in re.finditer(r"^(?:\.visible )?\.entry ", text, re.MULTILINE)] + [len(text)]
-    return [
-        (a, b)
-        for a, b in itertools.pairwise(starts)
-        if KERNEL in text[a : a + 400] and "BFloat16ELi64E" in text[a : a + 400]
-    ]
-
-
-def without(number: int):
-    """An edit that takes out one synchronisation of the kernel."""
-
-    def edit(text: str) -> str:
-        for begin, end in kernels_of(text):
-            found = list(SYNCHRONISATION.finditer(text, begin, end))
-            if number < len(found):
-                result, own = found[number]["result"], found[number]["own"]
-                instead = f"mov.pred {result}, {own};" if result else ""  # a warp's own answer for that of the block
-                text = text[: found[number].start()] + instead + text[found[number].end() :]
-        return text
-
-    return edit
-
-
-def count_synchronisations() -> int:
-    import emulator
-
-    counts = []
-
-    def count(text: str) -> str:
-        counts.extend(len(SYNCHRONISATION.findall(text, *body)) for body in kernels_of(text))
-        return text
-
-    with emulator.edited(count):
-        run_case()
-    return max(counts, default=0)
 
 
 def run_case() -> None:
@@ -216,16 +170,6 @@ def run_case() -> None:
 
 
 def test_every_barrier_and_wait_that_is_taken_out_is_reported():
-    import emulator
-
-    total = count_synchronisations()
+    total, unseen = missing_synchronisations("attention_forward_kernel", "BFloat16ELi64E", run_case)
     assert total >= 12
-    unseen = []
-    for number in range(total):
-        with emulator.edited(without(number)):
-            try:
-                run_case()
-                unseen.append(number)
-            except emulator.FaultError:
-                pass
     assert unseen == []

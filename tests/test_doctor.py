@@ -12,7 +12,7 @@ import torch
 
 from fmkernels import __version__, _library, doctor
 from fmkernels.__main__ import main
-from fmkernels.testing import Backend
+from fmkernels.testing import Backend, backends
 
 
 def test_every_op_has_a_self_test():
@@ -21,7 +21,8 @@ def test_every_op_has_a_self_test():
 
 @pytest.mark.parametrize("name", _library.op_names)
 def test_self_test_fails_when_its_op_is_wrong(name, monkeypatch):
-    doctor.SELF_TESTS[name]("cpu")
+    (cpu,) = (backend for backend in doctor.BACKENDS if backend.name == "cpu")
+    doctor.SELF_TESTS[name](cpu)
     right = getattr(_library.ops, name)
 
     def wrong(*args):
@@ -30,7 +31,14 @@ def test_self_test_fails_when_its_op_is_wrong(name, monkeypatch):
 
     monkeypatch.setattr(_library.ops, name, wrong)
     with pytest.raises(AssertionError, match=r"output \d: error"):
-        doctor.SELF_TESTS[name]("cpu")
+        doctor.SELF_TESTS[name](cpu)
+
+
+@pytest.mark.parametrize("name", _library.op_names)
+def test_self_test_passes_on_every_backend(name):
+    """What a GPU takes is not what a CPU takes: attention in float32 once failed the self-test of every GPU."""
+    for backend in backends(name):
+        backend.run(doctor.SELF_TESTS[name], backend)
 
 
 def test_report_as_json(capsys):
@@ -57,7 +65,7 @@ def test_report_as_json(capsys):
 
 
 def test_failed_self_test_is_shown_and_tells_by_the_exit_code(monkeypatch, capsys):
-    def fail(device):
+    def fail(backend):
         raise AssertionError("output 0: error 1.5, allowed [1e-6]")
 
     monkeypatch.setitem(doctor.SELF_TESTS, "merge_attention_forward", fail)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of attention on emulated GPUs: every tile, what its checks see, and the bits of every run."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from faults import missing_synchronisations
+from test_attention_backward import check, gradients, inputs_of
+
+from fmkernels import attention
+from fmkernels.testing import Case, backends
+
+EMULATED = [backend for backend in backends("attention_backward") if backend.name == "emulated"]
+pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulated backend is not built")
+
+TILE = Case("tile", batch=1, seq_q=140, seq_k=170, heads=2, kv_heads=1, dtype=torch.bfloat16, causal=True)
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [(80, torch.bfloat16), (80, torch.float16), (86, torch.bfloat16)])
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 192, 256])
+def test_every_tile(head_dim, dtype, architecture):
+    """Blocks that are plain, cut by the diagonal, by a window and by the end; sm_86 has the least shared memory."""
+    backend = replace(EMULATED[0], architecture=architecture)
+    case = replace(TILE, head_dim=head_dim, dtype=dtype)
+    check(backend, case)
+    check(backend, replace(case, causal=False, window=(60, 20), v_head_dim=64, bias="hqk", softcap=3.0))
+
+
+@pytest.mark.parametrize("architecture", [90, 120])
+def test_later_architectures(architecture):
+    check(replace(EMULATED[0], architecture=architecture), replace(TILE, head_dim=128, sinks=True))
+
+
+def test_200_runs_have_the_same_bits():
+    case = Case("again", batch=1, heads=2, kv_heads=1, dtype=torch.float16, causal=True, sinks=True, bias="qk")
+    for backend in backends("attention_backward"):
+        _, tensors, call = inputs_of(case)
+        grads = [torch.ones_like(t) for t in backend.run(call, attention, tensors, return_lse=True)]
+        first = backend.run(gradients, call, attention, tensors, grads, return_lse=True)
+        for _ in range(200):
+            again = backend.run(gradients, call, attention, tensors, grads, return_lse=True)
+            assert all(map(torch.equal, first, again))
+
+
+def test_finite_differences_of_the_emulated_forward():
+    """lse is float32 and its inputs are exact: its slope along a line is that of the emulated backward.
+
+    Allowed is what the same difference of the definition in float64 is off, and what rounding makes of either side.
+    """
+    from fmkernels import reference
+
+    case = Case("line", batch=1, seq_q=9, seq_k=21, heads=2, kv_heads=1, dtype=torch.float16, causal=True)
+    (q, k, v), kwargs = case.inputs()
+    generator = torch.Generator().manual_seed(2)
+    step = 2.0**-4
+    ways = [torch.randint(-1, 2, t.shape, generator=generator).to(t.dtype) for t in (q, k)]
+    grad = torch.randn(1, 2, 9, generator=generator)
+
+    def moved(sign, dtype):  # multiples of 2^-8, so that every sum below is exact in float16
+        places = (((t * 256).round() / 256).clamp(-3, 3) for t in (q, k))
+        return [(t + sign * step * way).to(dtype) for t, way in zip(places, ways, strict=True)]
+
+    def total(function, sign, dtype):
+        return (function(*moved(sign, dtype), v.to(dtype), return_lse=True, **kwargs)[1].double() * grad).sum().item()
+
+    def definition(*args, return_lse, **kwargs):
+        return reference.attention(*args, **kwargs)
+
+    def slope(function, dtype):
+        leaves = [t.requires_grad_() for t in moved(0, dtype)]
+        _, lse = function(*leaves, v.to(dtype), return_lse=True, **kwargs)
+        found = torch.autograd.grad(lse, leaves, grad.to(lse.dtype))
+        return sum((g.double() * way.double()).sum().item() for g, way in zip(found, ways, strict=True)), found
+
+    backend = EMULATED[0]
+    difference = (backend.run(total, attention, 1, q.dtype) - backend.run(total, attention, -1, q.dtype)) / (2 * step)
+    exact_difference = (total(definition, 1, torch.float64) - total(definition, -1, torch.float64)) / (2 * step)
+    actual, found = backend.run(slope, attention, q.dtype)
+    exact, _ = slope(definition, torch.float64)
+    rounding = sum((g.abs().double() * way.abs().double()).sum().item() for g, way in zip(found, ways, strict=True))
+    of_lse = torch.finfo(torch.float32).eps * 8 * grad.abs().sum().item() / step
+    allowed = 2 * abs(exact_difference - exact) + torch.finfo(q.dtype).eps * rounding + of_lse
+    assert abs(actual - difference) <= allowed
+    assert abs(actual) > 20 * allowed, "a slope that is lost in what is allowed says nothing"
+
+
+# ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
+
+
+def run_faulty() -> None:
+    """Masked and plain blocks, and values that are not finite: every path of the kernel runs."""
+    case = Case("faulty", batch=1, seq_q=160, seq_k=160, heads=1, kv_heads=1, head_dim=64, dtype=torch.bfloat16)
+    _, tensors, call = inputs_of(replace(case, causal=True))
+    o, lse = EMULATED[0].run(call, attention, tensors, return_lse=True)
+    tensors[1][:, 140] = math.inf
+    grad_o = torch.ones_like(o)
+    grad_o[:, 140] = math.nan
+    EMULATED[0].run(gradients, call, attention, tensors, [grad_o, torch.zeros_like(lse)], return_lse=True)
+
+
+@pytest.mark.parametrize("which", ["ELNS0_4PassE0E", "ELNS0_4PassE1E"], ids=["queries", "keys"])
+def test_every_barrier_and_wait_that_is_taken_out_is_reported(which):
+    total, unseen = missing_synchronisations("attention_backward_kernel", "BFloat16ELi64" + which, run_faulty)
+    assert total >= 8
+    assert unseen == []
