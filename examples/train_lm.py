@@ -6,7 +6,7 @@
     python examples/train_lm.py --attention both            over torch's attention too, and compares the losses
     torchrun --nproc-per-node 2 examples/train_lm.py        in two processes, with DDP or with --fsdp
 
-The folder of a run has log.jsonl, a line for each step, and checkpoint.pt; loss.png beside it draws the runs of --out.
+The folder of a run has log.jsonl, a line for each step, and checkpoint.pt; loss.png beside it draws the losses.
 The exit code is 1 where the two attentions learned differently, 2 where training was not possible.
 """
 
@@ -53,6 +53,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
         return number
 
+    def seed(text: str) -> int:
+        if not 0 <= (number := int(text)) < 2**31:
+            raise argparse.ArgumentTypeError(f"must be from 0 to 2**31 - 1, got {number}")
+        return number
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--attention", choices=[*ATTENTIONS, "both"], default="fmkernels", help="default: fmkernels")
@@ -74,11 +79,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ):
         add(f"--{name}", type=positive, default=default, help=f"{meaning}; default: {default}")
     add("--learning-rate", type=float, default=1e-3, help="at its highest; default: 0.001")
-    add("--seed", type=int, default=0, help="of first weights and of batches; default: 0")
+    add("--seed", type=seed, default=0, help="of first weights and of batches; default: 0")
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--checkpoint-activations", action="store_true", help="compute blocks again in the backward pass")
     add("--fsdp", action="store_true", help="under torchrun: shard parameters, gradients and the optimizer's state")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where fmkernels trains there")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda with --bf16, where fmkernels trains there")
     add("--threads", type=positive, help="of the CPU; default: torch's choice")
     options = parser.parse_args(arguments)
     if options.small:
@@ -114,6 +119,8 @@ def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
     if len(attentions) > 1 and options.steps == 1:
         raise ValueError("--attention both needs at least 2 --steps: the noise of one is not known")
     source = text.load(options.text)
+    if options.seq >= (shortest := min(len(source.train), len(source.validation))):
+        raise ValueError(f"--seq must be less than the {shortest} bytes of the shorter part of the text")
     config = Config(options.hidden, options.layers, options.heads, options.kv_heads, options.seq)
     size = sum(t.numel() for t in Transformer(config, "fmkernels").parameters())
     title = f"{size / 1e6:.1f} M parameters, {options.batch_size} x {options.seq} bytes a step, "
@@ -135,7 +142,7 @@ def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
             settings = Settings(attention, config, *numbers, options.bf16)
             train(settings, source, options.out / attention, here, advance=advance, **how)
     if here.rank == 0:
-        runs = {name: lines for name in ATTENTIONS if (lines := logs.read(options.out / name))}
+        runs = {name: logs.read(options.out / name) for name in attentions}
         console.print(logs.table(runs))
         draw(runs, options.out / "loss.png", title, console)
     if len(attentions) == 1:

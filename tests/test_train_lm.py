@@ -191,7 +191,9 @@ def test_small_changes_what_is_not_given(demo):
     assert options.out != demo.parse([]).out
 
 
-@pytest.mark.parametrize("option", ["--steps=0", "--seq=x", "--learning-rate=0", "--attention=flash", "--device=tpu"])
+@pytest.mark.parametrize(
+    "option", ["--steps=0", "--seq=x", "--learning-rate=0", "--seed=-1", "--attention=flash", "--device=tpu"]
+)
 def test_wrong_options(demo, capsys, option):
     with pytest.raises(SystemExit) as raised:
         demo.main([option])
@@ -204,6 +206,8 @@ def test_wrong_options(demo, capsys, option):
     [
         (["--kv-heads=3"], "nn.Attention: num_kv_heads must divide num_heads, 2, got 3."),
         (["--attention=both", "--steps=1"], "--attention both needs at least 2 --steps: the noise of one is not known"),
+        (["--seq=10000000"], "bytes of the shorter part of the text"),
+        (["--text=nowhere"], "the text must have at least 20 .py files, nowhere has 0"),
         (["--device=cuda"], "fmkernels cannot train on cuda here: see `python -m fmkernels doctor`"),
     ],
     ids=str,

@@ -71,22 +71,24 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, (ax, apart) = plt.subplots(2, sharex=True, figsize=(9, 6), height_ratios=(3, 1), layout="constrained")
+    rows = {"height_ratios": (3, 1)} if len(runs) == 2 else {}
+    fig, axes = plt.subplots(len(runs), sharex=True, squeeze=False, figsize=(9, 6), layout="constrained", **rows)
+    ax = axes[0, 0]
     for (name, lines), style in zip(runs.items(), ("-", "--"), strict=False):
         steps = [line["step"] for line in lines]
         (curve,) = ax.plot(steps, [line["loss"] for line in lines], style, linewidth=1, label=f"{name}, training")
         steps, losses = zip(*validation(lines), strict=True)
         marker = "o" if style == "-" else "x"
         ax.plot(steps, losses, marker, color=curve.get_color(), label=f"{name}, validation")
-    if len(runs) == 2:
-        pairs = list(zip(*runs.values(), strict=False))
-        apart.semilogy([a["step"] for a, _ in pairs], [abs(a["loss"] - b["loss"]) for a, b in pairs], color="black")
-    apart.set_ylabel("difference of\ntraining losses")
-    apart.set_xlabel("step")
     ax.set_ylabel("loss, in nats a byte")
     ax.set_title(title, fontsize=9)
     ax.legend()
-    for each in (ax, apart):
+    if len(runs) == 2:
+        pairs = list(zip(*runs.values(), strict=True))
+        axes[1, 0].semilogy([a["step"] for a, _ in pairs], [abs(a["loss"] - b["loss"]) for a, b in pairs], "black")
+        axes[1, 0].set_ylabel("difference of\ntraining losses")
+    axes[-1, 0].set_xlabel("step")
+    for each in axes.flat:
         each.grid(linewidth=0.4)
     fig.savefig(path, dpi=130)
     plt.close(fig)

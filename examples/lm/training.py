@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoints, logs, text
@@ -61,6 +62,7 @@ def processes(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        dist.barrier()  # nobody leaves while another still needs it
     finally:
         dist.destroy_process_group()
 
@@ -145,4 +147,4 @@ def wrap(model: Transformer, here: Processes, fsdp: bool) -> nn.Module:
 
 def full(t: Tensor) -> Tensor:
     """The whole of a tensor that FSDP has sharded."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+    return t.full_tensor() if isinstance(t, DTensor) else t
