@@ -118,6 +118,14 @@ def test_files_held_out_are_whole_and_in_no_batch(demo, tmp_path):
     assert bytes(windows[-1].tolist()) == source.validation[-65:].numpy().tobytes()
 
 
+def test_a_batch_follows_from_seed_and_step(demo):
+    source = demo.text.load(TEXT)
+    batches = [demo.text.training_windows(source, 64, 4, seed, step) for seed in (0, 1) for step in (0, 1, 2)]
+    assert len({str(windows.tolist()) for windows in batches}) == 6
+    torch.manual_seed(5)
+    assert torch.equal(demo.text.training_windows(source, 64, 4, 1, 2), batches[-1])
+
+
 # ---- going on --------------------------------------------------------------------------------------------------------
 
 
