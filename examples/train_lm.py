@@ -13,6 +13,7 @@ The exit code is 1 where the two attentions learned differently, 2 where trainin
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,4 +166,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path, title: str, console:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:
+        # DTensor's caches keep the process group, whose threads can abort an ordinary exit (pytorch/pytorch#190489).
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
