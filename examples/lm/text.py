@@ -40,7 +40,8 @@ def load(folder: Path | None = None) -> Text:
 
 def training_windows(text: Text, seq: int, batch_size: int, seed: int, step: int) -> Tensor:
     """[batch_size, seq + 1] bytes, which follow from seed and step: the step is the position in the data."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + step)
+    # The generator looks at 32 bits. Seeds lie a prime apart, above any number of steps.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
     return _windows(text.train, torch.randint(len(text.train) - seq, (batch_size,), generator=generator), seq)
 
 
