@@ -4,7 +4,7 @@
 
 Where this Python has torch 2.11 or newer (a GPU image, perhaps without a network) everything happens in it, and only
 packages that are missing are installed; else .venv is made and given the packages of requirements/. Needs Python 3.11,
-g++ and, for .venv, a package index. Arguments after the command's own go to pytest or to the demo.
+g++ and, for .venv, a package index. Arguments after the command's own go to pytest or to the demos.
 
     FMKERNELS_VENV=1      make and use .venv in any case
     FMKERNELS_CUDA        auto: the CUDA kernels are built where there is an nvcc; off: they are not; pip: with an nvcc
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -241,10 +241,8 @@ def install_missing(environment: Environment) -> str:
 
 def try_install(environment: Environment, *what: object) -> None:
     """Installs one package; a failure shows in what is still missing afterwards."""
-    try:
+    with suppress(StepFailed):
         pip_install(environment, *what)
-    except StepFailed:
-        return
 
 
 def install_compiler(environment: Environment) -> str:
@@ -310,10 +308,8 @@ def run_steps(steps: list[tuple[str, Callable[[], str]]]) -> None:
 def setup(environment: Environment) -> None:
     """Everything up to and including the build."""
     steps = [("environment", make_venv), ("packages", install_packages)]
-    if cuda_choice(environment) == "pip":
-        steps.append(("CUDA compiler", install_compiler))
-    steps.append(("build", build))
-    run_steps([(name, lambda step=step: step(environment)) for name, step in steps])
+    steps += [("CUDA compiler", install_compiler)] if cuda_choice(environment) == "pip" else []
+    run_steps([(name, lambda step=step: step(environment)) for name, step in [*steps, ("build", build)]])
 
 
 def setup_with_nvcc(environment: Environment) -> bool:
@@ -375,6 +371,12 @@ def run_demo(environment: Environment, extra: list[str]) -> int:
     return python(environment, "examples/generate.py", *extra)
 
 
+def run_train_demo(environment: Environment, extra: list[str]) -> int:
+    """train a small language model over fmkernels and over torch's attention, and draw both losses"""
+    setup(environment)
+    return python(environment, "examples/train_lm.py", "--small", "--attention=both", *extra)
+
+
 def run_test(environment: Environment, extra: list[str]) -> int:
     """the test suite; installs an nvcc where there is none; further arguments go to pytest"""
     setup_for_tests(environment)
@@ -413,10 +415,6 @@ def run_cuda_report(environment: Environment, extra: list[str]) -> int:
 def run_sanitize(environment: Environment, extra: list[str]) -> int:
     """the CPU kernels and the emulator under AddressSanitizer and UndefinedBehaviorSanitizer; arguments go to pytest"""
     setup(environment)
-    return sanitize(environment, extra)
-
-
-def sanitize(environment: Environment, extra: list[str]) -> int:
     return python(environment, "tools/sanitize.py", *extra)
 
 
@@ -430,7 +428,7 @@ def run_check(environment: Environment, extra: list[str]) -> int:
         "ruff check": lambda: python(environment, "-m", "ruff", "check", "."),
         "clang-format": lambda: run_tool(environment, "clang-format", "--dry-run", "-Werror", *sources),
         "cuda-report": lambda: python(environment, "tools/cuda_report.py"),
-        "sanitize": lambda: sanitize(environment, ["--kernels"]),
+        "sanitize": lambda: python(environment, "tools/sanitize.py", "--kernels"),
     }
     results = {}
     for name, check in checks.items():
@@ -459,6 +457,7 @@ def run_clean(environment: Environment, extra: list[str]) -> int:
 COMMANDS: dict[str, Callable[[Environment, list[str]], int]] = {
     "setup": run_setup,
     "demo": run_demo,
+    "train-demo": run_train_demo,
     "test": run_test,
     "test-slow": run_test_slow,
     "check": run_check,
@@ -469,7 +468,7 @@ COMMANDS: dict[str, Callable[[Environment, list[str]], int]] = {
     "doctor": run_doctor,
     "clean": run_clean,
 }
-TAKES_MORE = ("demo", "test", "test-slow", "bench", "counters", "sanitize")
+TAKES_MORE = ("demo", "train-demo", "test", "test-slow", "bench", "counters", "sanitize")
 
 
 def parser() -> argparse.ArgumentParser:

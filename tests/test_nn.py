@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nn.Attention: against the attention block of transformers and against its definition, and its errors."""
+"""nn.Attention: against the blocks whose state dicts it takes and against its definition, and its errors."""
+
+import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fmkernels import reference
 from fmkernels.nn import Attention
 from fmkernels.testing import assert_as_good_as_torch
 
@@ -18,6 +20,7 @@ CASES = {
     "window": {"window": (3, 0)},
     "bidirectional window": {"causal": False, "window": (2, 4)},
 }
+LAYOUTS = pytest.mark.parametrize("layout", ["llama", "multihead"])
 
 
 def rotate(q, k):
@@ -31,31 +34,60 @@ def rotate(q, k):
     return turn(q), turn(k)
 
 
+def sdpa(q, k, v, *, causal, window):
+    """torch's own attention, of tensors as fmkernels has them."""
+    left, right = (math.inf if side == -1 else side for side in window)
+    i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+    visible = (i - j <= left) & (j - i <= (min(right, 0) if causal else right))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True).transpose(1, 2)
+
+
 def definition(module):
-    def forward(x):
-        weights = {name: t.to(x.dtype) for name, t in module.state_dict().items()}
-        q, k, v, o = (
-            lambda t, name=name: F.linear(t, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        )
-        q, k, v = (project(x).unflatten(-1, (-1, module.head_dim)) for project in (q, k, v))
+    """The module as a function of x and its parameters, over torch's attention."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def forward(x, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        if module.layout == "llama":
+            q, k, v = (F.linear(x, given[f"{n}_proj.weight"], given.get(f"{n}_proj.bias")) for n in "qkv")
+        else:
+            q, k, v = F.linear(x, given["in_proj_weight"], given.get("in_proj_bias")).split(module.widths, -1)
+        q, k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in (q, k, v))
         if module.rope is not None:
             q, k = module.rope(q, k)
-        return o(reference.attention(q, k, v, causal=module.causal, window=module.window)[0].flatten(-2))
+        o = sdpa(q, k, v, causal=module.causal, window=module.window).flatten(-2)
+        output = "o_proj" if module.layout == "llama" else "out_proj"
+        return F.linear(o, given[f"{output}.weight"], given.get(f"{output}.bias"))
 
     return forward
 
 
-@torch.no_grad()
+def trained(module, x, grad):
+    """The result, and the gradients of x and of every parameter."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    return y, *torch.autograd.grad(y, [x, *module.parameters()], grad)
+
+
+def trained_by(forward):
+    """The same of a function of x and the parameters."""
+
+    def run(x, grad, *parameters):
+        leaves = [t.requires_grad_() for t in (x, *parameters)]
+        y = forward(*leaves)
+        return y, *torch.autograd.grad(y, leaves, grad)
+
+    return run
+
+
+@LAYOUTS
 @pytest.mark.parametrize("rope", [None, rotate], ids=["no rope", "rope"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_forward_matches_its_definition(options, rope):
-    torch.manual_seed(0)
-    module = Attention(64, 4, **options, rope=rope)
-    x = torch.randn(2, 13, 64)
-    actual = module(x)
-    assert actual.shape == x.shape
-    assert_as_good_as_torch(actual, definition(module), x)
+def test_results_and_gradients_are_those_over_torch_attention(options, rope, layout):
+    module = Attention(64, 4, **options, rope=rope, layout=layout)
+    x, grad = torch.randn(2, 2, 13, 64)
+    assert_as_good_as_torch(trained(module, x, grad), trained_by(definition(module)), x, grad, *module.parameters())
 
 
 @torch.no_grad()
@@ -78,16 +110,44 @@ def test_state_dict_is_that_of_a_llama_attention_block():
     torch.testing.assert_close(module(x), block(x, (cos, sin), None)[0])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_computes_in_its_dtype(dtype):
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_state_dict_is_that_of_multihead_attention(bias, causal):
+    theirs = torch.nn.MultiheadAttention(64, 4, bias=bias, batch_first=True)
+    for t in theirs.parameters():
+        torch.nn.init.normal_(t, std=0.2)  # biases begin as zeros
+    module = Attention(64, 4, bias=bias, causal=causal, layout="multihead")
+    module.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(module.state_dict(), strict=True)
+    hides = torch.ones(13, 13, dtype=torch.bool).triu(1) if causal else None
+
+    def forward(x, *parameters):
+        given = dict(zip(theirs.state_dict(), parameters, strict=True))
+        options = {"attn_mask": hides, "is_causal": causal, "need_weights": False}
+        return torch.func.functional_call(theirs, given, (x, x, x), options)[0]
+
+    x, grad = torch.randn(2, 2, 13, 64)
+    assert_as_good_as_torch(trained(module, x, grad), trained_by(forward), x, grad, *theirs.parameters())
+
+
+def test_first_values_are_those_of_multihead_attention():
     torch.manual_seed(0)
-    module, x = Attention(64, 4, 2, rope=rotate), torch.randn(2, 13, 64)
+    theirs = torch.nn.MultiheadAttention(64, 4)
+    torch.manual_seed(0)
+    ours = Attention(64, 4, bias=True, layout="multihead")
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_its_dtype(dtype, layout):
+    module, x, grad = Attention(64, 4, 2, rope=rotate, layout=layout), *torch.randn(2, 2, 13, 64)
     with torch.autocast("cpu", dtype):
-        actual = module(x)
-    assert actual.dtype == dtype
-    expected = module.to(dtype)(x.to(dtype))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=4 * torch.finfo(dtype).eps * expected.abs().max().item())
+        actual = trained(module, x, grad.to(dtype))
+    assert actual[0].dtype == dtype
+    expected = trained(copy.deepcopy(module).to(dtype), x.to(dtype), grad.to(dtype))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.to(dtype), e, rtol=0, atol=4 * torch.finfo(dtype).eps * e.abs().max().item())
 
 
 @torch.no_grad()
@@ -96,6 +156,13 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     for seq in (13, 1, 7):
         torch.testing.assert_close(compiled(x[:, :seq]), module(x[:, :seq]))
+
+
+@LAYOUTS
+def test_compiled_gradients(layout):
+    module, x, grad = Attention(64, 4, 2, rope=rotate, layout=layout), *torch.randn(2, 2, 13, 64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(trained(compiled, x, grad), trained(module, x, grad))
 
 
 @torch.no_grad()
@@ -118,6 +185,7 @@ def test_empty(shape):
         ({"causal": None}, TypeError, "causal must be True or False, got NoneType."),
         ({"window": 4}, TypeError, "window must be a pair (left, right), got 4."),
         ({"window": (-2, 0)}, ValueError, "window[0] must be at least -1, got -2."),
+        ({"layout": "gpt"}, ValueError, "layout must be 'llama' or 'multihead', got 'gpt'."),
         ({"rope": "llama"}, TypeError, "rope must be callable with (q, k), got str."),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules over the ops; their state dicts are those of the modules they replace."""
+"""Modules over the ops, whose state dicts are those of the modules they replace, and what training with them needs."""
 
 from .attention import Attention
+from .checkpoint import checkpoint_policy
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "checkpoint_policy"]

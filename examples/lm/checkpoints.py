@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run. Whole tensors under plain names: one process, DDP and FSDP read each other's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+
+def save(path: Path, model: nn.Module, optimizer: Optimizer, step: int, settings: dict[str, Any], rank: int) -> None:
+    """Called by all ranks, written by the first. What is at `path` is the old checkpoint or the whole one after it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    if rank != 0:
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save({"model": model_state, "optimizer": optimizer_state, "step": step, "settings": settings}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]) -> int:
+    """Puts the checkpoint into model and optimizer; the number of steps it has made.
+
+    Raises ValueError where its run had other settings: going on would belong to neither.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in settings.items():
+        if saved["settings"].get(name) != value:
+            before = saved["settings"].get(name)
+            raise ValueError(f"{path} is of a run with {name} {before}, this one has {value}")
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=saved["model"],
+        optim_state_dict=saved["optimizer"],
+        options=StateDictOptions(full_state_dict=True),
+    )
+    return saved["step"]

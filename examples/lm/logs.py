@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log of a run, a JSON object in a line for each step, and what is drawn and said of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+NAME = "log.jsonl"
+
+
+def append(folder: Path, line: dict[str, Any]) -> None:
+    with (folder / NAME).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The lines in the order of steps; one that a crash has cut off ends them."""
+    lines: list[dict[str, Any]] = []
+    for line in (folder / NAME).read_text().splitlines() if (folder / NAME).exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def cut(folder: Path, last: int) -> None:
+    """Removes what a run that stopped has logged after step `last`, its checkpoint: these steps are made again."""
+    kept = [line for line in read(folder) if line["step"] <= last]
+    partial = folder / f"{NAME}.partial"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    partial.replace(folder / NAME)
+
+
+def validation(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+
+
+def apart(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, float]:
+    """(the largest difference of the training losses of a step, the usual one between a step and the next).
+
+    Two runs with the same batches that compute the same function differ by rounding, which training amplifies; the
+    second number is what another batch does to a loss, the noise of such curves.
+    """
+    losses = [[line["loss"] for line in lines] for lines in (a, b)]
+    largest = max(abs(x - y) for x, y in zip(*losses, strict=True))
+    return largest, statistics.median(abs(x - y) for curve in losses for x, y in itertools.pairwise(curve))
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> Table:
+    result = Table(title="loss, in nats a byte", title_justify="left")
+    for heading in ("attention", "steps", "last training", "validation", "ms a step (median)"):
+        result.add_column(heading, justify="left" if heading == "attention" else "right")
+    for name, lines in runs.items():
+        seconds = statistics.median(line["seconds"] for line in lines)
+        losses = f"{lines[-1]['loss']:.4f}", f"{validation(lines)[-1][1]:.4f}"
+        result.add_row(name, str(len(lines)), *losses, f"{1000 * seconds:.0f}")
+    return result
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
+    """Draws the losses of all runs, and where there are two also how far they are apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {"height_ratios": (3, 1)} if len(runs) == 2 else {}
+    fig, axes = plt.subplots(len(runs), sharex=True, squeeze=False, figsize=(9, 6), layout="constrained", **rows)
+    ax = axes[0, 0]
+    for (name, lines), style in zip(runs.items(), ("-", "--"), strict=False):
+        steps = [line["step"] for line in lines]
+        (curve,) = ax.plot(steps, [line["loss"] for line in lines], style, linewidth=1, label=f"{name}, training")
+        steps, losses = zip(*validation(lines), strict=True)
+        marker = "o" if style == "-" else "x"
+        ax.plot(steps, losses, marker, color=curve.get_color(), label=f"{name}, validation")
+    ax.set_ylabel("loss, in nats a byte")
+    ax.set_title(title, fontsize=9)
+    ax.legend()
+    if len(runs) == 2:
+        pairs = list(zip(*runs.values(), strict=True))
+        axes[1, 0].semilogy([a["step"] for a, _ in pairs], [abs(a["loss"] - b["loss"]) for a, b in pairs], "black")
+        axes[1, 0].set_ylabel("difference of\ntraining losses")
+    axes[-1, 0].set_xlabel("step")
+    for each in axes.flat:
+        each.grid(linewidth=0.4)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)

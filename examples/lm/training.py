@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: from its folder's checkpoint, or from nothing, to the last step."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from . import checkpoints, logs, text
+from .model import Config, Transformer
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the losses of a run follow from, but for the order of sums, which the number of processes changes."""
+
+    attention: str
+    model: Config
+    steps: int
+    batch_size: int  # of all processes together
+    learning_rate: float
+    seed: int
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def mean(self, value: Tensor) -> float:
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value.item() / self.world_size
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """The process group that torchrun describes, or this process alone."""
+    if "RANK" not in os.environ:
+        yield Processes(0, 1, torch.device(device))
+        return
+    chosen = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        dist.barrier()  # nobody leaves while another still needs it
+    finally:
+        dist.destroy_process_group()
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Rises for a tenth of the steps, at most 100, then falls along a cosine to a tenth."""
+    warmup = max(1, min(100, settings.steps // 10))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def train(
+    settings: Settings,
+    source: text.Text,
+    folder: Path,
+    here: Processes,
+    *,
+    resume: bool = False,
+    fsdp: bool = False,
+    checkpoint_activations: bool = False,
+    save_every: int = 100,
+    validate_every: int = 50,
+    validation_windows: int = 32,
+    advance: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Trains into `folder`: log.jsonl has a line for each step, checkpoint.pt what is needed to go on."""
+    config, path = settings.model, folder / CHECKPOINT
+    torch.manual_seed(settings.seed)
+    model = Transformer(config, settings.attention, checkpoint_activations).to(here.device)
+    wrapped = wrap(model, here, fsdp)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    saved_settings = asdict(settings) | asdict(config) | {"text": source.digest}
+    del saved_settings["model"]
+    first = checkpoints.load(path, wrapped, optimizer, saved_settings) if resume and path.exists() else 0
+    if here.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        logs.cut(folder, first)
+    held_out = text.validation_windows(source, config.seq, validation_windows).to(here.device)
+
+    def loss_of(windows: Tensor) -> Tensor:
+        """Of this process's share."""
+        precision = torch.autocast(here.device.type, torch.bfloat16) if settings.bf16 else nullcontext()
+        with precision:
+            return wrapped(windows.tensor_split(here.world_size)[here.rank])
+
+    for step in range(first, settings.steps):
+        begin = time.perf_counter()
+        windows = text.training_windows(source, config.seq, settings.batch_size, settings.seed, step)
+        loss = loss_of(windows.to(here.device))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        line: dict[str, Any] = {"step": step + 1, "loss": here.mean(loss.detach())}
+        line |= {"learning_rate": learning_rate(settings, step), "gradient_norm": float(full(norm))}
+        line["seconds"] = time.perf_counter() - begin
+        is_last = step + 1 == settings.steps
+        if (step + 1) % validate_every == 0 or is_last:
+            with torch.no_grad():
+                line["validation_loss"] = here.mean(loss_of(held_out))
+        if here.rank == 0:
+            logs.append(folder, line)
+        if (step + 1) % save_every == 0 or is_last:
+            checkpoints.save(path, wrapped, optimizer, step + 1, saved_settings, here.rank)
+        advance(step + 1, line["loss"])
+
+
+def wrap(model: Transformer, here: Processes, fsdp: bool) -> nn.Module:
+    """Under torchrun, parameters in every process (DDP) or a part of them in each (FSDP2)."""
+    if not dist.is_initialized():
+        return model
+    if not fsdp:
+        return DistributedDataParallel(model)
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def full(t: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP has sharded."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
