@@ -9,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._library import has_kernel, library_dir, ops
+from .block_mask import BlockMask
 
 EMULATED_NAMESPACE = "fmkernels_emulated"
 _root = Path(__file__).resolve().parent.parent
@@ -129,6 +130,7 @@ class Case:
     bias: str | None = None  # the dimensions of b h q k that are not broadcast: "qk" is [1, 1, seq_q, seq_k]
     bias_dtype: torch.dtype | None = None  # None: dtype
     bias_hides: bool = False  # about a quarter of the entries is -inf
+    block_mask: BlockMask | None = field(default=None, repr=False)  # has no part in the tensors
     transposed: bool = False  # [batch, heads, seq, dim] in memory
     seqlens: tuple[tuple[int, int], ...] | None = None  # (query, key) lengths of packed sequences
 
@@ -183,8 +185,8 @@ class Case:
         return args, kwargs
 
 
-_OPTIONS = ("causal", "window", "softmax_scale", "softcap")
-_OPTION_DEFAULTS = {field.name: field.default for field in fields(Case) if field.name in _OPTIONS}
+_OPTIONS = ("causal", "window", "softmax_scale", "softcap", "block_mask")
+_OPTION_DEFAULTS = {option.name: option.default for option in fields(Case) if option.name in _OPTIONS}
 
 
 # Where the error of torch is measured: at the inputs and at neighbours with full mantissas, two or, for few elements,
