@@ -224,6 +224,7 @@ HOSTILE = [
     for place in (0, 1, 3, 4, -1)  # 3 ends the first head, 4 begins the second
     for value in (-1, 2**31 - 1, -(2**31))
 ]
+HOSTILE += [(name, -1, None) for name in ("row_offsets", "column_offsets")]  # None: one less, a block left over
 HOSTILE += [(name, place, value) for name in ("column_indices", "row_indices") for place in (0, 5, -1)
             for value in (-1, 3, 2**31 - 1, -(2**31))]  # fmt: skip
 HOSTILE += [(name, place, value) for name in ("tile_idx", "transposed_tile_idx") for place in (0, -1)
@@ -235,6 +236,7 @@ def test_values_outside_the_mask_are_refused(name, place, value):
     case = case_of("stripes", batch=2, heads=4)
     mask = case.block_mask
     values = getattr(mask, name).clone()
+    value = values.view(-1)[place] - 1 if value is None else value
     assert values.view(-1)[place] != value
     values.view(-1)[place] = value
     mask = dataclasses.replace(mask, **{name: values})

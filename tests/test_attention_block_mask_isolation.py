@@ -110,3 +110,17 @@ def test_poison_reaches_what_sees_it_and_nothing_else(name, where, poison):
     if math.isnan(poison):
         assert actual[1][rows].isnan().any() == (where != "grad_o")
         assert actual[2][rows].isnan().any()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_key_that_no_row_sees_reaches_nothing(softcap):
+    """It lies between keys that all rows see."""
+    case = case_of("one hidden key", softcap=softcap)
+    (q, k, v), _ = case.inputs()
+    clean = results(case)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[:, 70] = bad_v[:, 70] = math.nan
+    for actual, expected in zip(results(case, [q, bad_k, bad_v]), clean, strict=True):
+        assert torch.equal(actual, expected)
+    assert not clean[3][:, 70].any()
+    assert not clean[4][:, 70].any()

@@ -24,7 +24,9 @@ MASKS = {
     "dilated": (lambda b, h, i, j: (i - j) % 3 == 0, False, False),
     "sliding and global": (lambda b, h, i, j: ((i - j).abs() <= 20) | (j < 5) | (i < 5), False, False),
     "a window of each head": (lambda b, h, i, j: (i - j).abs() <= 10 + 40 * h, False, True),
+    "few queries of one head": (lambda b, h, i, j: (i < 64) | (h > 0), False, True),
     "stripes": (lambda b, h, i, j: ((i + 9 * h) // 32 + j // 50 + b) % 3 == 0, True, True),
+    "one hidden key": (lambda b, h, i, j: j != 70, False, False),  # the smallest hole
     "blocks": (lambda b, h, i, j: (i // 128 + j // 128) % 2 == 0, False, False),
     "rows that see nothing": (lambda b, h, i, j: (i // 70 % 2 == 0) & (j > i), False, False),
     "causal": (lambda b, h, i, j: j <= i, False, False),
