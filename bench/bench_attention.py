@@ -191,6 +191,49 @@ def test_window(compare, device, dtype, case, window):
     )
 
 
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("case", [Case(1, 4, 64, 4096), Case(1, 2, 128, 4096)], ids=str)
+def test_documents(compare, device, dtype, case, causal, passes):
+    """Eight documents that see themselves alone: by a block mask and by a dense one, both made before the timing."""
+    if device.type != "cpu":
+        pytest.skip("block masks have no CUDA kernel yet")
+    lengths = torch.tensor([1024, 37, 300, 511, 1200, 64, 160, 800], device=device)
+    document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    mask = fmkernels.create_block_mask(
+        lambda b, h, i, j: (document[i] == document[j]) & (j <= i if causal else True), None, None, case.seq, case.seq
+    )
+    dense = mask.to_dense()
+    q, k, v = case.qkv(dtype, device)
+    pairs = int(dense.sum())
+
+    def trained(attention):
+        """Its gradients, through its output; a layer in training has no use for less."""
+
+        def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+                return torch.autograd.grad(attention(*leaves), leaves, grad)
+
+        return run
+
+    ours, theirs = functools.partial(fmkernels.attention, block_mask=mask), functools.partial(sdpa, attn_mask=dense)
+    inputs, flops = [q, k, v], case.flops(pairs)
+    peer = torch_contender("SDPA, bool mask", theirs, inputs)
+    if passes != "forward":
+        ours, inputs = trained(ours), [q, k, v, torch.randn_like(q)]
+        flops = flops * 7 // 2  # five more products
+        swapped = [tuple(swap(x) for x in inputs)]
+        peer = Contender("SDPA, bool mask", trained(theirs), swapped, lambda grads: tuple(map(swap, grads)))
+    compare(
+        "documents" if passes == "forward" else "documents / training",
+        f"{case} {'causal' if causal else 'full'}",
+        Contender("fmkernels", ours, [tuple(inputs)]),
+        [peer],
+        flops=flops,
+    )
+
+
 @pytest.mark.parametrize(
     "lengths",
     [[1024, 37, 300, 511, 2000, 64, 160], [17, 128, 64, 33, 96, 250, 8, 71] * 4],

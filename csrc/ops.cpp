@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, bool causal, "
       "int window_left, int window_right, float softmax_scale, float softcap, float dropout_p, "
-      "Tensor? dropout_rng) -> (Tensor o, Tensor lse)");
+      "Tensor? dropout_rng, Tensor[]? block_mask=None) -> (Tensor o, Tensor lse)");
   m.def(
       "attention_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "int max_seqlen_q, int max_seqlen_k, Tensor? alibi_slopes, Tensor? sinks, bool causal, int window_left, "
@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
       "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, bool causal, int window_left, int window_right, "
-      "float softmax_scale, float softcap, float dropout_p, Tensor? dropout_rng, bool bias_grad) -> "
+      "float softmax_scale, float softcap, float dropout_p, Tensor? dropout_rng, bool bias_grad, "
+      "Tensor[]? block_mask=None) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_sinks)");
   m.def(
       "attention_varlen_backward(Tensor grad_o, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "

@@ -4,6 +4,7 @@
 from . import nn
 from ._version import __version__
 from .attention import attention, attention_varlen
+from .block_mask import BlockMask, create_block_mask
 from .merge_attention import merge_attention
 
-__all__ = ["__version__", "attention", "attention_varlen", "merge_attention", "nn"]
+__all__ = ["BlockMask", "__version__", "attention", "attention_varlen", "create_block_mask", "merge_attention", "nn"]

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
 from . import _library
+from .block_mask import BlockMask
 
 MAX_HEAD_DIM = 256
 HALF_DTYPES = (torch.bfloat16, torch.float16)  # what the tensor cores multiply
@@ -116,7 +117,33 @@ def check_device(op: str, schema: str, q: Tensor) -> None:
         check.dtype(op, "q on CUDA", q, HALF_DTYPES)
 
 
-def check_attention(q, k, v, bias, alibi_slopes, sinks, *scalars) -> None:
+def check_mask_fits(op: str, mask: Any, q: Any, k: Any) -> None:
+    """What the op, which is given the tensors of the mask, cannot see; the rest of q and k is checked with them."""
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"{op}: block_mask must be a fmkernels.BlockMask, got {type(mask).__module__}.{type(mask).__name__}; "
+            "BlockMask.from_flex converts torch's, create_block_mask makes one from a function."
+        )
+    for what, t, expected in (("seq_q of q", q, mask.seq_q), ("seq_k of k", k, mask.seq_k)):
+        if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] != expected:
+            raise ValueError(f"{op}: block_mask must be made for the {what}, {t.shape[1]}, got one for {expected}.")
+
+
+def check_mask(op: str, tensors: list[Tensor], q: Tensor, k: Tensor) -> None:
+    mask = BlockMask(q.shape[1], k.shape[1], *tensors)
+    check.same_device(op, "block_mask", mask.tiles, "q", q)
+    for what, count, full in (("batch", mask.shape[0], q.shape[0]), ("heads", mask.shape[1], q.shape[2])):
+        if count not in (1, full):
+            raise ValueError(f"{op}: block_mask must have {what} 1 or {full}, got {count}.")
+    if q.device.type == "cuda":
+        raise ValueError(f"{op}: block_mask has no CUDA kernel yet.")
+    if not torch.compiler.is_compiling() and q.device.type == "cpu" and not isinstance(mask.tiles, FakeTensor):
+        mask.check_values()
+
+
+def check_attention(
+    q, k, v, bias, alibi_slopes, sinks, causal, left, right, scale, softcap, dropout_p, dropout_rng, mask=None
+) -> None:
     op = "attention"
     check_qkv(op, q, k, v, _LAYOUTS)
     for name, t in (("k", k), ("v", v)):
@@ -134,7 +161,9 @@ def check_attention(q, k, v, bias, alibi_slopes, sinks, *scalars) -> None:
         ):
             if bias.shape[dim] not in (1, full):
                 raise ValueError(f"{op}: bias must have {what} 1 or {full}, got {bias.shape[dim]}.")
-    check_dropout(op, q, *scalars[_DROPOUT])
+    check_dropout(op, q, dropout_p, dropout_rng)
+    if mask is not None:
+        check_mask(op, mask, q, k)
     check_device(op, "attention_forward", q)
 
 

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from . import _check as check
 from . import _library
-from ._attention_checks import check_attention, check_attention_varlen, check_scalars
+from ._attention_checks import check_attention, check_attention_varlen, check_mask_fits, check_scalars
 from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from .block_mask import BlockMask
 
 
 def attention(
@@ -29,6 +30,7 @@ def attention(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_rng: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention without materialising the score matrix.
@@ -55,6 +57,8 @@ def attention(
             1 / (1 - dropout_p). It is rounded to a multiple of 2**-16. On the CPU alone: on CUDA it must be 0.
         dropout_rng: [2], int64, on the device of q: a seed and an offset modulo 2**32, from which it follows what is
             dropped; the same pair drops the same weights again. None: drawn from torch's generator of the device.
+        block_mask: made by `create_block_mask`; a key must be visible by it and by the others. Only listed blocks are
+            visited. On the CPU alone.
         return_lse: also return the logarithm of the denominator.
 
     All tensors may have any strides with a contiguous last dimension (bias: any strides). Nothing is copied, except on
@@ -77,7 +81,11 @@ def attention(
     _check_no_grad("attention", alibi_slopes)
     scale = _default_scale(q) if softmax_scale is None else softmax_scale
     rng = _draw_rng(q) if dropout_p > 0.0 and dropout_rng is None else dropout_rng
-    args = (q, k, v, bias, alibi_slopes, sinks, causal, *window, scale, softcap, dropout_p, rng)
+    mask = None
+    if block_mask is not None:
+        check_mask_fits("attention", block_mask, q, k)
+        mask = block_mask.tensors
+    args = (q, k, v, bias, alibi_slopes, sinks, causal, *window, scale, softcap, dropout_p, rng, mask)
     o, lse = _call(ops.attention_forward, args, (q, k, v, bias, sinks), check_attention)
     return (o, lse) if return_lse else o
 
@@ -149,10 +157,10 @@ def _call(op: Any, args: tuple[Any, ...], differentiable: tuple[Any, ...], check
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, slopes: Any, sinks: Any, *args: Any) -> Any:
-        o, lse = ops.attention_forward(q, k, v, bias, slopes, sinks, *args)
-        *scalars, rng = args
-        ctx.save_for_backward(q, k, v, o, lse, bias, slopes, sinks, rng)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, slopes: Any, sinks: Any, *rest: Any) -> Any:
+        o, lse = ops.attention_forward(q, k, v, bias, slopes, sinks, *rest)
+        *scalars, rng, mask = rest
+        ctx.save_for_backward(q, k, v, o, lse, bias, slopes, sinks, rng, *(mask or ()))
         ctx.scalars = scalars
         ctx.set_materialize_grads(False)
         return o, lse
@@ -160,14 +168,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, o, lse, bias, slopes, sinks, rng = ctx.saved_tensors
+        q, k, v, o, lse, bias, slopes, sinks, rng, *mask = ctx.saved_tensors
         wants_bias = ctx.needs_input_grad[3]
         grad_o = _readable_grad(grad_o, o)
         *grads, grad_bias, grad_sinks = ops.attention_backward(
-            grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *ctx.scalars, rng, wants_bias
+            grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *ctx.scalars, rng, wants_bias, mask or None
         )
         grads += [grad_bias.to(bias.dtype) if wants_bias else None, None, grad_sinks if sinks is not None else None]
-        return (*grads, *[None] * len(ctx.scalars), None)
+        return (*grads, *[None] * (len(ctx.scalars) + 2))
 
 
 class _AttentionVarlen(torch.autograd.Function):
@@ -231,8 +239,28 @@ def _(*args):
 
 
 @register_fake("attention_backward")
-def _(grad_o, grad_lse, q, k, v, o, lse, bias, slopes, sinks, *scalars):
-    bias_shape = bias.shape if bias is not None and scalars[-1] else (0,)
+def _(
+    grad_o,
+    grad_lse,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    bias,
+    slopes,
+    sinks,
+    causal,
+    left,
+    right,
+    scale,
+    softcap,
+    dropout_p,
+    rng,
+    bias_grad,
+    mask=None,
+):
+    bias_shape = bias.shape if bias is not None and bias_grad else (0,)
     sinks_shape = (q.shape[-2] if sinks is not None else 0,)
     small = [q.new_empty(shape, dtype=torch.float32) for shape in (bias_shape, sinks_shape)]
     return (*[t.new_empty(t.shape) for t in (q, k, v)], *small)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._library import has_kernel, library_dir, ops
+from .block_mask import BlockMask
 
 EMULATED_NAMESPACE = "fmkernels_emulated"
 _root = Path(__file__).resolve().parent.parent
@@ -129,6 +130,7 @@ class Case:
     bias: str | None = None  # the dimensions of b h q k that are not broadcast: "qk" is [1, 1, seq_q, seq_k]
     bias_dtype: torch.dtype | None = None  # None: dtype
     bias_hides: bool = False  # about a quarter of the entries is -inf
+    block_mask: BlockMask | None = field(default=None, repr=False)  # has no part in the tensors
     transposed: bool = False  # [batch, heads, seq, dim] in memory
     seqlens: tuple[tuple[int, int], ...] | None = None  # (query, key) lengths of packed sequences
     dropout_p: float = field(default=0.0, repr=False)  # the other tensors do not depend on it
@@ -186,7 +188,7 @@ class Case:
         return args, kwargs
 
 
-_OPTIONS = ("causal", "window", "softmax_scale", "softcap", "dropout_p")
+_OPTIONS = ("causal", "window", "softmax_scale", "softcap", "block_mask", "dropout_p")
 _OPTION_DEFAULTS = {option.name: option.default for option in fields(Case) if option.name in _OPTIONS}
 
 

@@ -3,6 +3,7 @@
 //
 //   score(i, j) = softcap_or_identity(softmax_scale * <q_i, k_j>) + bias(i, j) - alibi_slope * |i + seq_k - seq_q - j|
 //   visible     : i + shift - window_left <= j <= i + shift + window_right,  shift = seq_k - seq_q  (bottom-right)
+//                 and shown by the block mask, where there is one
 //   lse(i)      = log(sum over visible j of exp(score(i, j)) + exp(sink)),  -inf where nothing is visible
 //   o(i)        = sum over visible j of exp(score(i, j) - lse(i)) v_j,      0 where nothing is visible
 //
@@ -37,6 +38,23 @@ struct TokenView {
   int64_t batch_stride, token_stride, head_stride;
 };
 
+// Listed blocks by lines: by query blocks, whose indices are key blocks, or by key blocks, whose indices are query
+// blocks.
+struct BlockList {
+  const int32_t* offsets;   // [batch or 1][heads or 1][num_lines + 1], into the two below
+  const int32_t* indices;   // ascending within a line
+  const int32_t* tile_idx;  // -1: the whole block is visible
+  int64_t num_lines;
+};
+
+// Which pairs of a query and a key are visible: docs/layouts.md. Both lists hold the same blocks.
+struct BlockMaskView {
+  int64_t block;         // queries and keys of a block, 64 or 128; 0: there is no block mask
+  int64_t batch, heads;  // 1: shared
+  BlockList rows, columns;
+  const uint32_t* tiles;  // [tile][query of the block][key of the block / 32], bit key % 32
+};
+
 struct AttentionForwardParams {
   DType dtype;
   TokenView q, k, v, o;  // head_dim, head_dim, v_head_dim, v_head_dim wide
@@ -59,6 +77,7 @@ struct AttentionForwardParams {
   const float* sinks;          // [heads]; null: none
   uint32_t dropout_threshold;  // of 2^16, less than it; 0: no dropout
   const int64_t* dropout_rng;  // [2]: seed, offset modulo 2^32; null without dropout
+  BlockMaskView block_mask;
 };
 
 // What a weight that is kept is multiplied by: the expectation of a weight is the weight, exactly.

@@ -30,14 +30,16 @@ static_assert(kBackwardRows % kStrip == 0 && kBackwardKeys % kStrip == 0 && kBac
 static_assert(kBackwardKeys <= kBlockK, "score rows are kBlockK apart");
 static_assert(kBackwardKeys % kDropoutGroup == 0);
 
-// acc[r][0, kPanel) += sum over j in [begin, end) of w(r, j) * rows[j][.], for kRows r; w(r, j) is weights[r][j] or, of
+// acc[r][0, kPanel) += sum over seen j in [begin, end) of w(r, j) * rows[j][.], for kRows r; w(r, j) is weights[r][j] or, of
 // the transposed product, weights[j][r]; weights are kBlockK apart, rows kPanel. The sum is made first: a chain of
 // additions is no longer than a tile.
-template <int kRows, bool kTransposed>
-FM_INLINE void add_product(const float* weights, const float* rows, Range range, float* acc, int64_t acc_stride) {
+template <int kRows, bool kTransposed, class Seen = Everything>
+FM_INLINE void add_product(const float* weights, const float* rows, Range range, float* acc, int64_t acc_stride,
+                           Seen seen = {}) {
   VecF sum[kRows][2] = {};
 #pragma GCC unroll 4
   for (int j = static_cast<int>(range.begin); j < static_cast<int>(range.end); ++j) {
+    if (!seen(j)) continue;
     const VecF x0 = load(rows + j * kPanel), x1 = load(rows + j * kPanel + kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
@@ -202,17 +204,13 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
                        int64_t block, int num_keys, bool keys_finite, const Dropout& dropout,
                        const BackwardShape& shape, const BackwardScratch& scratch) {
   const AttentionForwardParams& p = b.forward;
-  Range visible[kBackwardRows], strips[kBackwardRows / kStrip], all{kBackwardKeys, 0};
-  for (int strip = 0; strip < kBackwardRows / kStrip; ++strip) {
-    Range& range = strips[strip] = {kBackwardKeys, 0};
-    for (int r = strip * kStrip; r < (strip + 1) * kStrip; ++r) {
-      const Range keys = scratch.visible[tile + r];
-      visible[r] = {max(keys.begin - block, 0), min(keys.end - block, num_keys)};
-      if (visible[r].begin >= visible[r].end) visible[r] = {0, 0};
-      else range = {min(range.begin, visible[r].begin), max(range.end, visible[r].end)};
-    }
-    all = {min(all.begin, range.begin), max(all.end, range.end)};
-  }
+  Range visible[kBackwardRows], strips[kBackwardRows / kStrip];
+  KeyBits seen[kBackwardRows];
+  for (int r = 0; r < kBackwardRows; ++r) visible[r] = within_block(scratch.visible[tile + r], block, num_keys);
+  const bool has_holes =
+      narrow_to_mask(p, s, p.block_mask.columns, first_row + tile, block, kBackwardRows, visible, seen);
+  for (int r = 0; r < kBackwardRows; r += kStrip) strips[r / kStrip] = hull(visible + r, kStrip);
+  const Range all = hull(strips, kBackwardRows / kStrip);
   if (all.begin >= all.end) return;
 
   for (int64_t key = all.begin / kPanel * kPanel; key < all.end; key += kPanel) {
@@ -232,6 +230,7 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
         const VecF t = tanh(load(weights + j));
         store(scratch.slope + r * kBlockK + j, 1.0f - t * t);
       }
+      if (has_holes) hide(scratch.slope + r * kBlockK, seen[r], visible[r], 0.0f);
     }
     if (count > 0 && has_modifiers(p)) {
       apply_modifiers(p, s, first_row + tile + r, block + visible[r].begin, count, weights + visible[r].begin);
@@ -249,6 +248,10 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
       for (int64_t i = visible[r].begin / kDropoutStep; i * kDropoutStep < visible[r].end; ++i) {
         mask(weights + i * kDropoutStep, is_kept[i]);
       }
+    }
+    if (has_holes) {
+      hide(weights, seen[r], visible[r], 0.0f);
+      hide(gradients, seen[r], visible[r], 0.0f);
     }
     if (count > 0 && b.d_bias != nullptr) {
       float* bias = b.d_bias + s.batch * b.d_bias_stride[0] + s.head(first_row + tile + r) * b.d_bias_stride[1] +
@@ -277,11 +280,16 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
         continue;
       }
       for (int i = 0; i < kStrip; ++i) {
-        add_product<1, false>(scratch.ds + (r + i) * kBlockK, keys, visible[r + i], dq + i * shape.columns, 0);
+        auto add = [&](auto seen_key) {
+          add_product<1, false>(scratch.ds + (r + i) * kBlockK, keys, visible[r + i], dq + i * shape.columns, 0,
+                                seen_key);
+        };
+        if (has_holes) add(seen[r + i]);
+        else add(Everything{});
       }
     }
   }
-  // dk += ds^T q, dv += p^T do. The rows that see a key follow each other.
+  // dk += ds^T q, dv += p^T do. Without a block mask the rows that see a key follow each other.
   auto rows_that_see = [&](int64_t key) {
     Range rows{kBackwardRows, 0};
     for (int r = 0; r < kBackwardRows; ++r) {
@@ -306,7 +314,11 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
           continue;
         }
         for (int i = 0; i < kStrip; ++i) {
-          add_product<1, true>(weights + key + i, panel, of_key[i], out + i * columns, 0);
+          auto add_row = [&](auto seen_by) {
+            add_product<1, true>(weights + key + i, panel, of_key[i], out + i * columns, 0, seen_by);
+          };
+          if (p.block_mask.block != 0) add_row([&](int64_t r) { return seen[r](key + i); });
+          else add_row(Everything{});
         }
       }
     };
@@ -327,15 +339,20 @@ void run_head(const AttentionBackwardParams& b, const Sequence& s, const Backwar
   for (int64_t begin = 0; begin < s.num_rows; begin += shape.chunk_rows) {
     const int64_t end = min(begin + shape.chunk_rows, s.num_rows);
     pack_chunk<T>(b, s, begin, end, shape, scratch, d_sinks);
-    const Range all{visible_keys(p, s, begin).begin, visible_keys(p, s, end - 1).end};
+    const Range all = hull(scratch.visible, end - begin);
     for (int64_t block = all.begin / kBackwardKeys * kBackwardKeys; block < all.end; block += kBackwardKeys) {
       const int num_keys = static_cast<int>(min(s.seq_k - block, kBackwardKeys));
+      auto listed_from = [&](int64_t row) { return next_listed_row(p, s, row, {block, block + num_keys}); };
+      int64_t row = listed_from(begin);
+      if (row >= end) continue;
       const T* k = token<T>(p.k, s, s.k_start, block, s.kv_head);
       pack_keys(k, p.k.token_stride, num_keys, p.head_dim, scratch.k);
       pack_keys(token<T>(p.v, s, s.k_start, block, s.kv_head), p.v.token_stride, num_keys, p.v_head_dim, scratch.v);
       const bool keys_finite = pack_values(k, p.k.token_stride, num_keys, p.head_dim, scratch.k_rows);
-      for (int64_t tile = 0; tile < end - begin; tile += kBackwardRows) {
+      while (row < end) {
+        const int64_t tile = (row - begin) / kBackwardRows * kBackwardRows;
         run_backward_tile<T>(b, s, begin, tile, block, num_keys, keys_finite, dropout, shape, scratch);
+        row = listed_from(begin + tile + kBackwardRows);
       }
     }
     for (int64_t row = begin; row < end; ++row) {

@@ -45,7 +45,7 @@ template <class T>
 void run_forward(const AttentionForwardParams& p) {
   const int64_t columns = round_up(p.v_head_dim, kPanel);
 
-  auto uses_direct = [](const Sequence& s) { return s.num_rows <= kDirectRows; };
+  auto uses_direct = [&](const Sequence& s) { return s.num_rows <= kDirectRows && p.block_mask.block == 0; };
   auto chunks_of = [&](const Sequence& s) {  // those that any of its rows sees; one where none sees any
     if (s.num_rows == 0) return Range{0, 0};
     const int64_t first = visible_keys(p, s, 0).begin / kChunk;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_forward, attention_varlen_forward and their backward: tensors in, checks, Params out.
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "../common/tensor.h"
@@ -149,12 +150,84 @@ void set_bias(AttentionForwardParams& p, const Tensor& bias, const Tensor& q) {
   }
 }
 
+#ifndef FM_CUDA
+// A list of blocks whose values keep every read within the tensors: offsets that partition the indices, indices that
+// ascend below `limit`, tiles that exist.
+BlockList checked_block_list(const char* line_name, const Tensor& offsets, const Tensor& indices,
+                             const Tensor& tile_idx, int64_t limit, int64_t num_tiles) {
+  const BlockList list{static_cast<const int32_t*>(data_of(offsets)), static_cast<const int32_t*>(data_of(indices)),
+                       static_cast<const int32_t*>(data_of(tile_idx)), offsets.size(2) - 1};
+  const int64_t num_heads = offsets.size(0) * offsets.size(1), num_listed = indices.size(0);
+  check_size("block_mask: tile_idx", tile_idx, 0, num_listed);
+  int64_t end = 0;  // of what the lines before hold
+  for (int64_t i = 0; i < num_heads * (list.num_lines + 1); ++i) {
+    const int32_t offset = list.offsets[i];
+    const bool begins_head = i % (list.num_lines + 1) == 0;
+    FM_CHECK(begins_head ? offset == end : end <= offset && offset <= num_listed, "block_mask: ", line_name,
+             "_offsets must rise from 0 to the ", num_listed, " listed blocks, and go on in the next head, got ",
+             offset, " after ", end);
+    for (int64_t at = end; at < offset; ++at) {
+      const int64_t least = at == end ? 0 : int64_t{list.indices[at - 1]} + 1;
+      FM_CHECK(list.indices[at] >= least && list.indices[at] < limit, "block_mask: indices of a ", line_name,
+               " must ascend from 0 to ", limit - 1, ", got ", list.indices[at], " where ", least,
+               " is the least allowed");
+      FM_CHECK(list.tile_idx[at] >= -1 && list.tile_idx[at] < num_tiles, "block_mask: tile_idx must be from -1 to ",
+               num_tiles - 1, ", got ", list.tile_idx[at]);
+    }
+    end = offset;
+  }
+  FM_CHECK(end == num_listed, "block_mask: ", line_name, "_offsets must end with the ", num_listed,
+           " listed blocks, got ", end);
+  return list;
+}
+#endif
+
+// The tensors of fmkernels.BlockMask in its order; sizes are those of the batch.
+void set_block_mask([[maybe_unused]] AttentionForwardParams& p, [[maybe_unused]] const std::vector<Tensor>& mask,
+                    [[maybe_unused]] const Tensor& q) {
+#ifdef FM_CUDA
+  fail("block_mask has no CUDA kernel yet");
+#else
+  FM_CHECK(mask.size() == 7, "block_mask must be 7 tensors, got ", mask.size());
+  constexpr const char* kNames[] = {"row_offsets", "column_indices",      "tile_idx", "column_offsets",
+                                    "row_indices", "transposed_tile_idx", "tiles"};
+  constexpr int64_t kRanks[] = {3, 1, 1, 3, 1, 1, 3};
+  for (size_t i = 0; i < mask.size(); ++i) {
+    const std::string name = std::string("block_mask: ") + kNames[i];
+    check_same_device(name.c_str(), mask[i], q);
+    check_scalar_type(name.c_str(), mask[i], ScalarType::Int, "int32");
+    check_rank(name.c_str(), mask[i], kRanks[i]);
+    FM_CHECK(mask[i].is_contiguous(), name, " must be contiguous");
+  }
+  const Tensor &rows = mask[0], &columns = mask[3], &tiles = mask[6];
+  BlockMaskView& m = p.block_mask;
+  m.block = tiles.size(1);
+  FM_CHECK(m.block == 64 || m.block == 128, "block_mask: tiles must have 64 or 128 queries, got ", m.block);
+  check_size("block_mask: tiles", tiles, 2, m.block / 32);
+  m.batch = rows.size(0);
+  m.heads = rows.size(1);
+  FM_CHECK(m.batch == 1 || m.batch == p.batch, "block_mask: row_offsets must have batch 1 or ", p.batch, ", got ",
+           m.batch);
+  FM_CHECK(m.heads == 1 || m.heads == p.heads, "block_mask: row_offsets must have heads 1 or ", p.heads, ", got ",
+           m.heads);
+  const int64_t row_blocks = (p.seq_q + m.block - 1) / m.block, column_blocks = (p.seq_k + m.block - 1) / m.block;
+  check_size("block_mask: row_offsets", rows, 2, row_blocks + 1);
+  check_size("block_mask: column_offsets", columns, 0, m.batch);
+  check_size("block_mask: column_offsets", columns, 1, m.heads);
+  check_size("block_mask: column_offsets", columns, 2, column_blocks + 1);
+  m.rows = checked_block_list("row", rows, mask[1], mask[2], column_blocks, tiles.size(0));
+  m.columns = checked_block_list("column", columns, mask[4], mask[5], row_blocks, tiles.size(0));
+  m.tiles = static_cast<const uint32_t*>(data_of(tiles));
+#endif
+}
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
                                              const std::optional<Tensor>& bias,
                                              const std::optional<Tensor>& alibi_slopes,
                                              const std::optional<Tensor>& sinks, bool causal, int64_t window_left,
                                              int64_t window_right, double softmax_scale, double softcap,
-                                             double dropout_p, const std::optional<Tensor>& dropout_rng) {
+                                             double dropout_p, const std::optional<Tensor>& dropout_rng,
+                                             const std::optional<std::vector<Tensor>>& block_mask) {
   const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   check_rank("q", q, 4);
   const int64_t batch = q.size(0);
@@ -163,6 +236,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor
   check_size("k", k, 0, batch);
   check_size("v", v, 0, batch);
   if (bias.has_value()) set_bias(p, *bias, q);
+  if (block_mask.has_value()) set_block_mask(p, *block_mask, q);
   Tensor o = torch::stable::new_empty(q, {batch, p.seq_q, p.heads, p.v_head_dim});
   Tensor lse = torch::stable::new_empty(q, {batch, p.heads, p.seq_q}, ScalarType::Float);
   p.o = view_tokens(o);
@@ -319,7 +393,8 @@ Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& 
                              const std::optional<Tensor>& bias, const std::optional<Tensor>& alibi_slopes,
                              const std::optional<Tensor>& sinks, bool causal, int64_t window_left, int64_t window_right,
                              double softmax_scale, double softcap, double dropout_p,
-                             const std::optional<Tensor>& dropout_rng, bool bias_grad) {
+                             const std::optional<Tensor>& dropout_rng, bool bias_grad,
+                             const std::optional<std::vector<Tensor>>& block_mask) {
   const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
   check_rank("q", q, 4);
   const int64_t batch = q.size(0);
@@ -328,6 +403,7 @@ Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& 
   check_size("k", k, 0, batch);
   check_size("v", v, 0, batch);
   if (bias.has_value()) set_bias(p, *bias, q);
+  if (block_mask.has_value()) set_block_mask(p, *block_mask, q);
   return run_backward(p, grad_o, grad_lse, q, k, v, o, lse, bias, bias_grad);
 }
 

@@ -27,18 +27,20 @@ struct Range {
   int64_t begin, end;  // keys [begin, end); empty where end <= begin
 };
 
-// One sequence of the batch and one kv head of it.
+// One sequence of the batch and one kv head of it. Rows are query major; head major where heads have block masks of
+// their own, so that neighbouring rows list the same blocks.
 struct Sequence {
   int64_t batch, kv_head, group;
   int64_t seq_q, seq_k, num_rows;
   int64_t q_start, k_start;  // first token in the packed tensors, 0 otherwise
+  bool head_major;
 
-  int64_t query(int64_t row) const { return row / group; }
-  int64_t head(int64_t row) const { return kv_head * group + row % group; }
+  int64_t query(int64_t row) const { return head_major ? row % seq_q : row / group; }
+  int64_t head(int64_t row) const { return kv_head * group + (head_major ? row / seq_q : row % group); }
 };
 
 Sequence sequence_of(const AttentionForwardParams& p, int64_t batch, int64_t kv_head) {
-  Sequence s{batch, kv_head, p.heads / p.kv_heads, p.seq_q, p.seq_k, 0, 0, 0};
+  Sequence s{batch, kv_head, p.heads / p.kv_heads, p.seq_q, p.seq_k, 0, 0, 0, p.block_mask.heads > 1};
   if (p.cu_seqlens_q != nullptr) {
     s.q_start = p.cu_seqlens_q[batch];
     s.k_start = p.cu_seqlens_k[batch];

@@ -5,6 +5,7 @@
 
 #include "../common/parallel.h"
 #include "attention_dropout_cpu.h"
+#include "attention_mask_cpu.h"
 
 namespace fmkernels {
 namespace {
@@ -16,6 +17,7 @@ constexpr int kGroupRows = kGroupStrips * kStrip;
 constexpr int kBlockK = 128;      // keys packed at a time
 constexpr int kLongestSum = 128;  // columns in one chain of additions; more are two sums, which round less
 constexpr int kRowsAhead = 12;    // rows of q and o are asked for so many rows before their turn
+static_assert(kBlockK == kMaskKeys);
 
 // Rows of a tile: as many as keep q and o in 192 KiB, so that they stay in a second-level cache of 512 KiB beside a
 // packed block and the next one on its way.
@@ -119,10 +121,11 @@ __attribute__((noinline)) void score_tile(const float* q, const float* keys, int
   }
 }
 
-// o[r][0, kPanel) = alpha[r] * o[r][.] + sum over j in [begin, end) of weights[r][j] * values[j][.], for kRows rows.
-template <int kRows>
+// o[r][0, kPanel) = alpha[r] * o[r][.] + sum over seen j in [begin, end) of weights[r][j] * values[j][.], for kRows
+// rows.
+template <int kRows, class Seen = Everything>
 FM_INLINE void value_tile(const float* weights, const float* values, int begin, int end, const float* alpha, float* o,
-                          int64_t o_stride) {
+                          int64_t o_stride, Seen seen = {}) {
   VecF acc[kRows][2];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -131,6 +134,7 @@ FM_INLINE void value_tile(const float* weights, const float* values, int begin, 
   }
 #pragma GCC unroll 4
   for (int j = begin; j < end; ++j) {
+    if (!seen(j)) continue;
     const VecF v0 = load(values + j * kPanel), v1 = load(values + j * kPanel + kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
@@ -193,9 +197,10 @@ struct TileScratch {
   }
 };
 
-// o = alpha * o + weights * values for the rows of one strip. The weights of a row lie in its visible range.
-void accumulate_strip(float* weights, const Range* visible, const float* alpha, const float* values, bool values_finite,
-                      float* acc, int64_t columns) {
+// o = alpha * o + weights * values for the rows of one strip. The weights of a row lie in its visible range; `seen`, not
+// null where it has holes, tells which.
+void accumulate_strip(float* weights, const Range* visible, const KeyBits* seen, const float* alpha,
+                      const float* values, bool values_finite, float* acc, int64_t columns) {
   Range all{kBlockK, 0}, common{0, kBlockK};
   for (int r = 0; r < kStrip; ++r) {
     if (visible[r].begin < visible[r].end) {
@@ -210,13 +215,19 @@ void accumulate_strip(float* weights, const Range* visible, const float* alpha, 
       for (int64_t j = max(visible[r].end, all.begin); j < all.end; ++j) weights[r * kBlockK + j] = 0.0f;
     }
     common = all;
+  } else if (seen != nullptr) {
+    common = {kBlockK, kBlockK};  // all row by row
   }
   float factor[kStrip];  // of what the row has accumulated: alpha, and 1 once it was applied
   auto accumulate_row = [&](int r, int64_t begin, int64_t end) {
     if (begin >= end) return;
     for (int64_t c = 0; c < columns; c += kPanel) {
-      value_tile<1>(weights + r * kBlockK, values + c * kBlockK, static_cast<int>(begin), static_cast<int>(end),
-                    factor + r, acc + r * columns + c, columns);
+      auto add = [&](auto of_row) {
+        value_tile<1>(weights + r * kBlockK, values + c * kBlockK, static_cast<int>(begin), static_cast<int>(end),
+                      factor + r, acc + r * columns + c, columns, of_row);
+      };
+      if (seen == nullptr) add(Everything{});
+      else add(seen[r]);
     }
     factor[r] = 1.0f;
   };
@@ -260,9 +271,10 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
   }
   memset(scratch.acc, 0, static_cast<size_t>(padded_rows * columns) * sizeof(float));
 
-  // The union of the visible ranges; both ends grow with the row.
-  const Range all{scratch.visible[0].begin, scratch.visible[num_rows - 1].end};
-  for (int64_t block = all.begin / kBlockK * kBlockK; block < all.end; block += kBlockK) {
+  const Range all = hull(scratch.visible, num_rows);
+  auto listed_from = [&](int64_t key) { return next_listed_key(p, s, row_begin, row_end, key); };
+  for (int64_t block = listed_from(all.begin / kBlockK * kBlockK), next = 0; block < all.end; block = next) {
+    next = listed_from(block + kBlockK);
     const int num_keys = static_cast<int>(min(s.seq_k - block, kBlockK));
     const int64_t block_index = block / kBlockK, slot_index = block_index % shape.num_slots;
     Slot& slot = scratch.slots[slot_index];
@@ -277,9 +289,9 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
       slot = {owner, finite};
     }
     // The next block comes from memory while this one is multiplied, an equal share with every group of rows.
-    const int next_keys = is_packed ? 0 : static_cast<int>(max(0, min(all.end - block - kBlockK, kBlockK)));
-    const T* next_k = token<T>(p.k, s, s.k_start, block + kBlockK, s.kv_head);
-    const T* next_v = token<T>(p.v, s, s.k_start, block + kBlockK, s.kv_head);
+    const int next_keys = is_packed ? 0 : static_cast<int>(max(0, min(all.end - next, kBlockK)));
+    const T* next_k = token<T>(p.k, s, s.k_start, next, s.kv_head);
+    const T* next_v = token<T>(p.v, s, s.k_start, next, s.kv_head);
     const int num_groups = static_cast<int>(ceil_div(num_rows, kGroupRows));
 
     for (int group = 0; group < num_rows; group += kGroupRows) {
@@ -289,17 +301,12 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
       prefetch_rows(next_v, p.v.token_stride, share, share_end, p.v_head_dim);
 
       Range visible[kGroupRows], strip_range[kGroupStrips];
-      Range group_range{kBlockK, 0};
-      for (int strip = 0; strip < kGroupStrips; ++strip) {
-        Range& range = strip_range[strip] = {kBlockK, 0};
-        for (int r = strip * kStrip; r < (strip + 1) * kStrip; ++r) {
-          const Range keys = scratch.visible[group + r];
-          visible[r] = {max(keys.begin - block, 0), min(keys.end - block, num_keys)};
-          if (visible[r].begin >= visible[r].end) visible[r] = {0, 0};
-          else range = {min(range.begin, visible[r].begin), max(range.end, visible[r].end)};
-        }
-        group_range = {min(group_range.begin, range.begin), max(group_range.end, range.end)};
-      }
+      KeyBits seen[kGroupRows];
+      for (int r = 0; r < kGroupRows; ++r) visible[r] = within_block(scratch.visible[group + r], block, num_keys);
+      const bool has_holes =
+          narrow_to_mask(p, s, p.block_mask.rows, row_begin + group, block, kGroupRows, visible, seen);
+      for (int strip = 0; strip < kGroupStrips; ++strip) strip_range[strip] = hull(visible + strip * kStrip, kStrip);
+      const Range group_range = hull(strip_range, kGroupStrips);
       if (group_range.begin >= group_range.end) continue;
 
       // Scores, panel by panel so that a panel of keys serves every strip from the first-level cache.
@@ -324,6 +331,9 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
                           scratch.scores + r * kBlockK + visible[r].begin);
         }
       }
+      for (int r = 0; has_holes && r < kGroupRows; ++r) {
+        hide(scratch.scores + r * kBlockK, seen[r], visible[r], -kInfinity);
+      }
       float alpha[kGroupRows];
       for (int r = 0; r < kGroupRows; r += kLanes) {
         softmax_step<kBlockK>(scratch.scores + r * kBlockK, visible + r, scratch.state.from(group + r), alpha + r);
@@ -336,8 +346,8 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
       for (int strip = 0; strip < kGroupStrips; ++strip) {
         if (strip_range[strip].begin >= strip_range[strip].end) continue;
         const int r = strip * kStrip;
-        accumulate_strip(scratch.scores + r * kBlockK, visible + r, alpha + r, values, slot.values_finite,
-                         scratch.acc + (group + r) * columns, columns);
+        accumulate_strip(scratch.scores + r * kBlockK, visible + r, has_holes ? seen + r : nullptr, alpha + r, values,
+                         slot.values_finite, scratch.acc + (group + r) * columns, columns);
       }
     }
   }

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from .dropout import dropout_factors
 
 
@@ -26,6 +27,7 @@ def attention(
     dropout_p: float = 0.0,
     dropout_rng: Tensor | None = None,
     first_batch: int = 0,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) of `fmkernels.attention`; every tensor in the dtype to compute in. Dropout needs its generator, and what
     it counts as the first batch."""
@@ -39,6 +41,7 @@ def attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         bias=bias,
+        block_mask=block_mask,
     )
     logits = scores
     if sinks is not None:
@@ -53,7 +56,7 @@ def attention(
     if dropout_p > 0.0:
         weights = weights * dropout_factors(dropout_p, dropout_rng, *weights.shape, first_batch=first_batch).to(weights)
     # A hidden key has no part in the result, whatever its value holds.
-    values = torch.where(visible[None, None, :, :, None], v.permute(0, 2, 1, 3)[:, :, None], 0.0)
+    values = torch.where(visible[..., None], v.permute(0, 2, 1, 3)[:, :, None], 0.0)
     o = torch.einsum("bhij,bhijd->bihd", weights, values)
     return o, (largest + total.log()).squeeze(-1)
 
@@ -68,8 +71,9 @@ def attention_scores(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
+    block_mask: BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(scores, visible): [batch, heads, seq_q, seq_k], -inf where hidden, and [seq_q, seq_k]."""
+    """(scores, visible), both [batch, heads, seq_q, seq_k], -inf where hidden; of visible batch and heads may be 1."""
     seq_q, seq_k = q.shape[1], k.shape[1]
     group = q.shape[2] // k.shape[2]
     k = k.repeat_interleave(group, dim=2)
@@ -88,7 +92,9 @@ def attention_scores(
         visible &= distance <= left
     if right >= 0:
         visible &= distance >= -right
-
+    visible = visible[None, None]
+    if block_mask is not None:
+        visible = visible & block_mask.to_dense()
     return torch.where(visible, scores, -math.inf), visible
 
 
