@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel of attention_backward_queries.cu and attention_backward_keys.cu, and how a pass is launched. attention_backward.cu
+// tells how the passes work together.
+#pragma once
+
+#include "../common/dispatch.h"
+#include "attention_backward_warp_cuda.h"
+
+namespace fmkernels {
+
+// The launches of attention_backward.cu that have files of their own: a compiler takes its time over each.
+void launch_attention_backward_queries(const AttentionBackwardCall& call, cudaStream_t stream);
+void launch_attention_backward_keys(const AttentionBackwardCall& call, cudaStream_t stream);
+void launch_attention_backward_bias(const AttentionBackwardCall& call, cudaStream_t stream);
+
+namespace {
+
+// ---- d_q, d_k, d_v --------------------------------------------------------------------------------------------------
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    attention_backward_kernel(const __grid_constant__ BackwardArgs a) {
+  const AttentionForwardParams& p = a.p;
+  auto& smem = dynamic_smem<Smem<T>>();
+  const int warp = threadIdx.x / kWarp;
+  const Unit u = unit_of<T>(p, blockIdx.z, blockIdx.x);
+  if (!u.exists) return;
+
+  load_owned(smem, a, u, 0, blockIdx.y);
+  if constexpr (T::kHasSlopes) load_owned(smem, a, u, 1, blockIdx.y);
+  const Partners tile = partners_of<T>(p, u, u.begin, u.begin + T::kOwned);
+  const int first_block = tile.any.begin / T::kStreamed;
+  const int end_block = tile.any.begin < tile.any.end ? (tile.any.end + T::kStreamed - 1) / T::kStreamed : first_block;
+  const int plain_begin = max(first_block, (tile.all.begin + T::kStreamed - 1) / T::kStreamed);
+  const int plain_end = a.is_general ? 0 : min(tile.all.end / T::kStreamed, end_block);
+  if (threadIdx.x == 0) smem.unit = u;
+  if (threadIdx.x % kWarp == 0) {
+    const int warp_begin = u.begin + warp * T::kWarpRows;
+    smem.partners[warp] = partners_of<T>(p, u, warp_begin, warp_begin + T::kWarpRows);
+  }
+  if constexpr (T::kOwnsQueries) load_owned_stats(smem, a, u, blockIdx.y);
+  Addresses<T> at(smem);
+
+  // The streamed heads: one for queries, those of the group for keys.
+  const int first_head = T::kOwnsQueries ? blockIdx.y / a.group : blockIdx.y * a.group;
+  const int num_heads = T::kOwnsQueries ? 1 : a.group;
+  int to_next = sizeof(Stage<T>);    // from the stage of the block at hand to the other
+  const auto copy_of = [&](int i) {  // of streamed head i, with its first block under way
+    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : sizeof(Stage<T>), first_head + i, first_block);
+    if (i == 0) copy.zero_columns();
+    copy.issue(a, smem, to_next, first_block < end_block ? u.num_streamed - first_block * T::kStreamed : 0);
+    ptx::cp_async_commit();
+    return copy;
+  };
+  StreamCopy<T> copy = copy_of(0);
+
+  Gradient<T> grads[T::kEndGrad - T::kFirstGrad];
+#pragma unroll
+  for (auto& gradient : grads) {
+    for_each<T::kRowTiles, T::kColumnTiles>([&](int m, int n, int i) { gradient[m][n][i] = 0.0f; });
+  }
+
+  for (int i = 0; i < num_heads; ++i) {
+    const int head = T::kOwnsQueries ? blockIdx.y : first_head + i;
+    if (i > 0) copy = copy_of(i);
+    int block = first_block;
+
+    // One block. With kGeneral it modifies, masks and may skip.
+    auto step = [&]<bool kGeneral>() {
+      const int first_streamed = block * T::kStreamed;
+      bool nonfinite = false;
+      ptx::cp_async_wait<0>();
+      if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(-to_next));
+      else __syncthreads();
+      // B1: every warp sees block[i] and what it owns, and has read block[i-1]
+      copy.issue(a, smem, -to_next, block + 1 < end_block ? smem.unit.num_streamed - first_streamed - T::kStreamed : 0);
+      ptx::cp_async_commit();
+
+      const Partners mine = kGeneral ? smem.partners[warp] : Partners{};
+      // Where something is not finite all warps work, because they share barriers.
+      const bool works =
+          !kGeneral || nonfinite || (first_streamed < mine.any.end && first_streamed + T::kStreamed > mine.any.begin);
+      const bool is_whole =
+          !kGeneral || (mine.all.begin <= first_streamed && first_streamed + T::kStreamed <= mine.all.end);
+      if (works) {
+        Products<T> s[T::kParts];
+        multiply_scores<T>(s, at);
+        static_for<T::kParts>([&]<int part>() {
+          const int first_of_part = first_streamed + part * T::kPart;
+          Products<T> d[1];
+          if constexpr (T::kHasSlopes) multiply_slopes<T, part>(d, at);
+          if (kGeneral && a.is_general) {
+            weigh_general<T, part, true>(s[part], d[0], a, smem.unit, head, first_of_part, at.stats);
+          } else {
+            weigh<T, part>(s[part], d[0], at.stats, a.scale_log2);
+            if (!is_whole) mask<T>(s[part], d[0], a, smem.unit, first_of_part);
+          }
+          if (kGeneral && nonfinite) {
+            static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
+              add_nonfinite<T, T::kFirstGrad + g>(grads[g], smem, a, to_next > 0 ? 0 : 1, part * T::kPart,
+                                                  first_of_part);
+            });
+            __syncthreads();  // every warp has read what is not finite
+            copy.zero_nonfinite(0, part * T::kPart);
+            __syncthreads();  // every warp sees zeros in its place
+          }
+          if constexpr (T::kEndGrad == 2) accumulate<T, 1, part>(grads[1 - T::kFirstGrad], s[part], at.transposed);
+          if constexpr (T::kFirstGrad == 0) accumulate<T, 0, part>(grads[0], d[0], at.transposed);
+        });
+      }
+      at.turn(to_next);
+      to_next = -to_next;
+      ++block;
+    };
+
+    while (block < end_block) {
+      if (plain_begin <= block && block < plain_end) {
+        do step.template operator()<false>();
+        while (block < plain_end);
+      } else {
+        const int end = block < plain_begin && plain_begin < plain_end ? plain_begin : end_block;
+        do step.template operator()<true>();
+        while (block < end);
+      }
+    }
+  }
+
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // every warp sees the unit, also where there was no block
+  static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
+    keep_gradient(grads[g], smem, T::kFirstGrad + g, T::kFirstGrad + g == 0 ? p.softmax_scale : 1.0f);
+  });
+  __syncwarp();
+  for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor) store_owned(smem, a, smem.unit, tensor);
+}
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+// Which tensors a pass owns and which it streams.
+template <class T>
+BackwardArgs args_of(const AttentionBackwardCall& call) {
+  const AttentionBackwardParams& b = call.b;
+  const AttentionForwardParams& p = b.forward;
+  BackwardArgs a{};
+  a.p = p;
+  a.owned[0] = p.q, a.owned[1] = b.d_o, a.grads[0] = b.d_q;
+  a.streamed[0] = p.k, a.streamed[1] = p.v;
+  a.dims[0] = static_cast<int>(p.head_dim), a.dims[1] = static_cast<int>(p.v_head_dim);
+  a.stats = call.stats;
+  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
+  a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
+  a.group = static_cast<int>(p.heads / p.kv_heads);
+  if (!T::kOwnsQueries) {
+    std::swap(a.owned, a.streamed);
+    a.grads[0] = b.d_k;
+    a.grads[1] = b.d_v;
+  }
+  a.num_passes = T::kPasses;
+  return a;
+}
+
+template <class T>
+void launch_pass(const AttentionBackwardCall& call, cudaStream_t stream) {
+  const AttentionForwardParams& p = call.b.forward;
+  const int64_t owned = T::kOwnsQueries ? p.seq_q : p.seq_k, heads = T::kOwnsQueries ? p.heads : p.kv_heads;
+  if (owned == 0) return;
+  launch("attention_backward", attention_backward_kernel<T>, dim3((owned + T::kOwned - 1) / T::kOwned, heads, p.batch),
+         T::kThreads, sizeof(Smem<T>), stream, args_of<T>(call));
+}
+
+// f<Element, kDim>() for the dtype and the columns of a call.
+template <class F>
+void dispatch_backward(const AttentionForwardParams& p, F&& f) {
+  dispatch_half(p.dtype, [&]<class Element>() {
+    dispatch_int<64, 96, 128, 192, 256>("dim", bucket_of(std::max(p.head_dim, p.v_head_dim)),
+                                        [&]<int kDim>() { f.template operator()<Element, kDim>(); });
+  });
+}
+
+}  // namespace
+}  // namespace fmkernels
