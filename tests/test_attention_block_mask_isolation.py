@@ -80,7 +80,7 @@ def test_work_follows_the_listed_blocks():
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["k", "v", "q", "grad_o"])
-@pytest.mark.parametrize("name", ["dilated", "blocks", "documents", "stripes"])
+@pytest.mark.parametrize("name", ["dilated", "blocks", "documents", "stripes", "one short row"])
 def test_poison_reaches_what_sees_it_and_nothing_else(name, where, poison):
     """Bits of all other rows stay: in listed blocks and in others, in the forward and in the backward."""
     case = case_of(name, batch=1, heads=4, kv_heads=4, seq_q=200, seq_k=230, softcap=2.0)
@@ -103,7 +103,7 @@ def test_poison_reaches_what_sees_it_and_nothing_else(name, where, poison):
         rows[head] = visible[head, :, place]
     else:
         rows[head, place] = True
-    assert 0 < rows.sum() < 150
+    assert 0 < rows.sum() < 200
     keys = (visible & rows[:, :, None]).any(1)  # that these rows see
     for t, before, reached in zip(actual, clean, (rows, rows, rows, keys, keys), strict=True):
         assert torch.equal(t[~reached], before[~reached])

@@ -24,6 +24,7 @@ MASKS = {
     "dilated": (lambda b, h, i, j: (i - j) % 3 == 0, False, False),
     "sliding and global": (lambda b, h, i, j: ((i - j).abs() <= 20) | (j < 5) | (i < 5), False, False),
     "a window of each head": (lambda b, h, i, j: (i - j).abs() <= 10 + 40 * h, False, True),
+    "one short row": (lambda b, h, i, j: (i != 130) | (j < 32), False, False),
     "few queries of one head": (lambda b, h, i, j: (i < 64) | (h > 0), False, True),
     "stripes": (lambda b, h, i, j: ((i + 9 * h) // 32 + j // 50 + b) % 3 == 0, True, True),
     "one hidden key": (lambda b, h, i, j: j != 70, False, False),  # the smallest hole
