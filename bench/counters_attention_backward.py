@@ -16,7 +16,7 @@ def case(head_dim: int, causal: bool) -> Case:
     shape = (BATCH, SEQ, HEADS, head_dim)
     q, k, v, grad_o = (torch.randn(shape, generator=generator).to(torch.bfloat16) for _ in range(4))
     none, scale = None, head_dim**-0.5
-    options = (causal, -1, -1, scale, 0.0)
+    options = (causal, -1, -1, scale, 0.0, 0.0, None)
     o, lse = ops.attention_forward(q, k, v, none, none, none, *options)
     scores = SEQ * (SEQ + 1) // 2 if causal else SEQ * SEQ
     name = f"head_dim {head_dim} {'causal' if causal else 'full'}"

@@ -334,24 +334,19 @@ def test_a_second_derivative_is_an_error():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "case", [Case("op", bias="hqk", sinks=True), Case("op", seqlens=((5, 9), (3, 3)))], ids=["dense", "packed"]
-)
-def test_opcheck(case):
-    args, kwargs = case.inputs()
-    q, scale = args[0], args[0].shape[-1] ** -0.5
-    tail = (False, -1, -1, scale, 0.0, 0.0, None)
-    if case.is_packed:
-        forward, backward = torch.ops.fmkernels.attention_varlen_forward, torch.ops.fmkernels.attention_varlen_backward
-        o, lse = forward(*args, None, None, *tail)
-        given = (torch.ones_like(o), torch.ones_like(lse), *args[:3], o, lse, *args[3:], None, None, *tail)
-    else:
-        extra = (kwargs["bias"], None, kwargs["sinks"])
-        o, lse = torch.ops.fmkernels.attention_forward(*args, *extra, *tail)
-        backward = torch.ops.fmkernels.attention_backward
-        given = (torch.ones_like(o), None, *args, o, lse, *extra, *tail, True)
-    assert q.shape[-1] == 16
-    opcheck(backward.default, given)
+def test_opcheck():
+    args, kwargs = Case("op", bias="hqk", sinks=True).inputs()
+    rest = (kwargs["bias"], None, kwargs["sinks"], False, -1, -1, 0.25, 0.0, 0.0, None)
+    o, lse = torch.ops.fmkernels.attention_forward(*args, *rest)
+    opcheck(torch.ops.fmkernels.attention_backward.default, (torch.ones_like(o), None, *args, o, lse, *rest, True))
+
+
+def test_opcheck_packed():
+    (*qkv, cu_q, cu_k, longest_q, longest_k), _ = Case("op", seqlens=((5, 9), (3, 3))).inputs()
+    rest = (cu_q, cu_k, longest_q, longest_k, None, None, False, -1, -1, 0.25, 0.0, 0.0, None)
+    o, lse = torch.ops.fmkernels.attention_varlen_forward(*qkv, *rest)
+    given = (torch.ones_like(o), torch.ones_like(lse), *qkv, o, lse, *rest)
+    opcheck(torch.ops.fmkernels.attention_varlen_backward.default, given)
 
 
 @pytest.mark.parametrize("name", ["grad_o", "o", "lse", "grad_lse"])

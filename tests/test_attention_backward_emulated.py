@@ -9,7 +9,7 @@ import torch
 from faults import missing_synchronisations
 from test_attention_backward import check, gradients, inputs_of
 
-from fmkernels import attention
+from fmkernels import attention, reference
 from fmkernels.testing import Case, backends
 
 EMULATED = [backend for backend in backends("attention_backward") if backend.name == "emulated"]
@@ -49,41 +49,40 @@ def test_finite_differences_of_the_emulated_forward():
 
     Allowed is what the same difference of the definition in float64 is off, and what rounding makes of either side.
     """
-    from fmkernels import reference
-
     case = Case("line", batch=1, seq_q=9, seq_k=21, heads=2, kv_heads=1, dtype=torch.float16, causal=True)
     (q, k, v), kwargs = case.inputs()
-    generator = torch.Generator().manual_seed(2)
-    step = 2.0**-4
-    ways = [torch.randint(-1, 2, t.shape, generator=generator).to(t.dtype) for t in (q, k)]
-    grad = torch.randn(1, 2, 9, generator=generator)
-
-    def moved(sign, dtype):  # multiples of 2^-8, so that every sum below is exact in float16
-        places = (((t * 256).round() / 256).clamp(-3, 3) for t in (q, k))
-        return [(t + sign * step * way).to(dtype) for t, way in zip(places, ways, strict=True)]
-
-    def total(function, sign, dtype):
-        return (function(*moved(sign, dtype), v.to(dtype), return_lse=True, **kwargs)[1].double() * grad).sum().item()
+    places = [
+        ((t.double() * 256).round() / 256).clamp(-3, 3) for t in (q, k)
+    ]  # what is added to them is exact in float16
+    grad = torch.randn(1, 2, 9, generator=torch.Generator().manual_seed(2)).double()
+    step = 2.0**-6
 
     def definition(*args, return_lse, **kwargs):
         return reference.attention(*args, **kwargs)
 
-    def slope(function, dtype):
-        leaves = [t.requires_grad_() for t in moved(0, dtype)]
-        _, lse = function(*leaves, v.to(dtype), return_lse=True, **kwargs)
-        found = torch.autograd.grad(lse, leaves, grad.to(lse.dtype))
-        return sum((g.double() * way.double()).sum().item() for g, way in zip(found, ways, strict=True)), found
+    def lse_of(function, places, dtype):
+        q, k = (t.to(dtype) for t in places)
+        return function(q, k, v.to(dtype), return_lse=True, **kwargs)[1].double()
+
+    def slopes(function, dtype):
+        leaves = [t.clone().requires_grad_() for t in places]
+        return torch.autograd.grad(lse_of(function, leaves, dtype), leaves, grad)
+
+    exact = slopes(definition, torch.float64)
+    uphill = [t.sign() for t in exact]
+
+    def difference(function, dtype):
+        ends = ([t + sign * step * way for t, way in zip(places, uphill, strict=True)] for sign in (1, -1))
+        high, low = ((lse_of(function, end, dtype) * grad).sum() for end in ends)
+        return (high - low).item() / (2 * step)
 
     backend = EMULATED[0]
-    difference = (backend.run(total, attention, 1, q.dtype) - backend.run(total, attention, -1, q.dtype)) / (2 * step)
-    exact_difference = (total(definition, 1, torch.float64) - total(definition, -1, torch.float64)) / (2 * step)
-    actual, found = backend.run(slope, attention, q.dtype)
-    exact, _ = slope(definition, torch.float64)
-    rounding = sum((g.abs().double() * way.abs().double()).sum().item() for g, way in zip(found, ways, strict=True))
+    found = sum((g * way).sum().item() for g, way in zip(backend.run(slopes, attention, q.dtype), uphill, strict=True))
+    slope = sum(g.abs().sum().item() for g in exact)
     of_lse = torch.finfo(torch.float32).eps * 8 * grad.abs().sum().item() / step
-    allowed = 2 * abs(exact_difference - exact) + torch.finfo(q.dtype).eps * rounding + of_lse
-    assert abs(actual - difference) <= allowed
-    assert abs(actual) > 20 * allowed, "a slope that is lost in what is allowed says nothing"
+    allowed = 2 * abs(difference(definition, torch.float64) - slope) + torch.finfo(q.dtype).eps * slope + of_lse
+    assert abs(found - backend.run(difference, attention, q.dtype)) <= allowed
+    assert slope > 20 * allowed, "a slope that is lost in what is allowed says nothing"
 
 
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
@@ -96,8 +95,12 @@ def run_faulty() -> None:
     o, lse = EMULATED[0].run(call, attention, tensors, return_lse=True)
     tensors[1][:, 140] = math.inf
     grad_o = torch.ones_like(o)
-    grad_o[:, 140] = math.nan
+    grad_o[:, [140, 155]] = math.nan  # in both parts of a block
     EMULATED[0].run(gradients, call, attention, tensors, [grad_o, torch.zeros_like(lse)], return_lse=True)
+    for seq_q, seq_k in ((200, 10), (10, 200)):  # tiles of queries that see nothing, and of keys that nothing sees
+        _, tensors, call = inputs_of(replace(case, seq_q=seq_q, seq_k=seq_k, causal=True, window=(5, 0)))
+        grads = [torch.ones_like(t) for t in EMULATED[0].run(call, attention, tensors, return_lse=True)]
+        EMULATED[0].run(gradients, call, attention, tensors, grads, return_lse=True)
 
 
 @pytest.mark.parametrize("which", ["ELNS0_4PassE0E", "ELNS0_4PassE1E"], ids=["queries", "keys"])

@@ -160,7 +160,7 @@ def test_bits_do_not_depend_on_neighbours_threads_or_the_run(kv_heads):
 def test_opcheck(name):
     case = case_of(name, seq_q=70, seq_k=90)
     (q, k, v), kwargs = case.inputs()
-    tail, mask = (True, -1, -1, 0.25, 0.0), kwargs["block_mask"].tensors
+    tail, mask = (True, -1, -1, 0.25, 0.0, 0.0, None), kwargs["block_mask"].tensors
     given = (q, k, v, None, None, None, *tail, mask)
     opcheck(torch.ops.fmkernels.attention_forward.default, given)
     o, lse = torch.ops.fmkernels.attention_forward(*given)
@@ -244,7 +244,7 @@ def test_values_outside_the_mask_are_refused(name, place, value):
     with pytest.raises(ValueError, match=r"^BlockMask: \w+ must "):
         attention(q, k, v, block_mask=mask)
     o, lse = torch.zeros_like(q), torch.zeros(2, 4, 130)
-    tail = (None, None, None, False, -1, -1, 0.25, 0.0)
+    tail = (None, None, None, False, -1, -1, 0.25, 0.0, 0.0, None)
     with pytest.raises(RuntimeError, match="block_mask: "):
         torch.ops.fmkernels.attention_forward(q, k, v, *tail, mask.tensors)
     with pytest.raises(RuntimeError, match="block_mask: "):

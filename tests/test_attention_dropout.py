@@ -13,7 +13,7 @@ from test_attention_backward import check_definition
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from fmkernels import _attention_checks, attention, attention_varlen, reference
+from fmkernels import _attention_checks, attention, attention_varlen, create_block_mask, reference
 from fmkernels.testing import FLOAT_DTYPES, Case, assert_attention, backends
 
 BACKENDS = [backend for backend in backends("attention_backward") if not backend.has_tensor_cores]
@@ -58,6 +58,7 @@ def test_backward_drops_the_same(backend):
 
 # ---- values and gradients --------------------------------------------------------------------------------------------
 
+DOCUMENTS = lambda b, h, i, j: (i // 37 == j // 37) & (i >= j)  # noqa: E731
 CASES = [
     Case("plain", dropout_p=P),
     Case("most", dropout_p=0.95, seq_q=130, seq_k=300),
@@ -76,6 +77,7 @@ CASES = [
     Case("bias", bias="bhqk", bias_dtype=torch.float32, dropout_p=P),
     Case("bias of keys", bias="bk", softcap=2.0, dropout_p=P),
     Case("everything", **EVERYTHING, seq_q=70, seq_k=110, heads=6, kv_heads=3, transposed=True, dropout_p=P),
+    Case("documents", seq_q=130, seq_k=130, dropout_p=P, block_mask=create_block_mask(DOCUMENTS, None, None, 130, 130)),
     Case("packed", seqlens=((33, 33), (0, 5), (1, 70), (100, 97), (4, 0)), causal=True, sinks=True, dropout_p=P),
     Case("packed window", seqlens=((60, 100), (7, 7)), window=(9, 3), softcap=2.0, alibi="batch", dropout_p=P),
 ]

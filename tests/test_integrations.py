@@ -124,6 +124,35 @@ def test_sdpa_drops_as_attention_does(served):
     assert torch.equal(actual, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+def test_sdpa_trains_on_the_kernels(mask, served):
+    inputs = [*qkv(5, 12)]
+    if mask != "none":
+        inputs.append(visible(5, 12) if mask == "boolean" else torch.randn(5, 12))
+
+    def gradients(function, *inputs):
+        leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+        function(*leaves).square().sum().backward()
+        return [t.grad for t in leaves if t.grad is not None]
+
+    actual = gradients(sdpa.scaled_dot_product_attention, *inputs)
+    assert len(served) == 1
+    assert len(actual) == (4 if mask == "additive" else 3)
+    assert_as_good_as_torch(actual, lambda *inputs: gradients(F.scaled_dot_product_attention, *inputs), *inputs)
+
+
+def test_sdpa_leaves_functional_differentiation_to_torch(served):
+    q, k, v = qkv()
+    derivative = torch.func.grad(lambda q: sdpa.scaled_dot_product_attention(q, k, v).square().sum())
+    expected = torch.func.grad(lambda q: F.scaled_dot_product_attention(q, k, v).square().sum())(q)
+    assert torch.equal(derivative(q), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            sdpa.scaled_dot_product_attention(dual, k, v)
+    assert served == []
+
+
 def nested(*tensors):
     with warnings.catch_warnings():  # torch calls them a prototype
         warnings.simplefilter("ignore")
@@ -133,7 +162,6 @@ def nested(*tensors):
 q, k, v = qkv()
 FALLBACKS = {
     "a dropout_p that is no number of [0, 1)": ((q, k, v), {"dropout_p": 1.0}),
-    "an input that requires a gradient": ((q.clone().requires_grad_(), k, v), {}),
     "dtypes torch.float64": ((q.double(), k.double(), v.double()), {}),
     "head_dim 12": ((q[..., :12], k[..., :12], v), {}),
     "ranks 5": ((q[None], k[None], v[None]), {}),

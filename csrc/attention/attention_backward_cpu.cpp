@@ -136,7 +136,7 @@ bool pack_tile_rows(const T* const* rows, int count, int64_t dim, int64_t column
 // Packs rows [begin, end) of the head; rows up to whole tiles see nothing. d_sinks, if any: of this sequence.
 template <class T>
 void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t begin, int64_t end,
-                const BackwardShape& shape, const BackwardScratch& scratch, float* d_sinks) {
+                const BackwardShape& shape, const BackwardScratch& scratch, double* d_sinks) {
   const AttentionForwardParams& p = b.forward;
   const float scale = query_scale(p), kept_scale = dropout_scale(p);
   const int64_t padded = round_up(end - begin, kBackwardRows);
@@ -330,7 +330,7 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
 
 template <class T>
 void run_head(const AttentionBackwardParams& b, const Sequence& s, const BackwardShape& shape,
-              const BackwardScratch& scratch, float* d_sinks) {
+              const BackwardScratch& scratch, double* d_sinks) {
   const AttentionForwardParams& p = b.forward;
   const Dropout dropout(p);
   const int64_t padded_keys = round_up(s.seq_k, kBackwardKeys);
@@ -390,15 +390,16 @@ void run_backward(const AttentionBackwardParams& b) {
   const int workers = b.d_bias_is_shared ? 1 : workers_for(5 * pairs * p.kv_heads * (p.head_dim + p.v_head_dim));
   const int64_t scratch_bytes = BackwardScratch::num_bytes(shape);
   const Workspace workspace(workers * scratch_bytes);
-  std::vector<float> d_sinks(b.d_sinks == nullptr ? 0 : p.batch * p.heads);  // [batch, heads]
+  std::vector<double> d_sinks(b.d_sinks == nullptr ? 0 : p.batch * p.heads);  // [batch, heads]; sums of one number a row
   parallel_for(p.batch * p.kv_heads, workers, [&](int64_t task, int worker) {
     const Sequence s = sequence_of(p, task / p.kv_heads, task % p.kv_heads);
     run_head<T>(b, s, shape, BackwardScratch::in(Arena(workspace.data() + worker * scratch_bytes), shape),
                 d_sinks.empty() ? nullptr : d_sinks.data() + s.batch * p.heads);
   });
   for (int64_t head = 0; !d_sinks.empty() && head < p.heads; ++head) {
-    b.d_sinks[head] = 0.0f;
-    for (int64_t i = 0; i < p.batch; ++i) b.d_sinks[head] += d_sinks[i * p.heads + head];
+    double sum = 0.0;
+    for (int64_t i = 0; i < p.batch; ++i) sum += d_sinks[i * p.heads + head];
+    b.d_sinks[head] = static_cast<float>(sum);
   }
 }
 

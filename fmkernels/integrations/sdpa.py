@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _check as check
 from .._attention_checks import HALF_DTYPES, MAX_HEAD_DIM
-from .._library import cuda_ops, needs_grad
+from .._library import cuda_ops
 from ..attention import attention
 
 _logger = logging.getLogger("fmkernels")
@@ -73,9 +74,9 @@ def scaled_dot_product_attention(
     Returns:
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
-    Calls that the kernels do not serve (gradients, float64, float32 and dropout on CUDA, head sizes off the multiples
-    of 8, other ranks, a scale that is not finite, ...) go to torch, and the logger "fmkernels" says so once for each
-    reason.
+    Differentiable once, in the mask too. Calls that the kernels do not serve (float64, float32 and dropout on CUDA,
+    head sizes off the multiples of 8, other ranks, functional differentiation, ...) go to torch,
+    and the logger "fmkernels" says so once for each reason.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
@@ -135,8 +136,8 @@ def _unsupported(
         return "a dropout_p that is no number of [0, 1)"
     if dropout_p > 0 and query.device.type == "cuda":
         return "dropout on CUDA"
-    if needs_grad(*tensors):
-        return "an input that requires a gradient"
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "forward-mode or functional differentiation"
     if query.dtype not in check.FLOAT_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
     if query.device.type == "cuda" and query.dtype not in HALF_DTYPES:
