@@ -390,7 +390,8 @@ void run_backward(const AttentionBackwardParams& b) {
   const int workers = b.d_bias_is_shared ? 1 : workers_for(5 * pairs * p.kv_heads * (p.head_dim + p.v_head_dim));
   const int64_t scratch_bytes = BackwardScratch::num_bytes(shape);
   const Workspace workspace(workers * scratch_bytes);
-  std::vector<double> d_sinks(b.d_sinks == nullptr ? 0 : p.batch * p.heads);  // [batch, heads]; sums of one number a row
+  std::vector<double> d_sinks(b.d_sinks == nullptr ? 0
+                                                   : p.batch * p.heads);  // [batch, heads]; sums of one number a row
   parallel_for(p.batch * p.kv_heads, workers, [&](int64_t task, int worker) {
     const Sequence s = sequence_of(p, task / p.kv_heads, task % p.kv_heads);
     run_head<T>(b, s, shape, BackwardScratch::in(Arena(workspace.data() + worker * scratch_bytes), shape),

@@ -33,26 +33,26 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const int end_block = tile.any.begin < tile.any.end ? (tile.any.end + T::kStreamed - 1) / T::kStreamed : first_block;
   const int plain_begin = max(first_block, (tile.all.begin + T::kStreamed - 1) / T::kStreamed);
   const int plain_end = a.is_general ? 0 : min(tile.all.end / T::kStreamed, end_block);
-  if (threadIdx.x == 0) smem.unit = u;
+  if (threadIdx.x == 0) smem.unit = u, smem.first_block = first_block;
   if (threadIdx.x % kWarp == 0) {
     const int warp_begin = u.begin + warp * T::kWarpRows;
     smem.partners[warp] = partners_of<T>(p, u, warp_begin, warp_begin + T::kWarpRows);
   }
   if constexpr (T::kOwnsQueries) load_owned_stats(smem, a, u, blockIdx.y);
+  __syncthreads();  // what masks ask for is written
   Addresses<T> at(smem);
 
   // The streamed heads: one for queries, those of the group for keys.
   const int first_head = T::kOwnsQueries ? blockIdx.y / a.group : blockIdx.y * a.group;
-  const int num_heads = T::kOwnsQueries ? 1 : a.group;
-  int to_next = sizeof(Stage<T>);    // from the stage of the block at hand to the other
-  const auto copy_of = [&](int i) {  // of streamed head i, with its first block under way
-    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : sizeof(Stage<T>), first_head + i, first_block);
-    if (i == 0) copy.zero_columns();
+  int to_next = sizeof(Stage<T>);       // from the stage of the block at hand to the other
+  const auto copy_of = [&](int head) {  // a streamed one, with its first block under way
+    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : sizeof(Stage<T>), head, smem.first_block);
+    if (head == first_head) copy.zero_columns();
     copy.issue(a, smem, to_next, first_block < end_block ? u.num_streamed - first_block * T::kStreamed : 0);
     ptx::cp_async_commit();
     return copy;
   };
-  StreamCopy<T> copy = copy_of(0);
+  StreamCopy<T> copy = copy_of(first_head);
 
   Gradient<T> grads[T::kEndGrad - T::kFirstGrad];
 #pragma unroll
@@ -60,10 +60,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     for_each<T::kRowTiles, T::kColumnTiles>([&](int m, int n, int i) { gradient[m][n][i] = 0.0f; });
   }
 
-  for (int i = 0; i < num_heads; ++i) {
-    const int head = T::kOwnsQueries ? blockIdx.y : first_head + i;
-    if (i > 0) copy = copy_of(i);
-    int block = first_block;
+  int streamed_head = first_head;
+  do {
+    const int head = T::kOwnsQueries ? blockIdx.y : streamed_head;
+    if (!T::kOwnsQueries && streamed_head > first_head) copy = copy_of(streamed_head);
+    int block = smem.first_block;
 
     // One block. With kGeneral it modifies, masks and may skip.
     auto step = [&]<bool kGeneral>() {
@@ -73,7 +74,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(-to_next));
       else __syncthreads();
       // B1: every warp sees block[i] and what it owns, and has read block[i-1]
-      copy.issue(a, smem, -to_next, block + 1 < end_block ? smem.unit.num_streamed - first_streamed - T::kStreamed : 0);
+      copy.issue(
+          a, smem, -to_next,
+          block + 1 < end_block ? (T::kOwnsQueries ? smem.unit : u).num_streamed - first_streamed - T::kStreamed : 0);
       ptx::cp_async_commit();
 
       const Partners mine = kGeneral ? smem.partners[warp] : Partners{};
@@ -123,15 +126,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         while (block < end);
       }
     }
-  }
+  } while (!T::kOwnsQueries && ++streamed_head < first_head + a.group);
 
   ptx::cp_async_wait<0>();
-  __syncthreads();  // every warp sees the unit, also where there was no block
+  __syncwarp();  // a warp's part of owned is copied, read and overwritten by the warp alone
   static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
     keep_gradient(grads[g], smem, T::kFirstGrad + g, T::kFirstGrad + g == 0 ? p.softmax_scale : 1.0f);
   });
   __syncwarp();
-  for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor) store_owned(smem, a, smem.unit, tensor);
+  for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor)
+    store_owned(smem, a, T::kOwnsQueries ? smem.unit : u, tensor);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------

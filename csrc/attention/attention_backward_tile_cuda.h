@@ -134,6 +134,7 @@ struct Smem {
   alignas(16) float stats[T::kOwnsQueries ? T::kOwned * kStatsFloats : 1];
   // What only masks ask for: kept here, because the products leave no register for it.
   Unit unit;
+  int first_block;
   Partners partners[T::kWarps];
 };
 constexpr int kStatsBytes = kStatsFloats * 4;

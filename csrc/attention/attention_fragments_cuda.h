@@ -65,8 +65,9 @@ struct KeyRange {
   int begin, end;
 };
 
-// Keys that a query sees.
-__device__ __forceinline__ KeyRange visible_keys(const AttentionForwardParams& p, const Sequence& s, int query) {
+// Keys that a query sees; S: a Sequence, or what has its members.
+template <class S>
+__device__ __forceinline__ KeyRange visible_keys(const AttentionForwardParams& p, const S& s, int query) {
   const int diagonal = query + s.seq_k - s.seq_q;
   return {p.window_left < 0 ? 0 : max(0, diagonal - static_cast<int>(p.window_left)),
           p.window_right < 0 ? s.seq_k : clamp(diagonal + static_cast<int>(p.window_right) + 1, 0, s.seq_k)};

@@ -88,14 +88,16 @@ struct Args {
 // ---- geometry -------------------------------------------------------------------------------------------------------
 
 // One sequence of the batch, and the unit of this block.
-struct Unit : Sequence {
-  Divisor group;                   // query heads of a kv head
-  int num_rows, row_begin, chunk;  // chunk: -1 where the keys are not split
+struct Unit {
+  Divisor group;  // query heads of a kv head
+  int q_start, k_start, seq_q, seq_k, num_rows;
+  int row_begin, chunk;  // chunk: -1 where the keys are not split
   bool exists;
 };
 
 __device__ __forceinline__ Unit unit_of(const Args& a, int tile_rows) {
-  Unit u{sequence_of(a.p, blockIdx.z), a.group, 0, 0, -1, true};
+  const Sequence s = sequence_of(a.p, blockIdx.z);
+  Unit u{a.group, s.q_start, s.k_start, s.seq_q, s.seq_k, 0, 0, -1, true};
   u.num_rows = u.seq_q * u.group.value();
   const int unit = blockIdx.x;
   if (is_split(u.num_rows, u.seq_k)) {
