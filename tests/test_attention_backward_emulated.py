@@ -8,6 +8,7 @@ import pytest
 import torch
 from faults import missing_synchronisations
 from test_attention_backward import check, gradients, inputs_of
+from test_attention_emulated import HOSTILE
 
 from fmkernels import attention, reference
 from fmkernels.testing import Case, backends
@@ -31,6 +32,27 @@ def test_every_tile(head_dim, dtype, architecture):
 @pytest.mark.parametrize("architecture", [90, 120])
 def test_later_architectures(architecture):
     check(replace(EMULATED[0], architecture=architecture), replace(TILE, head_dim=128, sinks=True))
+
+
+@pytest.mark.parametrize("prefix", HOSTILE, ids=str)
+def test_prefix_sums_that_lie_reach_nothing_outside_the_tensors(prefix):
+    import emulator
+
+    case = Case("hostile", heads=2, kv_heads=1, seqlens=((5, 9), (4, 0), (31, 31)), dtype=torch.float16)
+    (q, k, v, cu_q, cu_k, longest_q, longest_k), _ = case.inputs()
+    lie, lse = torch.tensor(prefix, dtype=torch.int32), torch.zeros(2, q.shape[0])
+    backward = torch.ops.fmkernels_emulated.attention_varlen_backward.default
+    for prefixes in ((lie, cu_k), (cu_q, lie), (lie, lie)):
+        reports = ()
+        try:
+            with emulator.watch():
+                rest = (*prefixes, longest_q, longest_k, None, None, False, -1, -1, 0.25, 0.0, 0.0, None)
+                backward(q, lse, q, k, v, q, lse, *rest)
+        except emulator.FaultError as error:
+            reports = error.reports
+        # Sequences that overlap are written by several blocks, inside the tensors: that much may happen. What is
+        # between sequences is not written, and so not read either.
+        assert {report.fault for report in reports} <= {"race of blocks"}
 
 
 def test_200_runs_have_the_same_bits():
