@@ -179,14 +179,15 @@ def _assert_gradients(backend: Backend, function: Callable[..., Any], expected: 
 def _test_attention_backward(backend: Backend) -> None:
     args, kwargs = _inputs(_EVERYTHING, backend)
     leaves = (*args, kwargs.pop("sinks"), kwargs.pop("bias"))
+    slopes = kwargs.pop("alibi_slopes")
 
-    def over(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(q: Any, k: Any, v: Any, sinks: Any, bias: Any, **more: Any) -> Any:
-            return function(q, k, v, sinks=sinks, bias=bias, **kwargs, **more)
+    def run(q: Any, k: Any, v: Any, sinks: Any, bias: Any, **more: Any) -> Any:
+        return attention(q, k, v, sinks=sinks, bias=bias, alibi_slopes=slopes, **kwargs, **more)
 
-        return run
+    def expected(q: Any, k: Any, v: Any, sinks: Any, bias: Any) -> Any:
+        return reference.attention(q, k, v, sinks=sinks, bias=bias, alibi_slopes=slopes.to(q.dtype), **kwargs)
 
-    _assert_gradients(backend, over(attention), over(reference.attention), *leaves)
+    _assert_gradients(backend, run, expected, *leaves)
 
 
 def _test_attention_varlen_backward(backend: Backend) -> None:

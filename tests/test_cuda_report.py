@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -347,7 +348,8 @@ def test_real_compilation_is_taken_apart(room):
     assert result.error == ""
     assert result.source == "csrc/scale/scale.cu"
     assert 0.1 < result.seconds < 60
-    assert 10 << 20 < result.peak_bytes < 2 << 30
+    of_this_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with which a child's peak begins
+    assert 10 << 20 < result.peak_bytes < of_this_process + (2 << 30)
     copy, spilling = result.kernels
     assert (copy.name, copy.room, copy.static_smem_bytes, copy.stack_bytes) == ("copy_kernel", "scale", 1024, 0)
     assert copy.barriers == 1

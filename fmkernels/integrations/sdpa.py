@@ -136,7 +136,9 @@ def _unsupported(
         return "a dropout_p that is no number of [0, 1)"
     if dropout_p > 0 and query.device.type == "cuda":
         return "dropout on CUDA"
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return "forward-mode or functional differentiation"
     if query.dtype not in check.FLOAT_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
