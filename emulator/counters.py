@@ -64,7 +64,7 @@ def _sum(parts: Sequence[dict]) -> Record:
     totals = {key: sum(part["totals"][key] for part in parts) for key in first["totals"]}
     classes = {key: sum(part["classes"][key] for part in parts) for key in first["classes"]}
     lines: dict[tuple[str, int], dict] = {}
-    for line in (line for part in parts for line in part["lines"]):
+    for line in (line for part in parts for line in part.get("lines", ())):  # a baseline keeps none
         place = line["file"], line["line"]
         known = lines.setdefault(place, dict.fromkeys(line, 0) | {"file": place[0], "line": place[1]})
         for key in line.keys() - {"file", "line"}:

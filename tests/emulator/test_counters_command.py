@@ -44,6 +44,14 @@ def test_merge_attention_moves_every_byte_once(tmp_path):
         assert record["totals"]["mma_flops"] == record["totals"]["local_bytes_read"] == 0
 
 
+def test_a_call_of_several_kernels_is_compared_with_its_baseline():
+    """The sum over its kernels asked the baseline for the lines that a baseline does not keep."""
+    result = run("attention_backward", "--case", "head_dim 64 causal")
+    assert result.returncode == 0, result.stderr
+    assert len(counters.read_baseline("attention_backward", 80)["head_dim 64 causal"]) > 1
+    assert "all 3 kernels" in result.stdout
+
+
 def test_every_case_says_what_it_has_to_do_at_least():
     assert {"attention_forward", "merge_attention"} <= set(counters.ops_with_shapes())
     case = counters.Case.of("pair", lambda x, scale: (x * scale, None), (counters.torch.ones(6), 2.0), useful_flops=6)
