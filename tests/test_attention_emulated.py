@@ -105,7 +105,7 @@ def test_sizes_that_no_grid_holds_and_float32_are_sentences():
     forward = torch.ops.fmkernels_emulated.attention_forward.default
     tail = (None, None, None, False, -1, -1, 0.25, 0.0, 0.0, None)
     many = torch.zeros(1, 1, 1, 8, dtype=torch.float16).expand(70000, -1, -1, -1)
-    with pytest.raises(RuntimeError, match="batch and heads must be at most 65535 on CUDA, got 70000 and 1"):
+    with pytest.raises(RuntimeError, match="batch and kv_heads must be at most 65535 on CUDA, got 70000 and 1"):
         forward(many, many, many, *tail)
     with pytest.raises(RuntimeError, match="CUDA tensors must be float16 or bfloat16"):
         forward(*(torch.zeros(1, 3, 1, 8) for _ in range(3)), *tail)

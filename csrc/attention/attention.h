@@ -110,12 +110,12 @@ void run_attention_backward(const AttentionBackwardParams& p);
 constexpr int kStatsRows = 64, kStatsGroup = 16, kStatsFloats = 4;  // floats of a slot
 struct AttentionRowStats {
   float* data;
-  int64_t num_slots, batch_slots;  // of a head; of a sequence, where they are not packed
+  int64_t num_slots, batch_slots;  // of a head; of a sequence, 0 where they are packed
 
-  static constexpr int kToSecond = 2,
-                       kToDelta = 2 * kStatsGroup;  // from minus lse to the same again, and to minus delta
-  FM_HOST_DEVICE int64_t first_slot(int64_t head, bool is_packed, int64_t batch, int64_t q_start) const {
-    return head * num_slots + (is_packed ? (q_start / kStatsRows + batch) * kStatsRows : batch * batch_slots);
+  static constexpr int kToSecond = 2;               // from minus lse, or minus delta, to the same again
+  static constexpr int kToDelta = 2 * kStatsGroup;  // from minus lse to minus delta
+  FM_HOST_DEVICE int64_t first_slot(int64_t head, int64_t batch, int64_t q_start) const {
+    return head * num_slots + (batch_slots == 0 ? (q_start / kStatsRows + batch) * kStatsRows : batch * batch_slots);
   }
   FM_HOST_DEVICE float* minus_lse(int64_t slot) const {
     return data + slot / kStatsGroup * kStatsGroup * kStatsFloats + slot % kStatsGroup / 2 * 4 + slot % 2;

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(128) attention_backward_rows_kernel(const __gr
       minus_delta = (a.b.d_lse == nullptr ? 0.0f : of_row(a.b.d_lse, a.b.d_lse_stride)) - mine;
     }
   }
-  const int64_t slot = a.stats.first_slot(head, p.cu_seqlens_q != nullptr, blockIdx.z, s.q_start) + query;
+  const int64_t slot = a.stats.first_slot(head, blockIdx.z, s.q_start) + query;
   float* to = a.stats.minus_lse(slot);
   to[0] = to[AttentionRowStats::kToSecond] = minus_lse;
   to[AttentionRowStats::kToDelta] = to[AttentionRowStats::kToDelta + AttentionRowStats::kToSecond] = minus_delta;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kSinkThreads) attention_backward_sinks_kernel(
   float sum = 0.0f;
   for (int batch = 0; batch < p.batch; ++batch) {
     const Sequence s = sequence_of(p, batch);
-    const int64_t first = a.stats.first_slot(head, p.cu_seqlens_q != nullptr, batch, s.q_start);
+    const int64_t first = a.stats.first_slot(head, batch, s.q_start);
     for (int query = threadIdx.x; query < s.seq_q; query += kSinkThreads) {
       const float* stats = a.stats.minus_lse(first + query);
       if (stats[0] != -INFINITY) sum += ptx::ex2(sink + stats[0]) * stats[AttentionRowStats::kToDelta];
@@ -114,17 +114,16 @@ __global__ void __launch_bounds__(kSinkThreads) attention_backward_sinks_kernel(
 }  // namespace
 
 AttentionRowStats attention_row_stats(const AttentionForwardParams& p) {
+  if (p.cu_seqlens_q != nullptr) return {nullptr, (p.total_q / kStatsRows + p.batch + 1) * kStatsRows, 0};
   const int64_t batch_slots = (p.seq_q + kStatsRows - 1) / kStatsRows * kStatsRows;
-  const int64_t num_slots =
-      p.cu_seqlens_q != nullptr ? (p.total_q / kStatsRows + p.batch + 1) * kStatsRows : p.batch * batch_slots;
-  return {nullptr, num_slots, batch_slots};
+  return {nullptr, p.batch * batch_slots, batch_slots};
 }
 
 void launch_attention_backward(const AttentionBackwardCall& given, cudaStream_t stream) {
   AttentionBackwardCall call = given;
   AttentionBackwardParams& b = call.b;
   AttentionForwardParams& p = b.forward;
-  check_launch("attention_backward", p, {&p.q, &p.k, &p.v, &p.o, &b.d_o, &b.d_q, &b.d_k, &b.d_v});
+  check_launch("attention_backward", p, "heads", p.heads, {&p.q, &p.k, &p.v, &p.o, &b.d_o, &b.d_q, &b.d_k, &b.d_v});
   max_smem_bytes("attention_backward");  // enough for every tile
   if (p.seq_q > 0) {
     dispatch_half(p.dtype, [&]<class Element>() {

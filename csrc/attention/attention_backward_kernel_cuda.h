@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     smem.partners[warp] = partners_of<T>(p, u, warp_begin, warp_begin + T::kWarpRows);
   }
   if constexpr (T::kOwnsQueries) load_owned_stats(smem, a, u, blockIdx.y);
-  __syncthreads();  // what masks ask for is written
+  __syncthreads();                                     // what masks ask for is written
+  const Unit& kept = T::kOwnsQueries ? smem.unit : u;  // of the two that which leaves registers to the products
   Addresses<T> at(smem);
 
   // The streamed heads: one for queries, those of the group for keys.
@@ -74,9 +75,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(-to_next));
       else __syncthreads();
       // B1: every warp sees block[i] and what it owns, and has read block[i-1]
-      copy.issue(
-          a, smem, -to_next,
-          block + 1 < end_block ? (T::kOwnsQueries ? smem.unit : u).num_streamed - first_streamed - T::kStreamed : 0);
+      copy.issue(a, smem, -to_next, block + 1 < end_block ? kept.num_streamed - first_streamed - T::kStreamed : 0);
       ptx::cp_async_commit();
 
       const Partners mine = kGeneral ? smem.partners[warp] : Partners{};
@@ -107,8 +106,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             copy.zero_nonfinite(0, part * T::kPart);
             __syncthreads();  // every warp sees zeros in its place
           }
-          if constexpr (T::kEndGrad == 2) accumulate<T, 1, part>(grads[1 - T::kFirstGrad], s[part], at.transposed);
-          if constexpr (T::kFirstGrad == 0) accumulate<T, 0, part>(grads[0], d[0], at.transposed);
+          constexpr int row = part * T::kPart;
+          if constexpr (T::kEndGrad == 2)
+            add_product<T, T::kStreamed + row>(grads[1 - T::kFirstGrad], s[part], at.transposed);
+          if constexpr (T::kFirstGrad == 0) add_product<T, row>(grads[0], d[0], at.transposed);
         });
       }
       at.turn(to_next);
@@ -134,8 +135,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     keep_gradient(grads[g], smem, T::kFirstGrad + g, T::kFirstGrad + g == 0 ? p.softmax_scale : 1.0f);
   });
   __syncwarp();
-  for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor)
-    store_owned(smem, a, T::kOwnsQueries ? smem.unit : u, tensor);
+  for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor) store_owned(smem, a, kept, tensor);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------

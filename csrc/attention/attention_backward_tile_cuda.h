@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles, shared memory, geometry and copies of attention_backward.cu. Included by it alone.
+// Tiles, shared memory, geometry and copies of the backward kernels (attention_backward_kernel_cuda.h).
 //
 // A pass owns a tile of one side, queries or keys, and streams the other side past it. The arithmetic is the same for
 // both: tensor 0 gives the scores, tensor 1 the slopes of the weights.
@@ -73,10 +73,6 @@ struct BackwardArgs {
 
 // ---- geometry -------------------------------------------------------------------------------------------------------
 
-struct Range {
-  int begin, end;
-};
-
 // What this block owns: rows [begin, begin + kOwned) of the queries or keys of a sequence.
 struct Unit : Sequence {
   int batch, num_owned, num_streamed, begin;
@@ -98,8 +94,7 @@ __device__ __forceinline__ Unit unit_of(const AttentionForwardParams& p, int bat
 template <class T>
 __device__ __forceinline__ Range partners_of(const AttentionForwardParams& p, const Unit& u, int owned) {
   if constexpr (T::kOwnsQueries) {
-    const KeyRange keys = visible_keys(p, u, owned);
-    return {keys.begin, keys.end};
+    return visible_keys(p, u, owned);
   } else {
     const int diagonal = owned - (u.seq_k - u.seq_q);
     return {p.window_right < 0 ? 0 : max(0, diagonal - static_cast<int>(p.window_right)),
@@ -137,8 +132,6 @@ struct Smem {
   int first_block;
   Partners partners[T::kWarps];
 };
-constexpr int kStatsBytes = kStatsFloats * 4;
-
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // Rows that this warp owns, from memory to its part of owned[tensor]. Rows and columns that do not exist are zeros.
@@ -165,7 +158,7 @@ __device__ __forceinline__ void load_owned(Smem<T>& smem, const BackwardArgs& a,
 // Their statistics, where they are queries.
 template <class T>
 __device__ __forceinline__ void load_owned_stats(Smem<T>& smem, const BackwardArgs& a, const Unit& u, int head) {
-  const int64_t slot = a.stats.first_slot(head, a.p.cu_seqlens_q != nullptr, u.batch, u.q_start);
+  const int64_t slot = a.stats.first_slot(head, u.batch, u.q_start);
   for (int r = threadIdx.x; r < T::kOwned; r += T::kThreads) {
     const float* from = a.stats.minus_lse(slot + min(u.begin + r, u.seq_q - 1));
     float* to = smem.stats + r / kStatsGroup * kStatsGroup * kStatsFloats + r % 8 * 4 + r / 8 % 2 * 2;
@@ -221,7 +214,7 @@ struct StreamCopy {
         pinned(ptx::smem_address(&shared.stages[0]) + stage + tensor * T::kTensorBytes + swizzled<T::kDim>(row, chunk));
     columns = static_cast<int>(pinned(a.dims[tensor] / kChunkElements - chunk));
     if constexpr (!T::kOwnsQueries) {
-      const int64_t slot = a.stats.first_slot(head, a.p.cu_seqlens_q != nullptr, u.batch, u.q_start) + first;
+      const int64_t slot = a.stats.first_slot(head, u.batch, u.q_start) + first;
       stats = reinterpret_cast<const char*>(a.stats.minus_lse(slot)) + thread * 16;
     }
   }
@@ -272,19 +265,15 @@ struct StreamCopy {
     uint32_t sum = 0;
     places([&]<int pass, int c>() {
       const uint4 x = *chunk_at<uint4>(bytes + smem_bytes(pass, c));
-      for (uint32_t word : {x.x, x.y, x.z, x.w}) sum = ptx::fma_x2<typename T::Element>(word, 0, sum);
+      sum = add_nonfinite_of<typename T::Element>(sum, x);
     });
     return sum != 0;
   }
   // The elements of these chunks that are not finite become zeros, in the kPart rows from `first_row` on.
   __device__ __forceinline__ void zero_nonfinite(int bytes, int first_row) const {
-    constexpr uint32_t kExponent = kDType<typename T::Element> == DType::kFloat16 ? 0x7c00u : 0x7f80u;
     places([&]<int pass, int c>() {
       if (static_cast<uint32_t>(row_of(threadIdx.x) + pass * T::kPassRows - first_row) >= T::kPart) return;
-      auto* element = chunk_at<uint16_t>(bytes + smem_bytes(pass, c));
-      for (int i = 0; i < kChunkElements; ++i) {
-        if ((element[i] & kExponent) == kExponent) element[i] = 0;
-      }
+      zero_nonfinite_of<typename T::Element>(chunk_at<uint16_t>(bytes + smem_bytes(pass, c)));
     });
   }
 

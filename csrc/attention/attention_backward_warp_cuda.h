@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products, weights and their slopes in attention_backward.cu, a warp's work. Included by it alone.
+// Products, weights and their slopes in the backward kernels, a warp's work.
 #pragma once
 
 #include "attention_backward_tile_cuda.h"
@@ -69,34 +69,6 @@ __device__ __forceinline__ void multiply(Products<T> (&x)[num_parts], const Addr
           ptx::mma_m16n8k16<Element>(left, a[m], b[0], b[1]);
           ptx::mma_m16n8k16<Element>(right, a[m], b[2], b[3]);
         }
-      }
-    });
-  });
-}
-
-// gradient += x streamed[tensor] for one part.
-template <class T, int tensor, int part>
-__device__ __forceinline__ void accumulate(Gradient<T>& gradient, const Products<T>& x,
-                                           const Columns<T, false>& transposed) {
-  using Element = typename T::Element;
-  static_for<T::kPart / 16>([&]<int step>() {
-    uint32_t a[T::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m) {
-      const auto &left = x[m][2 * step], &right = x[m][2 * step + 1];
-      a[m][0] = ptx::pack<Element>(left[0], left[1]);
-      a[m][1] = ptx::pack<Element>(left[2], left[3]);
-      a[m][2] = ptx::pack<Element>(right[0], right[1]);
-      a[m][3] = ptx::pack<Element>(right[2], right[3]);
-    }
-    static_for<T::kColumnTiles / 2>([&]<int pair>() {
-      constexpr int n = pair * 2;
-      uint32_t b[4];
-      load_fragment<T, tensor * T::kStreamed + part * T::kPart + step * 16, pair, true>(b, transposed);
-#pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m) {
-        ptx::mma_m16n8k16<Element>(gradient[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<Element>(gradient[m][n + 1], a[m], b[2], b[3]);
       }
     });
   });
@@ -230,8 +202,9 @@ __device__ __forceinline__ void weigh_general(Products<T>& s, Products<T>& d, co
   }
 }
 
-// NaN where a value of the part from streamed row `first_streamed` on, row `first_row` of the block, that is not finite meets an owned row. In a product with the weight 0 of a hidden pair it
-// would reach others, so these values go this way and are zeros in the product.
+// NaN where an owned row meets a value that is not finite, of the part from streamed row `first_streamed` on, row
+// `first_row` of the block. In a product with the weight 0 of a hidden pair it would reach others, so these values go
+// this way and are zeros in the product.
 template <class T, int tensor>
 __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<T>& smem, const BackwardArgs& a,
                                               int stage, int first_row, int first_streamed) {
@@ -262,7 +235,6 @@ __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<
 // The warp's rows of a gradient, times `scale`, to its part of owned[tensor], which it has read for the last time.
 template <class T>
 __device__ __forceinline__ void keep_gradient(const Gradient<T>& gradient, Smem<T>& smem, int tensor, float scale) {
-  constexpr int kPermuted = T::kDim * 2 % 128 == 0 ? 8 : 4;  // chunks that a swizzle permutes
   const int lane = threadIdx.x % kWarp;
   const uint32_t first = ptx::smem_address(smem.owned[tensor][threadIdx.x / kWarp * T::kWarpRows]) +
                          swizzled<T::kDim>(lane / 4, 0) + lane % 4 * 4;
@@ -272,9 +244,7 @@ __device__ __forceinline__ void keep_gradient(const Gradient<T>& gradient, Smem<
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int n = 0; n < T::kColumnTiles; ++n) {
-        const uint32_t at =
-            (first ^ (n % kPermuted * 16)) + (m * 16 + half * 8) * T::kDim * 2 + n / kPermuted * kPermuted * 16;
-        *static_cast<uint32_t*>(__cvta_shared_to_generic(at)) =
+        *static_cast<uint32_t*>(__cvta_shared_to_generic(in_tile<T>(first, m, half, n))) =
             ptx::pack<typename T::Element>(gradient[m][n][2 * half] * scale, gradient[m][n][2 * half + 1] * scale);
       }
     }

@@ -129,7 +129,7 @@ __device__ __forceinline__ void run_tile(const Args& a) {
       at.copy_values.template zero_nonfinite<Element>();
       __syncthreads();  // every warp sees zeros in its place
     }
-    if (works) multiply_values<T>(w, s, at.v);
+    if (works) add_product<T, 0>(w.o, s, at.v);  // o += p v
     --block;
   };
 
@@ -215,7 +215,7 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
          Divisor(static_cast<int32_t>(call.p.heads / call.p.kv_heads)),
          {}};
   AttentionForwardParams& p = a.p;
-  check_launch("attention_forward", p, {&p.q, &p.k, &p.v, &p.o});
+  check_launch("attention_forward", p, "kv_heads", p.kv_heads, {&p.q, &p.k, &p.v, &p.o});
   a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
 
   const int smem_bytes = max_smem_bytes("attention_forward");

@@ -61,13 +61,13 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionForwardParams& p,
   return s;
 }
 
-struct KeyRange {
+struct Range {
   int begin, end;
 };
 
 // Keys that a query sees; S: a Sequence, or what has its members.
 template <class S>
-__device__ __forceinline__ KeyRange visible_keys(const AttentionForwardParams& p, const S& s, int query) {
+__device__ __forceinline__ Range visible_keys(const AttentionForwardParams& p, const S& s, int query) {
   const int diagonal = query + s.seq_k - s.seq_q;
   return {p.window_left < 0 ? 0 : max(0, diagonal - static_cast<int>(p.window_left)),
           p.window_right < 0 ? s.seq_k : clamp(diagonal + static_cast<int>(p.window_right) + 1, 0, s.seq_k)};
@@ -107,6 +107,57 @@ __device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const Steps& col
   else ptx::ldmatrix_x4<kOffset>(r, column);
 }
 
+// sum += x y for accumulators x, rounded, and y of 8 kTiles rows from row `first` on of what `columns` addresses.
+template <class T, int first, int kTiles>
+__device__ __forceinline__ void add_product(float (&sum)[T::kRowTiles][T::kColumnTiles][4],
+                                            const float (&x)[T::kRowTiles][kTiles][4],
+                                            const Columns<T, false>& columns) {
+  using Element = typename T::Element;
+  static_for<kTiles / 2>([&]<int step>() {
+    uint32_t a[T::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+      const auto &left = x[m][2 * step], &right = x[m][2 * step + 1];
+      a[m][0] = ptx::pack<Element>(left[0], left[1]);
+      a[m][1] = ptx::pack<Element>(left[2], left[3]);
+      a[m][2] = ptx::pack<Element>(right[0], right[1]);
+      a[m][3] = ptx::pack<Element>(right[2], right[3]);
+    }
+    static_for<T::kColumnTiles / 2>([&]<int pair>() {
+      constexpr int n = pair * 2;
+      uint32_t b[4];
+      load_fragment<T, first + step * 16, pair, true>(b, columns);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) {
+        ptx::mma_m16n8k16<Element>(sum[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16<Element>(sum[m][n + 1], a[m], b[2], b[3]);
+      }
+    });
+  });
+}
+
+// Where a lane's accumulators 2 * half and 2 * half + 1 of m and n, rounded, lie in a tile; `first`: those of 0, 0 and 0.
+template <class T>
+__device__ __forceinline__ uint32_t in_tile(uint32_t first, int m, int half, int n) {
+  constexpr int kPermuted = T::kDim * 2 % 128 == 0 ? 8 : 4;  // chunks that a swizzle permutes
+  return (first ^ (n % kPermuted * 16)) + (m * 16 + half * 8) * T::kDim * 2 + n / kPermuted * kPermuted * 16;
+}
+
+// sum, or something else than 0 where an element of a chunk is not finite: its product with zero is NaN.
+template <class Element>
+__device__ __forceinline__ uint32_t add_nonfinite_of(uint32_t sum, const uint4& chunk) {
+  for (uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) sum = ptx::fma_x2<Element>(word, 0, sum);
+  return sum;
+}
+// The elements of a chunk that are not finite become zeros.
+template <class Element>
+__device__ __forceinline__ void zero_nonfinite_of(uint16_t* chunk) {
+  constexpr uint32_t kExponent = kDType<Element> == DType::kFloat16 ? 0x7c00u : 0x7f80u;
+  for (int i = 0; i < kChunkElements; ++i) {
+    if ((chunk[i] & kExponent) == kExponent) chunk[i] = 0;
+  }
+}
+
 // The largest of the four lanes that share a row; all four hold it.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(ptx::kAllLanes, x, 1));
@@ -144,13 +195,14 @@ inline int bucket_of(int64_t dim) {
   return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
 
-// Refuses what a launch cannot take, and shortens windows so that a position, a window and the rows of a tile after it
+// Refuses what a launch with a block for each of `grid_heads` heads cannot take, and shortens windows so that a position, a window and the rows of a tile after it
 // add up within 32 bits.
-inline void check_launch(const char* name, AttentionForwardParams& p, std::initializer_list<const TokenView*> views) {
+inline void check_launch(const char* name, AttentionForwardParams& p, const char* heads_name, int64_t grid_heads,
+                         std::initializer_list<const TokenView*> views) {
   constexpr int64_t kMaxLength = (1 << 30) - 1024, kMaxGrid = 65535, kMaxStride = 1 << 23;
   FM_CHECK(p.dtype != DType::kFloat32, name, ": CUDA tensors must be float16 or bfloat16");
-  FM_CHECK(p.batch <= kMaxGrid && p.heads <= kMaxGrid, name, ": batch and heads must be at most ", kMaxGrid,
-           " on CUDA, got ", p.batch, " and ", p.heads);
+  FM_CHECK(p.batch <= kMaxGrid && grid_heads <= kMaxGrid, name, ": batch and ", heads_name, " must be at most ",
+           kMaxGrid, " on CUDA, got ", p.batch, " and ", grid_heads);
   FM_CHECK(p.seq_q * (p.heads / p.kv_heads) <= kMaxLength && p.seq_k <= kMaxLength && p.total_q <= kMaxLength &&
                p.total_k <= kMaxLength,
            name, ": sequences must be at most ", kMaxLength, " rows long on CUDA");

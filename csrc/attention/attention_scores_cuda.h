@@ -79,7 +79,7 @@ __device__ __forceinline__ void mask(Scores<T>& s, const AttentionForwardParams&
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_of<T>(u, m, half);
-      KeyRange keys = visible_keys(p, u, query_of(u, row));
+      Range keys = visible_keys(p, u, query_of(u, row));
       if (u.chunk >= 0) keys = {max(keys.begin, u.chunk * kSplitKeys), min(keys.end, (u.chunk + 1) * kSplitKeys)};
       const int begin = keys.begin - column, end = keys.end - column;
       if (high) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void add_nonfinite(WarpState<T>& w, const typename T:
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const KeyRange keys = visible_keys(p, u, query_of(u, row_of<T>(u, m, half)));
+      const Range keys = visible_keys(p, u, query_of(u, row_of<T>(u, m, half)));
       const int end = min(keys.end - first_key, T::kKeys);
 #pragma unroll 1
       for (int key = max(keys.begin - first_key, 0); key < end; ++key) {
@@ -179,9 +179,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
       for (int n = 0; n < T::kColumnTiles; ++n) {
         const float x = w.o[m][n][2 * half] * total.factor, y = w.o[m][n][2 * half + 1] * total.factor;
         if (u.chunk < 0) {
-          constexpr int kPermuted = T::kDim * 2 % 128 == 0 ? 8 : 4;  // chunks that a swizzle permutes
-          const uint32_t at =
-              (first_o ^ (n % kPermuted * 16)) + (m * 16 + half * 8) * T::kDim * 2 + n / kPermuted * kPermuted * 16;
+          const uint32_t at = in_tile<T>(first_o, m, half, n);
           *static_cast<uint32_t*>(__cvta_shared_to_generic(at)) = ptx::pack<Element>(x, y);
         } else if (exists && n * 8 < p.v_head_dim) {
           *reinterpret_cast<float2*>(a.partials.o + partial * p.v_head_dim + n * 8 + lane % 4 * 2) = make_float2(x, y);

@@ -119,12 +119,12 @@ __device__ __forceinline__ int64_t head_of(const Unit& u, int row) {
 
 // For rows [begin, end): keys that any of them sees, and keys that all of them see.
 struct RowsVisible {
-  KeyRange any, all;
+  Range any, all;
 };
 __device__ __forceinline__ RowsVisible visible_to(const AttentionForwardParams& p, const Unit& u, int begin, int end) {
   end = min(end, u.num_rows);
   if (begin >= end) return {{0, 0}, {0, 0}};
-  const KeyRange first = visible_keys(p, u, query_of(u, begin)), last = visible_keys(p, u, query_of(u, end - 1));
+  const Range first = visible_keys(p, u, query_of(u, begin)), last = visible_keys(p, u, query_of(u, end - 1));
   RowsVisible v{{first.begin, last.end}, {last.begin, first.end}};
   if (u.chunk >= 0) {
     v.any = {max(v.any.begin, u.chunk * kSplitKeys), min(v.any.end, (u.chunk + 1) * kSplitKeys)};
@@ -172,7 +172,7 @@ struct Smem {
   typename T::Element kv[2][T::kKeys][T::kDim];  // [keys or values, key, column], swizzled
   // What only masks and results ask for: kept here, because the products leave no register for it.
   Unit unit;
-  KeyRange plain;  // blocks that every row of the tile sees whole, where nothing else modifies scores; end 0: none
+  Range plain;  // blocks that every row of the tile sees whole, where nothing else modifies scores; end 0: none
   RowsVisible visible[T::kWarps];
 };
 

@@ -81,7 +81,7 @@ struct BlockCopy {
 #pragma unroll
       for (int c = 0; c < T::kColumnPasses; ++c) {
         const uint4 x = *static_cast<const uint4*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
-        for (uint32_t word : {x.x, x.y, x.z, x.w}) sum = ptx::fma_x2<Element>(word, 0, sum);
+        sum = add_nonfinite_of<Element>(sum, x);
       }
     }
     return sum != 0;
@@ -89,13 +89,9 @@ struct BlockCopy {
   // The elements of this thread's chunks that are not finite become zeros.
   template <class Element>
   __device__ __forceinline__ void zero_nonfinite() const {
-    constexpr uint32_t kExponent = kDType<Element> == DType::kFloat16 ? 0x7c00u : 0x7f80u;
     for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
       for (int c = 0; c < T::kColumnPasses; ++c) {
-        auto* element = static_cast<uint16_t*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
-        for (int i = 0; i < kChunkElements; ++i) {
-          if ((element[i] & kExponent) == kExponent) element[i] = 0;
-        }
+        zero_nonfinite_of<Element>(static_cast<uint16_t*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c))));
       }
     }
   }
@@ -150,33 +146,6 @@ __device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>&
       for (int m = 0; m < T::kRowTiles; ++m) {
         ptx::mma_m16n8k16<typename T::Element>(s[m][n], a[m], b[0], b[1]);
         ptx::mma_m16n8k16<typename T::Element>(s[m][n + 1], a[m], b[2], b[3]);
-      }
-    });
-  });
-}
-
-// o += p v for one block, with the weights p in place of the scores.
-template <class T>
-__device__ __forceinline__ void multiply_values(WarpState<T>& w, const Scores<T>& s, const Columns<T, false>& v_at) {
-  using Element = typename T::Element;
-  static_for<T::kKeys / 16>([&]<int step>() {
-    uint32_t a[T::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m) {
-      const auto &left = s[m][2 * step], &right = s[m][2 * step + 1];
-      a[m][0] = ptx::pack<Element>(left[0], left[1]);
-      a[m][1] = ptx::pack<Element>(left[2], left[3]);
-      a[m][2] = ptx::pack<Element>(right[0], right[1]);
-      a[m][3] = ptx::pack<Element>(right[2], right[3]);
-    }
-    static_for<T::kColumnTiles / 2>([&]<int pair>() {
-      constexpr int n = pair * 2;
-      uint32_t b[4];
-      load_fragment<T, step * 16, pair, true>(b, v_at);
-#pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m) {
-        ptx::mma_m16n8k16<Element>(w.o[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<Element>(w.o[m][n + 1], a[m], b[2], b[3]);
       }
     });
   });

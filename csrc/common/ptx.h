@@ -98,6 +98,7 @@ __device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
 }
+
 // cvt.rn.x2: two floats rounded to nearest even in one register, `low` in the lower half.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);
