@@ -20,7 +20,6 @@ _LAYOUTS = (
     "[batch, seq_k, kv_heads, head_dim]",
     "[batch, seq_k, kv_heads, v_head_dim]",
 )
-_DROPOUT = slice(5, 7)  # dropout_p and dropout_rng, after causal, window, softmax_scale and softcap
 _PACKED_LAYOUTS = ("[total_q, heads, head_dim]", "[total_k, kv_heads, head_dim]", "[total_k, kv_heads, v_head_dim]")
 
 
@@ -78,6 +77,14 @@ def check_scalars(
         raise ValueError(f"{op}: dropout_p must be less than 1, got {dropout_p}.")
 
 
+def check_vector(op: str, name: str, t: Tensor, q: Tensor, dtype: torch.dtype, layout: str) -> None:
+    check.is_tensor(op, name, t)
+    check.rank(op, name, t, 1, layout)
+    check.dtype(op, name, t, (dtype,))
+    check.same_device(op, name, t, "q", q)
+    check.last_dim_contiguous(op, name, t)
+
+
 def check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
     heads = q.shape[-2]
     if alibi_slopes is not None:
@@ -91,21 +98,13 @@ def check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None,
         check.last_dim_contiguous(op, "alibi_slopes", alibi_slopes)
         check.size(op, "alibi_slopes", alibi_slopes, -1, "heads", heads)
     if sinks is not None:
-        check.is_tensor(op, "sinks", sinks)
-        check.rank(op, "sinks", sinks, 1, "[heads]")
-        check.dtype(op, "sinks", sinks, (torch.float32,))
-        check.same_device(op, "sinks", sinks, "q", q)
-        check.last_dim_contiguous(op, "sinks", sinks)
+        check_vector(op, "sinks", sinks, q, torch.float32, "[heads]")
         check.size(op, "sinks", sinks, 0, "heads", heads)
 
 
 def check_dropout(op: str, q: Tensor, dropout_p: float, dropout_rng: Tensor | None) -> None:
     if dropout_rng is not None:
-        check.is_tensor(op, "dropout_rng", dropout_rng)
-        check.rank(op, "dropout_rng", dropout_rng, 1, "[2]")
-        check.dtype(op, "dropout_rng", dropout_rng, (torch.int64,))
-        check.same_device(op, "dropout_rng", dropout_rng, "q", q)
-        check.last_dim_contiguous(op, "dropout_rng", dropout_rng)
+        check_vector(op, "dropout_rng", dropout_rng, q, torch.int64, "[2]")
         check.size(op, "dropout_rng", dropout_rng, 0, "size", 2)
     if dropout_p > 0 and q.device.type == "cuda":
         raise ValueError(f"{op}: dropout_p must be 0 on CUDA, whose kernels have no dropout yet, got {dropout_p}.")
@@ -183,7 +182,7 @@ def check_attention_varlen(
             raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
     check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
     check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
-    check_dropout(op, q, *scalars[_DROPOUT])
+    check_dropout(op, q, *scalars[-2:])  # dropout_p and dropout_rng
     if (q.device.type == "cpu" or _library.check_values) and not (
         torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)
     ):

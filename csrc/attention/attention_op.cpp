@@ -16,6 +16,9 @@ TokenView view_tokens(const Tensor& t) {
   return {data_of(t), packed ? 0 : stride_of(t, 0), stride_of(t, first), stride_of(t, first + 1)};
 }
 
+// A contiguous tensor of the same sizes and dtype, not written yet.
+Tensor new_like(const Tensor& t) { return torch::stable::new_empty(t, {t.sizes().begin(), t.sizes().end()}); }
+
 // A tensor whose rows the kernels of this backend can read: itself or, where the 16-byte copies of CUDA cannot reach
 // its rows, a contiguous copy.
 Tensor readable(const Tensor& t) {
@@ -28,7 +31,7 @@ Tensor readable(const Tensor& t) {
     aligned = aligned && stride_of(t, dim) * t.element_size() % kRowBytes == 0;
   }
   if (aligned && stride_of(t, last - 2) < kMaxStride) return t;
-  Tensor copy = torch::stable::new_empty(t, {t.sizes().begin(), t.sizes().end()});
+  Tensor copy = new_like(t);
   torch::stable::copy_(copy, t);
   return copy;
 #else
@@ -48,6 +51,17 @@ void execute(const AttentionForwardParams& p, [[maybe_unused]] const Tensor& q) 
 #else
   FM_EXECUTE(attention_forward, p, q);
 #endif
+}
+
+// The data of a vector [num_elements].
+const void* checked_vector(const char* name, const Tensor& t, const Tensor& q, ScalarType dtype, const char* dtype_name,
+                           int64_t num_elements) {
+  check_same_device(name, t, q);
+  check_scalar_type(name, t, dtype, dtype_name);
+  check_rank(name, t, 1);
+  check_last_dim_contiguous(name, t);
+  check_size(name, t, 0, num_elements);
+  return data_of(t);
 }
 
 // What fixed-length and packed attention check and fill in alike. `first` is the dimension of tokens.
@@ -111,12 +125,7 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
     p.alibi_batch_stride = t.dim() == 2 ? stride_of(t, 0) : 0;
   }
   if (sinks.has_value()) {
-    check_same_device("sinks", *sinks, q);
-    check_scalar_type("sinks", *sinks, ScalarType::Float, "float32");
-    check_rank("sinks", *sinks, 1);
-    check_last_dim_contiguous("sinks", *sinks);
-    check_size("sinks", *sinks, 0, p.heads);
-    p.sinks = static_cast<const float*>(data_of(*sinks));
+    p.sinks = static_cast<const float*>(checked_vector("sinks", *sinks, q, ScalarType::Float, "float32", p.heads));
   }
   FM_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be at least 0 and less than 1, got ", dropout_p);
   p.dropout_threshold = static_cast<uint32_t>(std::fmin(std::floor(dropout_p * 65536.0 + 0.5), 65535.0));
@@ -125,12 +134,8 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   FM_CHECK(p.dropout_threshold == 0, "the CUDA kernels have no dropout yet: dropout_p must be 0, got ", dropout_p);
 #endif
   if (dropout_rng.has_value()) {
-    check_same_device("dropout_rng", *dropout_rng, q);
-    check_scalar_type("dropout_rng", *dropout_rng, ScalarType::Long, "int64");
-    check_rank("dropout_rng", *dropout_rng, 1);
-    check_last_dim_contiguous("dropout_rng", *dropout_rng);
-    check_size("dropout_rng", *dropout_rng, 0, 2);
-    p.dropout_rng = static_cast<const int64_t*>(data_of(*dropout_rng));
+    p.dropout_rng =
+        static_cast<const int64_t*>(checked_vector("dropout_rng", *dropout_rng, q, ScalarType::Long, "int64", 2));
   }
   return p;
 }
@@ -221,14 +226,13 @@ void set_block_mask([[maybe_unused]] AttentionForwardParams& p, [[maybe_unused]]
 #endif
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
-                                             const std::optional<Tensor>& bias,
-                                             const std::optional<Tensor>& alibi_slopes,
-                                             const std::optional<Tensor>& sinks, bool causal, int64_t window_left,
-                                             int64_t window_right, double softmax_scale, double softcap,
-                                             double dropout_p, const std::optional<Tensor>& dropout_rng,
-                                             const std::optional<std::vector<Tensor>>& block_mask) {
-  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
+// Parameters of attention over a rectangular batch.
+AttentionForwardParams dense_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& alibi_slopes,
+                                    const std::optional<Tensor>& sinks, bool causal, int64_t window_left,
+                                    int64_t window_right, double softmax_scale, double softcap, double dropout_p,
+                                    const std::optional<Tensor>& dropout_rng,
+                                    const std::optional<std::vector<Tensor>>& block_mask) {
   check_rank("q", q, 4);
   const int64_t batch = q.size(0);
   AttentionForwardParams p = common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right,
@@ -237,8 +241,21 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor
   check_size("v", v, 0, batch);
   if (bias.has_value()) set_bias(p, *bias, q);
   if (block_mask.has_value()) set_block_mask(p, *block_mask, q);
-  Tensor o = torch::stable::new_empty(q, {batch, p.seq_q, p.heads, p.v_head_dim});
-  Tensor lse = torch::stable::new_empty(q, {batch, p.heads, p.seq_q}, ScalarType::Float);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
+                                             const std::optional<Tensor>& bias,
+                                             const std::optional<Tensor>& alibi_slopes,
+                                             const std::optional<Tensor>& sinks, bool causal, int64_t window_left,
+                                             int64_t window_right, double softmax_scale, double softcap,
+                                             double dropout_p, const std::optional<Tensor>& dropout_rng,
+                                             const std::optional<std::vector<Tensor>>& block_mask) {
+  const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
+  AttentionForwardParams p = dense_params(q, k, v, bias, alibi_slopes, sinks, causal, window_left, window_right,
+                                          softmax_scale, softcap, dropout_p, dropout_rng, block_mask);
+  Tensor o = torch::stable::new_empty(q, {p.batch, p.seq_q, p.heads, p.v_head_dim});
+  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.seq_q}, ScalarType::Float);
   p.o = view_tokens(o);
   p.lse = static_cast<float*>(data_of(lse));
   p.lse_batch_stride = lse.stride(0);
@@ -367,10 +384,7 @@ Gradients run_backward(const AttentionForwardParams& forward, const Tensor& give
   b.d_o = view_tokens(grad_o);
   b.lse = view_rows("lse", lse, q, b.lse_stride);
   if (grad_lse.has_value()) b.d_lse = view_rows("grad_lse", *grad_lse, q, b.d_lse_stride);
-  const auto empty_like = [](const Tensor& t) {
-    return torch::stable::new_empty(t, {t.sizes().begin(), t.sizes().end()});
-  };
-  Tensor grad_q = empty_like(q), grad_k = empty_like(k), grad_v = empty_like(v);
+  Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
   b.d_q = view_tokens(grad_q);
   b.d_k = view_tokens(grad_k);
   b.d_v = view_tokens(grad_v);
@@ -396,14 +410,8 @@ Gradients attention_backward(const Tensor& grad_o, const std::optional<Tensor>& 
                              const std::optional<Tensor>& dropout_rng, bool bias_grad,
                              const std::optional<std::vector<Tensor>>& block_mask) {
   const Tensor q = readable(given_q), k = readable(given_k), v = readable(given_v);
-  check_rank("q", q, 4);
-  const int64_t batch = q.size(0);
-  AttentionForwardParams p = common_params(q, k, v, alibi_slopes, sinks, batch, causal, window_left, window_right,
-                                           softmax_scale, softcap, dropout_p, dropout_rng);
-  check_size("k", k, 0, batch);
-  check_size("v", v, 0, batch);
-  if (bias.has_value()) set_bias(p, *bias, q);
-  if (block_mask.has_value()) set_block_mask(p, *block_mask, q);
+  const AttentionForwardParams p = dense_params(q, k, v, bias, alibi_slopes, sinks, causal, window_left, window_right,
+                                                softmax_scale, softcap, dropout_p, dropout_rng, block_mask);
   return run_backward(p, grad_o, grad_lse, q, k, v, o, lse, bias, bias_grad);
 }
 

@@ -75,8 +75,8 @@ def scaled_dot_product_attention(
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
     Differentiable once, in the mask too. Calls that the kernels do not serve (float64, float32 and dropout on CUDA,
-    head sizes off the multiples of 8, other ranks, functional differentiation, ...) go to torch,
-    and the logger "fmkernels" says so once for each reason.
+    head sizes off the multiples of 8, other ranks, a scale that is not finite, functional differentiation, ...) go to
+    torch, and the logger "fmkernels" says so once for each reason.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
