@@ -42,9 +42,9 @@ class Case:
             for seq, heads in shapes
         ]
 
-    def flops(self, pairs: int) -> int:
-        """Both products over `pairs` visible (query, key) pairs a head."""
-        return 4 * self.batch * self.heads * self.head_dim * pairs
+    def flops(self, pairs: int, training: bool = False) -> int:
+        """Both products over `pairs` visible (query, key) pairs a head; training has five more."""
+        return (14 if training else 4) * self.batch * self.heads * self.head_dim * pairs
 
 
 def causal_pairs(seq: int) -> int:
@@ -58,6 +58,23 @@ def swap(x: Tensor) -> Tensor:
 
 def torch_contender(name: str, run, qkv: list[Tensor]) -> Contender:
     return Contender(name, run, [tuple(swap(x) for x in qkv)], to_layout=swap)
+
+
+def trained(attention):
+    """Forward and backward of `attention`, as a function of its inputs and the gradient of its result."""
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        *inputs, grad = given
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            return torch.autograd.grad(attention(*leaves), leaves, grad)
+
+    return run
+
+
+def swap_grads(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of q, k and v, and of a bias, whose layout all share."""
+    return (*map(swap, grads[:3]), *grads[3:])
 
 
 DENSE = [
@@ -207,30 +224,18 @@ def test_documents(compare, device, dtype, case, causal, passes):
     q, k, v = case.qkv(dtype, device)
     pairs = int(dense.sum())
 
-    def trained(attention):
-        """Its gradients, through its output; a layer in training has no use for less."""
-
-        def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-                return torch.autograd.grad(attention(*leaves), leaves, grad)
-
-        return run
-
     ours, theirs = functools.partial(fmkernels.attention, block_mask=mask), functools.partial(sdpa, attn_mask=dense)
-    inputs, flops = [q, k, v], case.flops(pairs)
+    inputs = [q, k, v]
     peer = torch_contender("SDPA, bool mask", theirs, inputs)
     if passes != "forward":
         ours, inputs = trained(ours), [q, k, v, torch.randn_like(q)]
-        flops = flops * 7 // 2  # five more products
-        swapped = [tuple(swap(x) for x in inputs)]
-        peer = Contender("SDPA, bool mask", trained(theirs), swapped, lambda grads: tuple(map(swap, grads)))
+        peer = Contender("SDPA, bool mask", trained(theirs), [tuple(map(swap, inputs))], swap_grads)
     compare(
         "documents" if passes == "forward" else "documents / training",
         f"{case} {'causal' if causal else 'full'}",
         Contender("fmkernels", ours, [tuple(inputs)]),
         [peer],
-        flops=flops,
+        flops=case.flops(pairs, training=passes != "forward"),
     )
 
 
@@ -286,35 +291,29 @@ def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, is_cau
     return scores.softmax(-1) @ v
 
 
-def gradients(function, *inputs: Tensor, **options) -> Tensor:
-    """Forward and backward; of the gradients that of q is compared."""
-    o = function(*inputs, **options)
-    return torch.autograd.grad(o, inputs, torch.ones_like(o))[0]
-
-
-def leaves(tensors: list[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    return tuple(t.detach().to(dtype or t.dtype).contiguous().requires_grad_() for t in tensors)
-
-
 TRAINING = [Case(1, 4, head_dim, seq) for head_dim in (64, 128) for seq in (512, 1024, 2048)]
+
+
+def contiguous_swap(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The layout that torch likes best."""
+    return tuple(swap(t).contiguous() for t in tensors)
 
 
 @pytest.mark.parametrize("case", TRAINING, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_training(compare, device, dtype, case, causal):
-    """Forward and backward, in the layout that each likes best."""
-    qkv = case.qkv(dtype, device)
-    swapped = leaves([swap(x) for x in qkv])
-    peers = {"SDPA": sdpa, "naive": naive}
+    """Forward and backward."""
+    inputs = case.qkv(dtype, device)
+    inputs.append(torch.randn_like(inputs[0]))
     compare(
         "training",
         f"{case} {'causal' if causal else 'full'}",
-        Contender("fmkernels", functools.partial(gradients, fmkernels.attention, causal=causal), [leaves(qkv)]),
+        Contender("fmkernels", trained(functools.partial(fmkernels.attention, causal=causal)), [tuple(inputs)]),
         [
-            Contender(name, functools.partial(gradients, peer, is_causal=causal), [swapped], to_layout=swap)
-            for name, peer in peers.items()
+            Contender(name, trained(functools.partial(peer, is_causal=causal)), [contiguous_swap(inputs)], swap_grads)
+            for name, peer in (("SDPA", sdpa), ("naive", naive))
         ],
-        flops=case.flops(causal_pairs(case.seq) if causal else case.seq**2) * 7 // 2,
+        flops=case.flops(causal_pairs(case.seq) if causal else case.seq**2, training=True),
     )
 
 
@@ -322,41 +321,46 @@ def test_training(compare, device, dtype, case, causal):
 def test_training_with_bias(compare, device, dtype, case):
     """An additive bias [heads, seq, seq] that gets a gradient."""
     qkv = case.qkv(dtype, device)
+    grad = torch.randn_like(qkv[0])
     bias = torch.randn(1, case.heads, case.seq, case.seq, device=device).to(dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return fmkernels.attention(q, k, v, bias=bias)
 
-    swapped = leaves([*(swap(x) for x in qkv), bias])
+    swapped = (*contiguous_swap(qkv), bias, swap(grad).contiguous())
     compare(
-        "training with bias",
+        "training / bias",
         str(case),
-        Contender("fmkernels", functools.partial(gradients, attend), [leaves([*qkv, bias])]),
-        [
-            Contender(name, functools.partial(gradients, peer), [swapped], to_layout=swap)
-            for name, peer in (("SDPA", sdpa), ("naive", naive))
-        ],
-        flops=case.flops(case.seq**2) * 7 // 2,
+        Contender("fmkernels", trained(attend), [(*qkv, bias, grad)]),
+        [Contender(name, trained(peer), [swapped], swap_grads) for name, peer in (("SDPA", sdpa), ("naive", naive))],
+        flops=case.flops(case.seq**2, training=True),
     )
 
 
 @pytest.mark.parametrize("case", TRAINING[:2] + TRAINING[3:5], ids=str)
 def test_training_half(compare, device, case):
-    """bfloat16 beside the same job in torch on a CPU: upcast, SDPA and its gradients, round."""
+    """bfloat16 beside the same job in torch on a CPU: upcast, SDPA and its gradients, round.
+
+    The gradients of v are compared: those of q and k go through o, which only torch keeps in float32 till then.
+    """
     if device.type != "cpu":
         pytest.skip("on CUDA bfloat16 is the native dtype, upcasting is no yardstick")
-    qkv = case.qkv(torch.bfloat16, device)
+    inputs = case.qkv(torch.bfloat16, device)
+    inputs.append(torch.randn_like(inputs[0]))
 
-    def upcast(*inputs: Tensor) -> Tensor:
-        return gradients(sdpa, *leaves(list(inputs), torch.float32), is_causal=True).to(torch.bfloat16)
+    def upcast(*given: Tensor) -> tuple[Tensor, ...]:
+        grads = trained(functools.partial(sdpa, is_causal=True))(*(t.float() for t in given))
+        return tuple(grad.to(torch.bfloat16) for grad in grads)
+
+    def of_v(grads: tuple[Tensor, ...]) -> Tensor:
+        return grads[2]
 
     compare(
         "training / bf16",
         f"{case} causal",
-        Contender("fmkernels", functools.partial(gradients, fmkernels.attention, causal=True), [leaves(qkv)]),
-        [Contender("upcast + SDPA", upcast, [leaves([swap(x) for x in qkv])], to_layout=swap)],
-        flops=case.flops(causal_pairs(case.seq)) * 7 // 2,
-        check_dtype=True,
+        Contender("fmkernels", trained(functools.partial(fmkernels.attention, causal=True)), [tuple(inputs)], of_v),
+        [Contender("upcast + SDPA", upcast, [contiguous_swap(inputs)], lambda grads: swap(of_v(grads)))],
+        flops=case.flops(causal_pairs(case.seq), training=True),
     )
 
 
@@ -370,24 +374,26 @@ def test_dropout(compare, device, dtype, case, training, peer):
     """
     if device.type != "cpu":
         pytest.skip("the CUDA kernels have no dropout yet")
-    qkv = [x.requires_grad_(training) for x in case.qkv(dtype, device)]
+    inputs = case.qkv(dtype, device)
+    inputs += [torch.randn_like(inputs[0])] if training else []
 
-    def run(function, *inputs: Tensor, **options) -> Tensor:
-        with torch.set_grad_enabled(training):
-            o = function(*inputs, **options)
-            return torch.autograd.grad(o, inputs, torch.ones_like(o))[0] if training else o
+    def run(attention):
+        return trained(attention) if training else attention
 
-    dropping = functools.partial(run, fmkernels.attention, dropout_p=0.1)
+    def shapes(results):
+        return tuple(map(torch.zeros_like, results)) if training else torch.zeros_like(results)
+
+    dropping = functools.partial(fmkernels.attention, dropout_p=0.1)
     if peer == "no dropout":
-        other = Contender("no dropout", functools.partial(run, fmkernels.attention), [tuple(qkv)], torch.zeros_like)
+        other = Contender("no dropout", run(fmkernels.attention), [tuple(inputs)], shapes)
     else:
-        swapped = tuple(swap(x).detach().requires_grad_(training) for x in qkv)
-        run_torch = functools.partial(run, sdpa, dropout_p=0.1)
-        other = Contender("SDPA", run_torch, [swapped], lambda o: torch.zeros_like(swap(o)))
+        swapped = tuple(map(swap, inputs))
+        to_layout = (lambda grads: shapes(swap_grads(grads))) if training else (lambda o: shapes(swap(o)))
+        other = Contender("SDPA", run(functools.partial(sdpa, dropout_p=0.1)), [swapped], to_layout)
     compare(
         f"dropout / {peer}",
         f"{case} {'training' if training else 'forward'}",
-        Contender("fmkernels", dropping, [tuple(qkv)], torch.zeros_like),
+        Contender("fmkernels", run(dropping), [tuple(inputs)], shapes),
         [other],
-        flops=case.flops(case.seq**2) * (7 if training else 2) // 2,
+        flops=case.flops(case.seq**2, training),
     )
