@@ -106,8 +106,6 @@ def check_dropout(op: str, q: Tensor, dropout_p: float, dropout_rng: Tensor | No
     if dropout_rng is not None:
         check_vector(op, "dropout_rng", dropout_rng, q, torch.int64, "[2]")
         check.size(op, "dropout_rng", dropout_rng, 0, "size", 2)
-    if dropout_p > 0 and q.device.type == "cuda":
-        raise ValueError(f"{op}: dropout_p must be 0 on CUDA, whose kernels have no dropout yet, got {dropout_p}.")
 
 
 def check_device(op: str, schema: str, q: Tensor) -> None:
@@ -134,9 +132,9 @@ def check_mask(op: str, tensors: list[Tensor], q: Tensor, k: Tensor) -> None:
     for what, count, full in (("batch", mask.shape[0], q.shape[0]), ("heads", mask.shape[1], q.shape[2])):
         if count not in (1, full):
             raise ValueError(f"{op}: block_mask must have {what} 1 or {full}, got {count}.")
-    if q.device.type == "cuda":
-        raise ValueError(f"{op}: block_mask has no CUDA kernel yet.")
-    if not torch.compiler.is_compiling() and q.device.type == "cpu" and not isinstance(mask.tiles, FakeTensor):
+    if (q.device.type == "cpu" or _library.check_values) and not (
+        torch.compiler.is_compiling() or isinstance(mask.tiles, FakeTensor)
+    ):
         mask.check_values()
 
 

@@ -54,7 +54,7 @@ def attention(
         bias: added to the scores, float32 or the dtype of q, [1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]; -inf
             hides a key, whose value must then still be finite (0 * NaN is NaN).
         dropout_p: probability that a weight of the softmax is dropped, of [0, 1); what is kept is scaled by
-            1 / (1 - dropout_p). It is rounded to a multiple of 2**-16. On the CPU alone: on CUDA it must be 0.
+            1 / (1 - dropout_p). It is rounded to a multiple of 2**-16.
         dropout_rng: [2], int64, on the device of q: a seed and an offset modulo 2**32, from which it follows what is
             dropped; the same pair drops the same weights again. None: drawn from torch's generator of the device.
         block_mask: made by `create_block_mask`; a key must be visible by it and by the others. Only listed blocks are

@@ -183,6 +183,8 @@ class Case:
             if self.bias_hides:
                 bias[torch.rand(bias.shape, generator=generator).to(device) < 0.25] = -math.inf
             kwargs["bias"] = bias.to(self.dtype if self.bias_dtype is None else self.bias_dtype)
+        if self.block_mask is not None:
+            kwargs["block_mask"] = self.block_mask.to(device)
         if self.dropout_p:
             kwargs["dropout_rng"] = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator).to(device)
         return args, kwargs

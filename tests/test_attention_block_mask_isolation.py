@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from test_attention_block_mask import case_of, results
+from test_attention_backward import on
+from test_attention_block_mask import BACKENDS, case_of, results
 
 from fmkernels import create_block_mask
 from fmkernels.testing import Case
@@ -79,19 +80,20 @@ def test_work_follows_the_listed_blocks():
 # ---- what may reach a row --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["k", "v", "q", "grad_o"])
 @pytest.mark.parametrize("name", ["dilated", "blocks", "documents", "stripes", "one short row"])
-def test_poison_reaches_what_sees_it_and_nothing_else(name, where, poison):
+def test_poison_reaches_what_sees_it_and_nothing_else(name, where, poison, backend):
     """Bits of all other rows stay: in listed blocks and in others, in the forward and in the backward."""
-    case = case_of(name, batch=1, heads=4, kv_heads=4, seq_q=200, seq_k=230, softcap=2.0)
-    (q, k, v), _ = case.inputs()
-    grad_o = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    case = on(backend, case_of(name, batch=1, heads=4, kv_heads=4, seq_q=200, seq_k=230, softcap=2.0))
+    (q, k, v), _ = case.inputs(backend.device)
+    grad_o = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q)
     visible = case.block_mask.to_dense()[0].expand(4, -1, -1)
     head, place = 1, 130
 
     def by_head(q, k, v, grad_o):  # [heads, queries or keys, ..]
-        o, lse, *grads = results(case, [q, k, v], grad_o)
+        o, lse, *grads = results(case, [q, k, v], grad_o, backend)
         return [lse[0], *(t[0].transpose(0, 1) for t in (o, *grads))]
 
     clean = by_head(q, k, v, grad_o)
@@ -113,15 +115,16 @@ def test_poison_reaches_what_sees_it_and_nothing_else(name, where, poison):
         assert actual[2][rows].isnan().any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_a_key_that_no_row_sees_reaches_nothing(softcap):
+def test_a_key_that_no_row_sees_reaches_nothing(softcap, backend):
     """It lies between keys that all rows see."""
-    case = case_of("one hidden key", softcap=softcap)
-    (q, k, v), _ = case.inputs()
-    clean = results(case)
+    case = on(backend, case_of("one hidden key", softcap=softcap))
+    (q, k, v), _ = case.inputs(backend.device)
+    clean = results(case, backend=backend)
     bad_k, bad_v = k.clone(), v.clone()
     bad_k[:, 70] = bad_v[:, 70] = math.nan
-    for actual, expected in zip(results(case, [q, bad_k, bad_v]), clean, strict=True):
+    for actual, expected in zip(results(case, [q, bad_k, bad_v], None, backend), clean, strict=True):
         assert torch.equal(actual, expected)
     assert not clean[3][:, 70].any()
     assert not clean[4][:, 70].any()

@@ -44,7 +44,7 @@ struct BlockList {
   const int32_t* offsets;   // [batch or 1][heads or 1][num_lines + 1], into the two below
   const int32_t* indices;   // ascending within a line
   const int32_t* tile_idx;  // -1: the whole block is visible
-  int64_t num_lines;
+  int64_t num_lines, num_listed;
 };
 
 // Which pairs of a query and a key are visible: docs/layouts.md. Both lists hold the same blocks.
@@ -52,7 +52,8 @@ struct BlockMaskView {
   int64_t block;         // queries and keys of a block, 64 or 128; 0: there is no block mask
   int64_t batch, heads;  // 1: shared
   BlockList rows, columns;
-  const uint32_t* tiles;  // [tile][query of the block][key of the block / 32], bit key % 32
+  const uint32_t* tiles;  // [num_tiles][query of the block][key of the block / 32], bit key % 32
+  int64_t num_tiles;
 };
 
 struct AttentionForwardParams {
@@ -133,22 +134,27 @@ void launch_attention_backward(const AttentionBackwardCall& call, cudaStream_t s
 // On CUDA the keys of a sequence with few rows are split into chunks of fixed length, whose results are merged in
 // order. A rule on the sequence alone: its bits depend neither on the batch nor on the GPU.
 constexpr int kSplitRows = 32, kSplitKeys = 576;
+// Query heads whose rows share a tile there: those of a kv head or, where each sees other blocks, one.
+FM_HOST_DEVICE int64_t heads_of_tile(const AttentionForwardParams& p) {
+  return p.block_mask.heads > 1 ? 1 : p.heads / p.kv_heads;
+}
 FM_HOST_DEVICE constexpr bool is_split(int64_t num_rows, int64_t seq_k) {
   return num_rows <= kSplitRows && seq_k > kSplitKeys;
 }
 
-// Results of the chunks: o [slot][row][kv head][v_head_dim] and lse [slot][row][kv head]. A chunk has a slot; the chunks
+// Results of the chunks: o [slot][row][heads][v_head_dim] and lse [slot][row][heads]. A chunk has a slot; the chunks
 // of a sequence lie together. Where only the device knows how long the sequences are, a sequence begins at the slot that
 // its place among the packed keys leaves free: ceil(n / c) <= floor((k + n) / c) - floor(k / c) + 1.
 struct AttentionPartials {
   float *o, *lse;
   int64_t rows, max_chunks, num_slots;  // of a slot, of a sequence, in all; no chunks: no sequence is split
+  int64_t heads;                        // of the grid: kv heads, or query heads
 
   FM_HOST_DEVICE int64_t first_slot(int64_t batch, bool is_packed, int64_t k_start) const {
     return is_packed ? k_start / kSplitKeys + batch : batch * max_chunks;
   }
-  FM_HOST_DEVICE int64_t index(int64_t slot, int64_t row, int64_t kv_head, int64_t kv_heads) const {
-    return (slot * rows + row) * kv_heads + kv_head;
+  FM_HOST_DEVICE int64_t index(int64_t slot, int64_t row, int64_t head) const {
+    return (slot * rows + row) * heads + head;
   }
 };
 // The sizes for these parameters; the pointers are the caller's.

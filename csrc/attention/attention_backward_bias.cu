@@ -39,10 +39,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
         const Unit u = unit_of<T>(p, batch, tile);
         const Range any = partners_of<T>(p, u, u.begin, u.begin + T::kOwned).any;
+        Line lines[kLines];
+        for (int i = 0; i < kLines; ++i) {
+          lines[i] = p.block_mask.block == 0
+                         ? Line{}
+                         : line_of(p.block_mask, p.block_mask.rows, batch, head, block_of(p.block_mask, u.begin) + i);
+        }
         bool is_loaded = false;
         for (int block = blocks.begin; block < blocks.end; ++block) {
           const int first_key = block * T::kStreamed;
           if (first_key >= any.end || first_key + T::kStreamed <= any.begin) continue;
+          int tile_idx = kWhole;
+          if (p.block_mask.block != 0) {
+            int tiles[kLines];
+            for (int i = 0; i < kLines; ++i)
+              tiles[i] = tile_of_block(p.block_mask, p.block_mask.rows, lines[i], first_key);
+            if (tiles[0] == kHidden && tiles[1] == kHidden) continue;
+            tile_idx = line_of_warp<T>(p.block_mask, u) == 0 ? tiles[0] : tiles[1];
+          }
           __syncthreads();  // every warp has read the block before
           if (!is_loaded) {
             load_owned(smem, a, u, 0, head);
@@ -56,10 +70,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
           __syncthreads();  // every warp sees the tile and the block
+          const uint32_t kept = p.dropout_threshold != 0 ? kept_of_part<T>(p, u, head, first_key) : 0;
           Products<T> s[1], d[1];
           multiply_scores<T>(s, at);
           multiply_slopes<T, 0>(d, at);
+          if (p.dropout_threshold != 0) drop_slopes<T, 0>(d[0], at.stats, a.kept_scale, kept);
           weigh_general<T, 0, false>(s[0], d[0], a, u, head, first_key, at.stats);
+          if (tile_idx != kWhole) mask_block<T>(s[0], d[0], p.block_mask, u, tile_idx, first_key);
           for_each<T::kRowTiles, T::kPartTiles>([&](int m, int n, int i) {
             if (row_of<T>(u, m, i / 2) < u.seq_q) sum[m][n][i] += d[0][m][n][i];
           });

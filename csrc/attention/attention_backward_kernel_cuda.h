@@ -31,9 +31,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const Partners tile = partners_of<T>(p, u, u.begin, u.begin + T::kOwned);
   const int first_block = tile.any.begin / T::kStreamed;
   const int end_block = tile.any.begin < tile.any.end ? (tile.any.end + T::kStreamed - 1) / T::kStreamed : first_block;
-  const int plain_begin = max(first_block, (tile.all.begin + T::kStreamed - 1) / T::kStreamed);
-  const int plain_end = a.is_general ? 0 : min(tile.all.end / T::kStreamed, end_block);
-  if (threadIdx.x == 0) smem.unit = u, smem.first_block = first_block;
+  const bool has_block_mask = p.block_mask.block != 0;
+  const BlockList& listed = T::kOwnsQueries ? p.block_mask.rows : p.block_mask.columns;
+  auto& walk = smem.walks[warp];
+  if (threadIdx.x == 0) {
+    smem.unit = u, smem.first_block = first_block;
+    smem.plain = {max(first_block, (tile.all.begin + T::kStreamed - 1) / T::kStreamed),
+                  a.is_general ? 0 : min(tile.all.end / T::kStreamed, end_block)};
+  }
   if (threadIdx.x % kWarp == 0) {
     const int warp_begin = u.begin + warp * T::kWarpRows;
     smem.partners[warp] = partners_of<T>(p, u, warp_begin, warp_begin + T::kWarpRows);
@@ -47,9 +52,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const int first_head = T::kOwnsQueries ? blockIdx.y / a.group : blockIdx.y * a.group;
   int to_next = sizeof(Stage<T>);       // from the stage of the block at hand to the other
   const auto copy_of = [&](int head) {  // a streamed one, with its first block under way
-    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : sizeof(Stage<T>), head, smem.first_block);
+    int first = smem.first_block;
+    if (has_block_mask) {
+      if (!T::kOwnsQueries) __syncwarp();  // every lane has read the walk over the head before
+      walk.begin(p.block_mask, listed, u.batch, T::kOwnsQueries ? blockIdx.y : head, u.begin, first, end_block);
+      first = walk.now().block;
+    }
+    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : sizeof(Stage<T>), head, first);
     if (head == first_head) copy.zero_columns();
-    copy.issue(a, smem, to_next, first_block < end_block ? u.num_streamed - first_block * T::kStreamed : 0);
+    copy.issue(a, smem, to_next, first < end_block ? u.num_streamed - first * T::kStreamed : 0);
     ptx::cp_async_commit();
     return copy;
   };
@@ -65,23 +76,32 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   do {
     const int head = T::kOwnsQueries ? blockIdx.y : streamed_head;
     if (!T::kOwnsQueries && streamed_head > first_head) copy = copy_of(streamed_head);
-    int block = smem.first_block;
+    int block = has_block_mask ? walk.now().block : smem.first_block;
 
     // One block. With kGeneral it modifies, masks and may skip.
     auto step = [&]<bool kGeneral>() {
       const int first_streamed = block * T::kStreamed;
+      // What the warp's line of the block mask sees of the block, and the block that comes next.
+      int tile_idx = kWhole, next = block + 1;
+      if (kGeneral && has_block_mask) {
+        tile_idx = walk.now().tiles[line_of_warp<T>(p.block_mask, smem.unit)];
+        next = walk.next().block;
+        walk.advance(p.block_mask, listed);
+      }
       bool nonfinite = false;
       ptx::cp_async_wait<0>();
       if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(-to_next));
       else __syncthreads();
       // B1: every warp sees block[i] and what it owns, and has read block[i-1]
-      copy.issue(a, smem, -to_next, block + 1 < end_block ? kept.num_streamed - first_streamed - T::kStreamed : 0);
+      if (kGeneral && has_block_mask) copy.skip(a, next - block - 1);
+      copy.issue(a, smem, -to_next, next < end_block ? kept.num_streamed - next * T::kStreamed : 0);
       ptx::cp_async_commit();
 
       const Partners mine = kGeneral ? smem.partners[warp] : Partners{};
       // Where something is not finite all warps work, because they share barriers.
       const bool works =
-          !kGeneral || nonfinite || (first_streamed < mine.any.end && first_streamed + T::kStreamed > mine.any.begin);
+          !kGeneral || nonfinite ||
+          (tile_idx != kHidden && first_streamed < mine.any.end && first_streamed + T::kStreamed > mine.any.begin);
       const bool is_whole =
           !kGeneral || (mine.all.begin <= first_streamed && first_streamed + T::kStreamed <= mine.all.end);
       if (works) {
@@ -89,18 +109,27 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         multiply_scores<T>(s, at);
         static_for<T::kParts>([&]<int part>() {
           const int first_of_part = first_streamed + part * T::kPart;
+          uint32_t kept_bits = 0;
+          if (kGeneral && p.dropout_threshold != 0) kept_bits = kept_of_part<T>(p, smem.unit, head, first_of_part);
           Products<T> d[1];
           if constexpr (T::kHasSlopes) multiply_slopes<T, part>(d, at);
-          if (kGeneral && a.is_general) {
+          if constexpr (kGeneral && T::kHasSlopes) {
+            if (p.dropout_threshold != 0) drop_slopes<T, part>(d[0], at.stats, a.kept_scale, kept_bits);
+          }
+          if (kGeneral && a.modifies) {
             weigh_general<T, part, true>(s[part], d[0], a, smem.unit, head, first_of_part, at.stats);
           } else {
             weigh<T, part>(s[part], d[0], at.stats, a.scale_log2);
             if (!is_whole) mask<T>(s[part], d[0], a, smem.unit, first_of_part);
           }
+          if constexpr (kGeneral) {
+            if (tile_idx != kWhole) mask_block<T>(s[part], d[0], p.block_mask, smem.unit, tile_idx, first_of_part);
+            if (T::kEndGrad == 2 && p.dropout_threshold != 0) drop_weights<T>(s[part], kept_bits);
+          }
           if (kGeneral && nonfinite) {
             static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
               add_nonfinite<T, T::kFirstGrad + g>(grads[g], smem, a, to_next > 0 ? 0 : 1, part * T::kPart,
-                                                  first_of_part);
+                                                  first_of_part, tile_idx);
             });
             __syncthreads();  // every warp has read what is not finite
             copy.zero_nonfinite(0, part * T::kPart);
@@ -114,17 +143,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       }
       at.turn(to_next);
       to_next = -to_next;
-      ++block;
+      block = next;
     };
 
+    const auto is_plain = [&] { return smem.plain.begin <= block && block < smem.plain.end; };
     while (block < end_block) {
-      if (plain_begin <= block && block < plain_end) {
+      if (is_plain()) {
         do step.template operator()<false>();
-        while (block < plain_end);
+        while (block < smem.plain.end);
       } else {
-        const int end = block < plain_begin && plain_begin < plain_end ? plain_begin : end_block;
         do step.template operator()<true>();
-        while (block < end);
+        while (block < end_block && !is_plain());
       }
     }
   } while (!T::kOwnsQueries && ++streamed_head < first_head + a.group);
@@ -132,7 +161,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   ptx::cp_async_wait<0>();
   __syncwarp();  // a warp's part of owned is copied, read and overwritten by the warp alone
   static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
-    keep_gradient(grads[g], smem, T::kFirstGrad + g, T::kFirstGrad + g == 0 ? p.softmax_scale : 1.0f);
+    keep_gradient(grads[g], smem, T::kFirstGrad + g, T::kFirstGrad + g == 0 ? p.softmax_scale : a.kept_scale);
   });
   __syncwarp();
   for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor) store_owned(smem, a, kept, tensor);
@@ -152,7 +181,9 @@ BackwardArgs args_of(const AttentionBackwardCall& call) {
   a.dims[0] = static_cast<int>(p.head_dim), a.dims[1] = static_cast<int>(p.v_head_dim);
   a.stats = call.stats;
   a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
-  a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
+  a.kept_scale = dropout_scale(p);
+  a.modifies = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
+  a.is_general = a.modifies || p.dropout_threshold != 0 || p.block_mask.block != 0;
   a.group = static_cast<int>(p.heads / p.kv_heads);
   if (!T::kOwnsQueries) {
     std::swap(a.owned, a.streamed);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attention_fragments_cuda.h"
+#include "attention_mask_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -64,6 +65,8 @@ struct BackwardArgs {
   int dims[2];  // columns of tensors 0 and 1
   AttentionRowStats stats;
   float scale_log2;  // of products, where nothing else modifies them
+  float kept_scale;  // of weights that dropout keeps
+  bool modifies;     // scores, beyond their scale
   bool is_general;   // every block goes through the loop that modifies and masks
   int group;         // query heads of a kv head
   // Factors of the bytes from one pass over a block to the next: one instruction multiplies and adds, where they come from
@@ -130,8 +133,11 @@ struct Smem {
   // What only masks ask for: kept here, because the products leave no register for it.
   Unit unit;
   int first_block;
+  Range plain;  // blocks that every owned row meets whole, where nothing else modifies scores
   Partners partners[T::kWarps];
+  BlockWalk<T::kStreamed, 1> walks[T::kWarps];
 };
+
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // Rows that this warp owns, from memory to its part of owned[tensor]. Rows and columns that do not exist are zeros.
@@ -250,6 +256,11 @@ struct StreamCopy {
       stats += T::kStreamed * kStatsFloats * 4;
     }
     smem += to_next;
+  }
+  // The block to come is `blocks` blocks further than it was.
+  __device__ __forceinline__ void skip(const BackwardArgs& a, int blocks) {
+    next += static_cast<int64_t>(uint64_t{pass_bytes} * a.num_passes) * blocks;
+    if constexpr (!T::kOwnsQueries) stats += static_cast<int64_t>(T::kStreamed * kStatsFloats * 4) * blocks;
   }
   // Zeros in the columns that the tensor lacks, in both stages: written once, never copied over. Before the first block.
   __device__ __forceinline__ void zero_columns() const {

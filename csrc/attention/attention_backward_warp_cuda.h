@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_backward_tile_cuda.h"
+#include "attention_dropout_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -158,6 +159,129 @@ __device__ __forceinline__ void mask(Products<T>& s, Products<T>& d, const Backw
   }
 }
 
+// Of the lines of the tile, that of the warp's rows, all of one block of the mask.
+template <class T>
+__device__ __forceinline__ int line_of_warp(const BlockMaskView& m, const Unit& u) {
+  const int first = u.begin + static_cast<int>(threadIdx.x) / kWarp * T::kWarpRows;
+  return block_of(m, first) - block_of(m, u.begin);
+}
+
+// Pairs that the block mask hides have neither weight nor gradient; `tile_idx`: what the warp's line sees of the block.
+template <class T>
+__device__ __forceinline__ void mask_block(Products<T>& s, Products<T>& d, const BlockMaskView& mask, const Unit& u,
+                                           int tile_idx, int first_streamed) {
+  const int first_owned = row_of<T>(u, 0, 0), column = threadIdx.x % 4 * 2;
+  // Words hold keys: those of an owned query that are streamed, or those of a streamed query that the warp owns.
+  if constexpr (T::kOwnsQueries) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = first_owned + m * 16 + half * 8;
+        const uint32_t shown =
+            word_of(mask, tile_idx, query, first_streamed / 32 * 32) >> (first_streamed % 32 + column);
+#pragma unroll
+        for (int n = 0; n < T::kPartTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (shown >> (n * 8 + e) & 1) continue;
+            s[m][n][2 * half + e] = 0.0f;
+            if constexpr (T::kHasSlopes) d[m][n][2 * half + e] = 0.0f;
+          }
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < T::kPartTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int query = first_streamed + column + n * 8 + e;
+        const uint32_t shown = word_of(mask, tile_idx, query, first_owned / 32 * 32) >> first_owned % 32;
+#pragma unroll
+        for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (shown >> (m * 16 + half * 8) & 1) continue;
+            s[m][n][2 * half + e] = 0.0f;
+            if constexpr (T::kHasSlopes) d[m][n][2 * half + e] = 0.0f;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Bits of what dropout keeps of the pairs of m, half, n and e in a part.
+template <class T>
+__device__ __forceinline__ constexpr int kept_bit(int m, int half, int n, int e) {
+  return T::kOwnsQueries ? (m * 2 + half) * kCallBits + n * 2 + e : (n * 2 + e) * 4 + m * 2 + half;
+}
+template <class T>
+__device__ __forceinline__ uint32_t kept_of_part(const AttentionForwardParams& p, const Unit& u, int head,
+                                                 int first_streamed) {
+  const int lane = threadIdx.x % kWarp, first_owned = row_of<T>(u, 0, 0);
+  uint32_t kept = 0;
+  if constexpr (T::kOwnsQueries) {
+#pragma unroll 1
+    for (int row = T::kRowTiles * 2 - 1; row >= 0; --row)
+      kept = kept << kCallBits |
+             kept_of_call(p, u.batch, head, first_owned + row * 8, first_streamed / kDropoutGroup, lane % 4);
+    return kept >> (first_streamed % kDropoutGroup / 8 * 2);
+  } else {
+    // A call has the keys of two lanes, each of which has two queries: each lane makes the call of one.
+    const int parity = lane / 4 % 2, query = first_streamed + lane % 4 * 2 + parity;
+    const auto of_parity = [](uint32_t x, int bit) {  // bits 2 * word + bit become bits word
+      x = x >> bit & 0x55;
+      x = (x | x >> 1) & 0x33;
+      return (x | x >> 2) & 0xf;
+    };
+    uint32_t theirs = 0;
+#pragma unroll 1
+    for (int n = T::kPartTiles - 1; n >= 0; --n) {
+      const uint32_t call = kept_of_call(p, u.batch, head, query + n * 8, first_owned / kDropoutGroup, lane / 8);
+      kept = kept << 8 | of_parity(call, parity) << (4 * parity);
+      theirs = theirs << 8 | of_parity(call, 1 - parity) << (4 * parity);
+    }
+    kept |= __shfl_xor_sync(ptx::kAllLanes, theirs, 4);
+    return kept >> (first_owned % kDropoutGroup / 8);
+  }
+}
+
+// Slopes of weights that dropout scales or drops become those of the weights before it: only products are its concern,
+// delta is not.
+template <class T, int part>
+__device__ __forceinline__ void drop_slopes(Products<T>& d, uint32_t stats, float kept_scale, uint32_t kept) {
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < T::kPartTiles; ++n) {
+      const float4 all = stats_of<T, 1>(stats, m, part * T::kPartTiles + n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float minus_delta = i == 0 ? all.x : i == 1 ? all.y : i == 2 ? all.z : all.w;
+        const bool is_kept = kept >> kept_bit<T>(m, i / 2, n, i % 2) & 1;
+        d[m][n][i] = (is_kept ? (d[m][n][i] - minus_delta) * kept_scale : 0.0f) + minus_delta;
+      }
+    }
+  }
+}
+
+// Weights that dropout drops become 0.
+template <class T>
+__device__ __forceinline__ void drop_weights(Products<T>& s, uint32_t kept) {
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < T::kPartTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((kept >> kept_bit<T>(m, i / 2, n, i % 2) & 1) == 0) s[m][n][i] = 0.0f;
+      }
+    }
+  }
+}
+
 // `weigh` and `mask` with everything that may modify scores; the gradients are of scores after softcap or, with
 // kThroughCap, of those before it.
 template <class T, int part, bool kThroughCap>
@@ -207,7 +331,7 @@ __device__ __forceinline__ void weigh_general(Products<T>& s, Products<T>& d, co
 // this way and are zeros in the product.
 template <class T, int tensor>
 __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<T>& smem, const BackwardArgs& a,
-                                              int stage, int first_row, int first_streamed) {
+                                              int stage, int first_row, int first_streamed, int tile_idx) {
   const Unit& u = smem.unit;
   const typename T::Element* values = &smem.stages[stage].rows[tensor][first_row][0];
 #pragma unroll
@@ -219,6 +343,9 @@ __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<
       const int end = min(partners.end - first_streamed, T::kPart);
 #pragma unroll 1
       for (int row = max(partners.begin - first_streamed, 0); row < end; ++row) {
+        const int streamed = first_streamed + row, query = T::kOwnsQueries ? owned : streamed;
+        const int key = T::kOwnsQueries ? streamed : owned;
+        if ((word_of(a.p.block_mask, tile_idx, query, key / 32 * 32) >> key % 32 & 1) == 0) continue;
 #pragma unroll
         for (int n = 0; n < T::kColumnTiles; ++n) {
 #pragma unroll

@@ -61,16 +61,24 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     const int plain_begin = max(first_block, (tile.all.begin + T::kKeys - 1) / T::kKeys);
     const int plain_end = min(tile.all.end / T::kKeys, end_block);
     smem.unit = u;
+    smem.first_block = first_block;
     smem.plain = {plain_begin, a.is_general || plain_end <= plain_begin ? 0 : plain_end};
   }
   int block = end_block - 1;
+  const bool has_block_mask = T::kTakesBlockMask && p.block_mask.block != 0;
+  auto& walk = smem.walks[warp];
+  if (has_block_mask) {
+    const BlockMaskView& m = p.block_mask;
+    walk.begin(m, m.rows, blockIdx.z, blockIdx.y, query_of(u, u.row_begin), block, first_block - 1);
+    block = walk.now().block;
+  }
   const uint32_t copy_to = pinned(ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset());
   {
-    BlockCopy<T, false> keys(p.k, u, p.head_dim, copy_to, block);
-    BlockCopy<T, true> values(p.v, u, p.v_head_dim, copy_to, block);
+    BlockCopy<T, false> keys(p.k, a, u, p.head_dim, copy_to, block);
+    BlockCopy<T, true> values(p.v, a, u, p.v_head_dim, copy_to, block);
     keys.zero_columns();
     values.zero_columns();
-    if (first_block < end_block) keys.issue_ragged(u.seq_k - block * T::kKeys);
+    if (first_block <= block) keys.issue_ragged(u.seq_k - block * T::kKeys);
   }
   ptx::cp_async_commit();
 
@@ -83,8 +91,8 @@ __device__ __forceinline__ void run_tile(const Args& a) {
       for (int i = 0; i < 4; ++i) w.o[m][n][i] = 0.0f;
     }
   }
-  // Made anew for every run of plain blocks and of others: nothing of it lives through the other loop.
-  auto addresses = [&] { return Addresses<T>(p, smem.unit, smem, block, copy_to); };
+  // Made anew for every run of plain blocks, and for each block that is modified or masked: that needs the registers.
+  auto addresses = [&] { return Addresses<T>(a, smem.unit, smem, block, copy_to); };
   ptx::cp_async_wait<0>();
   __syncthreads();  // every warp sees q, the unit and what is visible
   QFragments<T> q;
@@ -96,11 +104,22 @@ __device__ __forceinline__ void run_tile(const Args& a) {
   auto step = [&]<bool kGeneral>(Addresses<T>& at) {
     Scores<T> s;
     const int first_key = block * T::kKeys;
+    uint64_t kept = 0;
+    if (kGeneral && p.dropout_threshold != 0) kept = kept_of_block<T>(p, smem.unit, first_key);
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // B1: every warp sees k[block], and has read the values of the block before
     const RowsVisible mine = kGeneral ? smem.visible[warp] : RowsVisible{};
-    const bool works = !kGeneral || (first_key < mine.any.end && first_key + T::kKeys > mine.any.begin);
+    bool works = !kGeneral || (first_key < mine.any.end && first_key + T::kKeys > mine.any.begin);
+    // What the lines of the block mask see of the block, and the block that comes next.
+    int tiles[kLines] = {kWhole, kWhole}, below = block - 1;
+    if (kGeneral && has_block_mask) {
+      const auto visit = walk.now();
+      for (int i = 0; i < kLines; ++i) tiles[i] = visit.tiles[i];
+      below = walk.next().block;
+      walk.advance(p.block_mask, p.block_mask.rows);
+      works = works && !hides_all<T>(p.block_mask, smem.unit, tiles);
+    }
     if (kGeneral && first_key + T::kKeys > smem.unit.seq_k) at.copy_values.issue_ragged(smem.unit.seq_k - first_key);
     else at.copy_values.issue(true, a.passes);
     ptx::cp_async_commit();
@@ -109,9 +128,10 @@ __device__ __forceinline__ void run_tile(const Args& a) {
       multiply_keys<T>(s, q, at.q, at.k);
       if constexpr (kGeneral) {
         const Unit& u = smem.unit;
-        if (a.is_general) modify<T>(s, p, u, first_key), scale = 1.0f;
+        if (a.modifies) modify<T>(s, p, u, first_key), scale = 1.0f;
         const bool low = first_key < (mine.all.begin), high = mine.all.end < first_key + T::kKeys;
         if (low || high) mask<T>(s, p, u, first_key, low, high);
+        if (tiles[0] != kWhole || tiles[1] != kWhole) mask_block<T>(s, p.block_mask, u, first_key, tiles);
       }
     }
 
@@ -120,30 +140,35 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     if constexpr (kGeneral) nonfinite = __syncthreads_or(at.copy_values.template has_nonfinite<Element>());
     else __syncthreads();
     // B2: every warp sees v[block], and has read k[block]
-    at.copy_keys.issue(block > first_block, a.passes);
+    if constexpr (kGeneral)
+      BlockCopy<T, false>(p.k, a, smem.unit, p.head_dim, copy_to, below).issue(below >= smem.first_block, a.passes);
+    else at.copy_keys.issue(block > smem.first_block, a.passes);
     ptx::cp_async_commit();
-    if (works) softmax<T>(w, s, scale);
+    if (works) {
+      softmax<T>(w, s, scale);
+      if (kGeneral && p.dropout_threshold != 0) drop<T>(s, kept);
+    }
     if (kGeneral && nonfinite) {
-      if (works) add_nonfinite<T>(w, &smem.kv[1][0][0], p, smem.unit, first_key);
+      if (works) add_nonfinite<T>(w, &smem.kv[1][0][0], p, smem.unit, first_key, tiles);
       __syncthreads();  // every warp has read what is not finite
       at.copy_values.template zero_nonfinite<Element>();
       __syncthreads();  // every warp sees zeros in its place
     }
     if (works) add_product<T, 0>(w.o, s, at.v);  // o += p v
-    --block;
+    block = kGeneral ? below : block - 1;
   };
 
-  const int plain_begin = smem.plain.begin;
-  int plain_end = smem.plain.end;  // 0 when they are done
-  while (block >= first_block) {
-    Addresses<T> at = addresses();
-    if (block < plain_end) {
+  const auto is_plain = [&] { return smem.plain.begin <= block && block < smem.plain.end; };
+  while (block >= smem.first_block) {
+    if (is_plain()) {
+      Addresses<T> at = addresses();
       do step.template operator()<false>(at);
-      while (block >= plain_begin);
-      plain_end = 0;
+      while (block >= smem.plain.begin);
     } else {
-      do step.template operator()<true>(at);
-      while (block >= max(first_block, plain_end));
+      do {
+        Addresses<T> at = addresses();
+        step.template operator()<true>(at);
+      } while (block >= smem.first_block && !is_plain());
     }
   }
   store_results<T>(w, smem, a, smem.unit);
@@ -165,7 +190,7 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
   if (!is_split(u.num_rows, u.seq_k) || row >= u.num_rows) return;
   const int num_chunks = (u.seq_k + kSplitKeys - 1) / kSplitKeys;
   const int64_t first_slot = a.partials.first_slot(blockIdx.z, p.cu_seqlens_k != nullptr, u.k_start);
-  const int64_t first = a.partials.index(first_slot, row, blockIdx.y, p.kv_heads), step = a.partials.rows * p.kv_heads;
+  const int64_t first = a.partials.index(first_slot, row, blockIdx.y), step = a.partials.rows * a.partials.heads;
   const float *const lse = a.partials.lse + first, *const o_of_chunks = a.partials.o + first * p.v_head_dim;
   float largest = -INFINITY;
   for (int chunk = 0; chunk < num_chunks; ++chunk) largest = fmaxf(largest, lse[chunk * step]);
@@ -191,19 +216,24 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
 template <class T>
 void launch_with(Args a, int64_t units, cudaStream_t stream) {
   a.passes.back = -T::kKeys / T::kPassRows;
-  launch("attention_forward", attention_forward_kernel<T>, dim3(units, a.p.kv_heads, a.p.batch), T::kThreads,
+  launch("attention_forward", attention_forward_kernel<T>, dim3(units, a.partials.heads, a.p.batch), T::kThreads,
          sizeof(Smem<T>), stream, a);
 }
 
 }  // namespace
 
 AttentionPartials attention_partials(const AttentionForwardParams& p) {
-  const int64_t max_rows = p.seq_q * (p.heads / p.kv_heads);
+  const int64_t max_rows = p.seq_q * heads_of_tile(p);
   // Packed sequences may be shorter than the longest, in any way.
   const bool may_split = p.cu_seqlens_q != nullptr ? p.seq_k > kSplitKeys : is_split(max_rows, p.seq_k);
   const int64_t max_chunks = may_split ? (p.seq_k + kSplitKeys - 1) / kSplitKeys : 0;
   const int64_t num_slots = p.cu_seqlens_q != nullptr ? p.total_k / kSplitKeys + p.batch : p.batch * max_chunks;
-  return {nullptr, nullptr, std::min<int64_t>(max_rows, kSplitRows), max_chunks, may_split ? num_slots : 0};
+  return {nullptr,
+          nullptr,
+          std::min<int64_t>(max_rows, kSplitRows),
+          max_chunks,
+          may_split ? num_slots : 0,
+          p.heads / heads_of_tile(p)};
 }
 
 void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t stream) {
@@ -212,14 +242,18 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
          partials,
          static_cast<float>(call.p.softmax_scale * kLog2E),
          false,
-         Divisor(static_cast<int32_t>(call.p.heads / call.p.kv_heads)),
+         false,
+         Divisor(static_cast<int32_t>(heads_of_tile(call.p))),
+         Divisor(static_cast<int32_t>(partials.heads / call.p.kv_heads)),
          {}};
   AttentionForwardParams& p = a.p;
-  check_launch("attention_forward", p, "kv_heads", p.kv_heads, {&p.q, &p.k, &p.v, &p.o});
-  a.is_general = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
+  check_launch("attention_forward", p, partials.heads == p.kv_heads ? "kv_heads" : "heads", partials.heads,
+               {&p.q, &p.k, &p.v, &p.o});
+  a.modifies = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
+  a.is_general = a.modifies || p.dropout_threshold != 0 || p.block_mask.block != 0;
 
   const int smem_bytes = max_smem_bytes("attention_forward");
-  const int64_t max_rows = p.seq_q * (p.heads / p.kv_heads), dim = std::max(p.head_dim, p.v_head_dim);
+  const int64_t max_rows = p.seq_q * heads_of_tile(p), dim = std::max(p.head_dim, p.v_head_dim);
   dispatch_half(p.dtype, [&]<class Element>() {
     auto with = [&]<class T>() {
       const int64_t tiles = (max_rows + T::kRows - 1) / T::kRows;
@@ -227,13 +261,14 @@ void launch_attention_forward(const AttentionForwardCall& call, cudaStream_t str
     };
     dispatch_int<64, 96, 128, 192, 256>("dim", bucket_of(dim), [&]<int kDim>() {
       if constexpr (tile_of(99, kDim) == tile_of(163, kDim)) with.template operator()<Traits<Element, kDim, 163>>();
-      else if (smem_bytes >= 163 * 1024) with.template operator()<Traits<Element, kDim, 163>>();
+      else if (smem_bytes >= 163 * 1024 && (p.block_mask.block == 0 || takes_block_mask(tile_of(163, kDim))))
+        with.template operator()<Traits<Element, kDim, 163>>();
       else with.template operator()<Traits<Element, kDim, 99>>();
     });
     if (partials.max_chunks == 0) return;
     const int64_t rows = std::min<int64_t>(max_rows, kSplitRows);
-    launch("attention_merge_chunks", attention_merge_chunks_kernel<Element>, dim3((rows + 3) / 4, p.kv_heads, p.batch),
-           128, 0, stream, a);
+    launch("attention_merge_chunks", attention_merge_chunks_kernel<Element>,
+           dim3((rows + 3) / 4, partials.heads, p.batch), 128, 0, stream, a);
   });
 }
 

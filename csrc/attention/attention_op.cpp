@@ -42,7 +42,7 @@ Tensor readable(const Tensor& t) {
 void execute(const AttentionForwardParams& p, [[maybe_unused]] const Tensor& q) {
 #ifdef FM_CUDA
   AttentionPartials partials = attention_partials(p);
-  const int64_t rows = partials.num_slots * partials.rows * p.kv_heads;
+  const int64_t rows = partials.num_slots * partials.rows * partials.heads;
   Tensor o = torch::stable::new_empty(q, {rows, p.v_head_dim}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(q, {rows}, ScalarType::Float);
   partials.o = static_cast<float*>(data_of(o));
@@ -130,9 +130,6 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   FM_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be at least 0 and less than 1, got ", dropout_p);
   p.dropout_threshold = static_cast<uint32_t>(std::fmin(std::floor(dropout_p * 65536.0 + 0.5), 65535.0));
   FM_CHECK(dropout_p == 0.0 || dropout_rng.has_value(), "dropout_rng must be given where dropout_p is not 0");
-#ifdef FM_CUDA
-  FM_CHECK(p.dropout_threshold == 0, "the CUDA kernels have no dropout yet: dropout_p must be 0, got ", dropout_p);
-#endif
   if (dropout_rng.has_value()) {
     p.dropout_rng =
         static_cast<const int64_t*>(checked_vector("dropout_rng", *dropout_rng, q, ScalarType::Long, "int64", 2));
@@ -155,15 +152,17 @@ void set_bias(AttentionForwardParams& p, const Tensor& bias, const Tensor& q) {
   }
 }
 
-#ifndef FM_CUDA
-// A list of blocks whose values keep every read within the tensors: offsets that partition the indices, indices that
-// ascend below `limit`, tiles that exist.
-BlockList checked_block_list(const char* line_name, const Tensor& offsets, const Tensor& indices,
-                             const Tensor& tile_idx, int64_t limit, int64_t num_tiles) {
+// A list of blocks. On the CPU its values are checked, so that every read stays within the tensors: offsets that partition
+// the indices, indices that ascend below `limit`, tiles that exist. On CUDA the kernels keep within them.
+BlockList checked_block_list([[maybe_unused]] const char* line_name, const Tensor& offsets, const Tensor& indices,
+                             const Tensor& tile_idx, [[maybe_unused]] int64_t limit,
+                             [[maybe_unused]] int64_t num_tiles) {
   const BlockList list{static_cast<const int32_t*>(data_of(offsets)), static_cast<const int32_t*>(data_of(indices)),
-                       static_cast<const int32_t*>(data_of(tile_idx)), offsets.size(2) - 1};
-  const int64_t num_heads = offsets.size(0) * offsets.size(1), num_listed = indices.size(0);
+                       static_cast<const int32_t*>(data_of(tile_idx)), offsets.size(2) - 1, indices.size(0)};
+  const int64_t num_listed = list.num_listed;
   check_size("block_mask: tile_idx", tile_idx, 0, num_listed);
+#ifndef FM_CUDA
+  const int64_t num_heads = offsets.size(0) * offsets.size(1);
   int64_t end = 0;  // of what the lines before hold
   for (int64_t i = 0; i < num_heads * (list.num_lines + 1); ++i) {
     const int32_t offset = list.offsets[i];
@@ -183,16 +182,12 @@ BlockList checked_block_list(const char* line_name, const Tensor& offsets, const
   }
   FM_CHECK(end == num_listed, "block_mask: ", line_name, "_offsets must end with the ", num_listed,
            " listed blocks, got ", end);
+#endif
   return list;
 }
-#endif
 
 // The tensors of fmkernels.BlockMask in its order; sizes are those of the batch.
-void set_block_mask([[maybe_unused]] AttentionForwardParams& p, [[maybe_unused]] const std::vector<Tensor>& mask,
-                    [[maybe_unused]] const Tensor& q) {
-#ifdef FM_CUDA
-  fail("block_mask has no CUDA kernel yet");
-#else
+void set_block_mask(AttentionForwardParams& p, const std::vector<Tensor>& mask, const Tensor& q) {
   FM_CHECK(mask.size() == 7, "block_mask must be 7 tensors, got ", mask.size());
   constexpr const char* kNames[] = {"row_offsets", "column_indices",      "tile_idx", "column_offsets",
                                     "row_indices", "transposed_tile_idx", "tiles"};
@@ -223,7 +218,7 @@ void set_block_mask([[maybe_unused]] AttentionForwardParams& p, [[maybe_unused]]
   m.rows = checked_block_list("row", rows, mask[1], mask[2], column_blocks, tiles.size(0));
   m.columns = checked_block_list("column", columns, mask[4], mask[5], row_blocks, tiles.size(0));
   m.tiles = static_cast<const uint32_t*>(data_of(tiles));
-#endif
+  m.num_tiles = tiles.size(0);
 }
 
 // Parameters of attention over a rectangular batch.

@@ -2,6 +2,7 @@
 // What attention_forward.cu does to scores in masked or modified blocks, and its results. Included by it alone.
 #pragma once
 
+#include "attention_dropout_cuda.h"
 #include "attention_warp_cuda.h"
 
 namespace fmkernels {
@@ -104,19 +105,98 @@ __device__ __forceinline__ void mask(Scores<T>& s, const AttentionForwardParams&
   }
 }
 
+// The word of the block mask that a row has for 32 keys of a block from `key` on; `tiles`: what the lines from `first_line`
+// on see of the block.
+__device__ __forceinline__ uint32_t word_of_row(const BlockMaskView& m, const int (&tiles)[kLines], int first_line,
+                                                int query, int key) {
+  return word_of(m, block_of(m, query) == first_line ? tiles[0] : tiles[1], query, key);
+}
+
+// Whether the block mask hides the block from all rows of the warp.
+template <class T>
+__device__ __forceinline__ bool hides_all(const BlockMaskView& m, const Unit& u, const int (&tiles)[kLines]) {
+  const int first = u.row_begin + static_cast<int>(threadIdx.x) / kWarp * T::kWarpRows;
+  const int last = min(first + T::kWarpRows, u.num_rows) - 1, line = first_line_of(m, u);
+  return (tiles[0] == kHidden || block_of(m, query_of(u, first)) != line) &&
+         (tiles[1] == kHidden || block_of(m, query_of(u, last)) == line);
+}
+
+// Hides what the block mask hides.
+template <class T>
+__device__ __forceinline__ void mask_block(Scores<T>& s, const BlockMaskView& m, const Unit& u, int first_key,
+                                           const int (&tiles)[kLines]) {
+  const int first_line = first_line_of(m, u);
+#pragma unroll
+  for (int tile = 0; tile < T::kRowTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query = query_of(u, min(row_of<T>(u, tile, half), u.num_rows - 1));
+#pragma unroll
+      for (int word = 0; word < T::kKeys / 32; ++word) {
+        const uint32_t shown = word_of_row(m, tiles, first_line, query, first_key + word * 32) >> (threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if ((shown >> (i / 2 * 8 + i % 2) & 1) == 0) s[tile][word * 4 + i / 2][2 * half + i % 2] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// Which keys of a block the lane's rows keep: bit 16 * (2 * m + half) + 2 * n + e.
+template <class T>
+__device__ __forceinline__ uint64_t kept_of_block(const AttentionForwardParams& p, const Unit& u, int first_key) {
+  constexpr int kCalls = (T::kKeys + 16) / kDropoutGroup;  // a block may begin in the middle of a group
+  const int first_row = row_of<T>(u, 0, 0);
+  uint64_t kept = 0;
+#pragma unroll 1
+  for (int i = T::kRowTiles * 2 - 1; i >= 0; --i) {
+    const int row = first_row + 8 * i;
+    uint32_t of_row = 0;
+#pragma unroll 1
+    for (int call = kCalls - 1; call >= 0; --call)
+      of_row = of_row << kCallBits | kept_of_call(p, blockIdx.z, head_of(u, row), query_of(u, row),
+                                                  first_key / kDropoutGroup + call, threadIdx.x % 4);
+    kept = kept << 16 | (of_row >> (first_key % kDropoutGroup / 8 * 2) & 0xffff);
+  }
+  return kept;
+}
+
+// The weights of dropped keys become 0.
+template <class T>
+__device__ __forceinline__ void drop(Scores<T>& s, uint64_t kept) {
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < T::kKeyTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((kept >> (16 * (2 * m + i / 2) + 2 * n + i % 2) & 1) == 0) s[m][n][i] = 0.0f;
+      }
+    }
+  }
+}
+
 // o += v for the values of a block that are not finite, in the rows that see them. A product with the weight 0 of a
 // hidden key would be NaN, so these values go this way and are zeros in the product.
 template <class T>
 __device__ __forceinline__ void add_nonfinite(WarpState<T>& w, const typename T::Element* values,
-                                              const AttentionForwardParams& p, const Unit& u, int first_key) {
+                                              const AttentionForwardParams& p, const Unit& u, int first_key,
+                                              const int (&tiles)[kLines]) {
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Range keys = visible_keys(p, u, query_of(u, row_of<T>(u, m, half)));
+      const int query = query_of(u, min(row_of<T>(u, m, half), u.num_rows - 1));
+      const Range keys = visible_keys(p, u, query);
       const int end = min(keys.end - first_key, T::kKeys);
 #pragma unroll 1
       for (int key = max(keys.begin - first_key, 0); key < end; ++key) {
+        if (T::kTakesBlockMask && p.block_mask.block != 0) {
+          const uint32_t word =
+              word_of_row(p.block_mask, tiles, first_line_of(p.block_mask, u), query, (first_key + key) / 32 * 32);
+          if ((word >> (first_key + key) % 32 & 1) == 0) continue;
+        }
 #pragma unroll
         for (int n = 0; n < T::kColumnTiles; ++n) {
 #pragma unroll
@@ -155,6 +235,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
   using Element = typename T::Element;
   const AttentionForwardParams& p = a.p;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const float scale = dropout_scale(p);
   const int64_t slot = a.partials.first_slot(blockIdx.z, p.cu_seqlens_k != nullptr, u.k_start) + u.chunk;
   const uint32_t first_o =
       ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(lane / 4, 0) + lane % 4 * 4;
@@ -165,10 +246,11 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
       const int row = row_of<T>(u, m, half);
       const float sum = quad_sum(w.sum[m][half]), largest = sum == 0.0f ? -INFINITY : -w.shift[m][half];
       const int64_t head = head_of(u, row);
-      const int64_t partial = u.chunk < 0 ? 0 : a.partials.index(slot, row, blockIdx.y, p.kv_heads);
+      const int64_t partial = u.chunk < 0 ? 0 : a.partials.index(slot, row, blockIdx.y);
       const bool exists = row < u.num_rows;
       Total total{0.0f, -INFINITY};
       if (exists) total = total_of(largest, sum, u.chunk < 0 ? p.sinks : nullptr, head);
+      const float factor = total.factor * scale;
       if (exists && lane % 4 == 0) {
         float* lse = u.chunk >= 0 ? a.partials.lse + partial
                                   : p.lse + blockIdx.z * p.lse_batch_stride + head * p.lse_head_stride + u.q_start +
@@ -177,7 +259,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
       }
 #pragma unroll
       for (int n = 0; n < T::kColumnTiles; ++n) {
-        const float x = w.o[m][n][2 * half] * total.factor, y = w.o[m][n][2 * half + 1] * total.factor;
+        const float x = w.o[m][n][2 * half] * factor, y = w.o[m][n][2 * half + 1] * factor;
         if (u.chunk < 0) {
           const uint32_t at = in_tile<T>(first_o, m, half, n);
           *static_cast<uint32_t*>(__cvta_shared_to_generic(at)) = ptx::pack<Element>(x, y);

@@ -4,6 +4,7 @@
 
 #include "../common/divisor.h"
 #include "attention_fragments_cuda.h"
+#include "attention_mask_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -31,13 +32,17 @@ constexpr Tile tile_of(int smem_kib, int dim) {
   }
 }
 
+// Whether blocks of a mask, of 64 or 128 keys, are whole blocks of keys: else a call with a mask takes the tile for 99 KiB.
+constexpr bool takes_block_mask(Tile tile) { return kSmallestMaskBlock % tile.keys == 0; }
+
 // Whether a kernel with this tile is launched on what is being compiled for. Code for sm_80 runs on sm_86 and 89 too, and
 // PTX for any architecture on all later ones; only code for an "a" architecture runs there alone.
 template <int kSmemKiB, int kDim>
 __device__ constexpr bool is_launched() {
 #if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool is_small = __CUDA_ARCH__ >= 1200;
-  return tile_of(99, kDim) == tile_of(163, kDim) || is_small == (kSmemKiB == 99);
+  return tile_of(99, kDim) == tile_of(163, kDim) || is_small == (kSmemKiB == 99) ||
+         (kSmemKiB == 99 && !takes_block_mask(tile_of(163, kDim)));
 #else
   return true;
 #endif
@@ -61,6 +66,7 @@ struct Traits {
   static constexpr int kBlocksPerSm = kThreads == 128 ? 2 : 1;
   static constexpr bool kKeepsQ = kDim == 64;        // fragments of q stay in registers
   static constexpr bool kKeepsColumns = kDim == 64;  // as do the addresses of all column steps of the keys
+  static constexpr bool kTakesBlockMask = takes_block_mask(kTile);
 
   static_assert(kWarpRows % 16 == 0 && kKeys % 16 == 0 && kDim % 32 == 0, "whole fragments");
   static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0, "whole passes of a load");
@@ -80,8 +86,10 @@ struct Args {
   AttentionForwardParams p;
   AttentionPartials partials;
   float scale_log2;  // of products, where nothing else modifies them
+  bool modifies;     // scores, beyond their scale
   bool is_general;   // every block goes through the loop that modifies and masks
-  Divisor group;     // query heads of a kv head
+  Divisor group;     // query heads whose rows share a tile
+  Divisor tiles;     // of a kv head that share a query: 1, or as many as it has query heads
   Passes passes;
 };
 
@@ -89,7 +97,7 @@ struct Args {
 
 // One sequence of the batch, and the unit of this block.
 struct Unit {
-  Divisor group;  // query heads of a kv head
+  Divisor group;  // query heads whose rows share a tile
   int q_start, k_start, seq_q, seq_k, num_rows;
   int row_begin, chunk;  // chunk: -1 where the keys are not split
   bool exists;
@@ -111,11 +119,13 @@ __device__ __forceinline__ Unit unit_of(const Args& a, int tile_rows) {
   return u;
 }
 
-// The query and the head of a row.
+// The query, the head of a row, and the kv head of all of them.
 __device__ __forceinline__ int query_of(const Unit& u, int row) { return row / u.group; }
 __device__ __forceinline__ int64_t head_of(const Unit& u, int row) {
   return static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
 }
+
+__device__ __forceinline__ int kv_head_of(const Args& a) { return static_cast<int>(blockIdx.y) / a.tiles; }
 
 // For rows [begin, end): keys that any of them sees, and keys that all of them see.
 struct RowsVisible {
@@ -166,14 +176,23 @@ class RowsOfWarp {
   typename T::Element* mine_;
 };
 
+// The blocks of keys that a tile visits, and the block of the mask, its first line, that its first query lies in.
+template <class T>
+using KeyWalk = BlockWalk<T::kKeys, -1>;
+__device__ __forceinline__ int first_line_of(const BlockMaskView& m, const Unit& u) {
+  return block_of(m, query_of(u, u.row_begin));
+}
+
 template <class T>
 struct Smem {
   typename T::Element q[T::kRows][T::kDim];      // [row, column], swizzled; then o
   typename T::Element kv[2][T::kKeys][T::kDim];  // [keys or values, key, column], swizzled
   // What only masks and results ask for: kept here, because the products leave no register for it.
   Unit unit;
+  int first_block;
   Range plain;  // blocks that every row of the tile sees whole, where nothing else modifies scores; end 0: none
   RowsVisible visible[T::kWarps];
+  KeyWalk<T> walks[T::kWarps];
 };
 
 }  // namespace

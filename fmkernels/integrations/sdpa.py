@@ -74,9 +74,9 @@ def scaled_dot_product_attention(
     Returns:
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
-    Differentiable once, in the mask too. Calls that the kernels do not serve (float64, float32 and dropout on CUDA,
-    head sizes off the multiples of 8, other ranks, a scale that is not finite, functional differentiation, ...) go to
-    torch, and the logger "fmkernels" says so once for each reason.
+    Differentiable once, in the mask too. Calls that the kernels do not serve (float64, float32 on CUDA, head sizes off
+    the multiples of 8, other ranks, a scale that is not finite, functional differentiation, ...) go to torch, and the
+    logger "fmkernels" says so once for each reason.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
@@ -134,8 +134,6 @@ def _unsupported(
         return f"a device without a kernel, {query.device.type}"
     if isinstance(dropout_p, bool) or not (isinstance(dropout_p, _NUMBERS) and 0 <= dropout_p < 1):
         return "a dropout_p that is no number of [0, 1)"
-    if dropout_p > 0 and query.device.type == "cuda":
-        return "dropout on CUDA"
     if not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
     ):

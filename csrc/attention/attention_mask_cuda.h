@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// The block mask on CUDA: which blocks of what is streamed a tile visits. Its values are on the device, where nobody has
+// checked them: whatever they are, places stay within the lists, tiles within the tiles, and a walk ends.
+//
+// A tile owns rows of at most two blocks of the mask, its lines; a streamed block lies in one block of the mask.
+#pragma once
+
+#include "attention_fragments_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kWhole = -1;   // tile_idx of a block that is visible as a whole
+constexpr int kHidden = -2;  // of one that is not listed
+constexpr int kLines = 2;
+constexpr int kSmallestMaskBlock = 64;
+
+// ---- lists ----------------------------------------------------------------------------------------------------------
+
+struct Line {
+  int begin, end;  // places in a list
+};
+
+__device__ __forceinline__ Line line_of(const BlockMaskView& m, const BlockList& list, int batch, int64_t head,
+                                        int line) {
+  if (line >= list.num_lines) return {0, 0};
+  const int64_t of_head = (m.batch == 1 ? 0 : batch * m.heads) + (m.heads == 1 ? 0 : head);
+  const int32_t* offsets = list.offsets + of_head * (list.num_lines + 1) + line;
+  const int end = clamp(offsets[1], 0, static_cast<int>(list.num_listed));
+  return {clamp(offsets[0], 0, end), end};
+}
+
+// The first place whose index is `index` or more.
+__device__ __forceinline__ int find_from(const BlockList& list, Line line, int index) {
+  while (line.begin < line.end) {
+    const int middle = line.begin + (line.end - line.begin) / 2;
+    if (list.indices[middle] < index) line.begin = middle + 1;
+    else line.end = middle;
+  }
+  return line.begin;
+}
+
+// The block of the mask, of 64 or of 128, that a position lies in.
+__device__ __forceinline__ int block_of(const BlockMaskView& m, int position) {
+  return position >> (m.block == kSmallestMaskBlock ? 6 : 7);
+}
+
+// What is seen of the block at a place: a tile, kWhole or kHidden.
+__device__ __forceinline__ int tile_at(const BlockMaskView& m, const BlockList& list, int place) {
+  const int tile = list.tile_idx[place];
+  return tile < kWhole || tile >= m.num_tiles ? kHidden : tile;
+}
+
+// What a line sees of the block that `position` lies in.
+__device__ __forceinline__ int tile_of_block(const BlockMaskView& m, const BlockList& list, Line line, int position) {
+  const int place = find_from(list, line, block_of(m, position));
+  return place < line.end && list.indices[place] == block_of(m, position) ? tile_at(m, list, place) : kHidden;
+}
+
+// Which of the 32 keys from `key` on, a multiple of 32, a query sees where its block sees `tile` of theirs.
+__device__ __forceinline__ uint32_t word_of(const BlockMaskView& m, int tile, int query, int key) {
+  if (tile < 0) return tile == kWhole ? ~0u : 0;
+  const int block = static_cast<int>(m.block);
+  return m.tiles[(static_cast<int64_t>(tile) * block + query % block) * (block / 32) + key % block / 32];
+}
+
+// ---- walks ----------------------------------------------------------------------------------------------------------
+
+// The streamed blocks that a tile visits, up (kStep 1) or down (-1), and what its lines see of each. In shared memory, one
+// for each warp, whose lanes call together. After the last block comes `past`.
+template <int kStreamed, int kStep>
+class BlockWalk {
+ public:
+  struct Visit {
+    int block, tiles[kLines];
+  };
+
+  // The visit at hand, and the one after it.
+  __device__ __forceinline__ const Visit& now() const { return visits_[0]; }
+  __device__ __forceinline__ const Visit& next() const { return visits_[1]; }
+
+  // To the first visit from block `from` on; the first line is that of position `first_owned`. No lane reads the walk
+  // before any more.
+  __device__ __forceinline__ void begin(const BlockMaskView& m, const BlockList& list, int batch, int64_t head,
+                                        int first_owned, int from, int past) {
+    if (threadIdx.x % kWarp == 0) {
+      past_ = past;
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        Line line = line_of(m, list, batch, head, block_of(m, first_owned) + i);
+        if (kStep > 0) line.begin = find_from(list, line, block_of(m, from * kStreamed));
+        else line.end = find_from(list, line, block_of(m, from * kStreamed) + 1);
+        lines_[i] = line;
+      }
+      visits_[0] = find(m, list, from);
+      visits_[1] = find(m, list, visits_[0].block + kStep);
+    }
+    __syncwarp();  // every lane sees the visits
+  }
+  __device__ __noinline__ void advance(const BlockMaskView& m, const BlockList& list) {
+    __syncwarp();  // every lane has read the visits
+    if (threadIdx.x % kWarp == 0) {
+      visits_[0] = visits_[1];
+      visits_[1] = find(m, list, visits_[0].block + kStep);
+    }
+    __syncwarp();  // every lane sees the visits
+  }
+
+ private:
+  // The first visit from block `from` on.
+  __device__ __forceinline__ Visit find(const BlockMaskView& m, const BlockList& list, int from) {
+    const Visit none{past_, {kHidden, kHidden}};
+    if (kStep * (past_ - from) <= 0) return none;
+    constexpr int kNone = 1 << 30, kFarthest = 1 << 24;  // a block of the mask beyond all that a tensor has
+    const int first = block_of(m, from * kStreamed);
+    int distances[kLines], tiles[kLines];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      Line line = lines_[i];
+      // Of a line at most the block that was visited last is behind.
+      if (line.begin < line.end) {
+        const bool is_behind = kStep * (list.indices[kStep > 0 ? line.begin : line.end - 1] - first) < 0;
+        if (kStep > 0) line.begin += is_behind;
+        else line.end -= is_behind;
+      }
+      lines_[i] = line;
+      distances[i] = kNone;
+      tiles[i] = kHidden;
+      if (line.begin >= line.end) continue;
+      const int place = kStep > 0 ? line.begin : line.end - 1;
+      distances[i] = kStep * (clamp(list.indices[place], -1, kFarthest) - first);
+      tiles[i] = tile_at(m, list, place);
+    }
+    const int distance = min(distances[0], distances[1]);
+    if (distance == kNone) return none;
+    // Of the block of the mask, the streamed block that comes first.
+    const int in_block = static_cast<int>(m.block) / kStreamed, begin = (first + kStep * distance) * in_block;
+    Visit visit{kStep > 0 ? max(from, begin) : min(from, begin + in_block - 1), {kHidden, kHidden}};
+    if (kStep * (past_ - visit.block) <= 0) return none;
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      if (distances[i] == distance) visit.tiles[i] = tiles[i];
+    }
+    return visit;
+  }
+
+  int past_;
+  Line lines_[kLines];  // what is ahead of the next visit, and its own block
+  Visit visits_[2];
+};
+
+}  // namespace
+}  // namespace fmkernels
