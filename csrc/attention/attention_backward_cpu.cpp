@@ -290,21 +290,18 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
     }
   }
   // dk += ds^T q, dv += p^T do. Without a block mask the rows that see a key follow each other.
-  auto rows_that_see = [&](int64_t key) {
+  auto rows_that_see = [&](Range keys) {
     Range rows{kBackwardRows, 0};
     for (int r = 0; r < kBackwardRows; ++r) {
-      if (visible[r].begin <= key && key < visible[r].end) rows = {min(rows.begin, r), r + 1};
+      if (visible[r].begin < keys.end && keys.begin < visible[r].end) rows = {min(rows.begin, r), r + 1};
     }
     return rows;
   };
   const bool rows_finite = scratch.finite[tile / kBackwardRows];
   const float *q = scratch.q_rows + tile * shape.columns, *d_o = scratch.d_o_rows + tile * shape.v_columns;
   for (int64_t key = all.begin / kStrip * kStrip; key < all.end; key += kStrip) {
-    Range of_key[kStrip], rows{kBackwardRows, 0};
-    for (int i = 0; i < kStrip; ++i) {
-      of_key[i] = rows_that_see(key + i);
-      rows = {min(rows.begin, of_key[i].begin), max(rows.end, of_key[i].end)};
-    }
+    const Range rows = rows_that_see({key, key + kStrip});
+    if (rows.begin >= rows.end) continue;
     auto add = [&](const float* weights, const float* packed, float* acc, int64_t columns) {
       for (int64_t c = 0; c < columns; c += kPanel) {
         const float* panel = packed + c * kBackwardRows;
@@ -315,14 +312,14 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
         }
         for (int i = 0; i < kStrip; ++i) {
           auto add_row = [&](auto seen_by) {
-            add_product<1, true>(weights + key + i, panel, of_key[i], out + i * columns, 0, seen_by);
+            add_product<1, true>(weights + key + i, panel, rows_that_see({key + i, key + i + 1}), out + i * columns, 0,
+                                 seen_by);
           };
           if (p.block_mask.block != 0) add_row([&](int64_t r) { return seen[r](key + i); });
           else add_row(Everything{});
         }
       }
     };
-    if (rows.begin >= rows.end) continue;
     add(scratch.ds, q, scratch.dk, shape.columns);
     add(scratch.p, d_o, scratch.dv, shape.v_columns);
   }
