@@ -213,9 +213,20 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
   const Range all = hull(strips, kBackwardRows / kStrip);
   if (all.begin >= all.end) return;
 
+  BiasRows<kBackwardRows> bias(p, s, first_row + tile, block);
+  float* d_bias[kBackwardRows];
+  for (int r = 0; b.d_bias != nullptr && r < kBackwardRows; ++r) {
+    d_bias[r] = b.d_bias + s.batch * b.d_bias_stride[0] + s.head(first_row + tile + r) * b.d_bias_stride[1] +
+                s.query(first_row + tile + r) * b.d_bias_stride[2] + block * b.d_bias_stride[3];
+  }
+
   for (int64_t key = all.begin / kPanel * kPanel; key < all.end; key += kPanel) {
     for (int strip = 0; strip < kBackwardRows / kStrip; ++strip) {
       if (strips[strip].begin >= key + kPanel || strips[strip].end <= key) continue;
+      bias.prefetch(strip * kStrip, kStrip, key);
+      for (int r = strip * kStrip; b.d_bias != nullptr && r < (strip + 1) * kStrip; ++r) {
+        __builtin_prefetch(d_bias[r] + key * b.d_bias_stride[3], 1, 2);
+      }
       const int64_t row = tile + strip * kStrip, at = strip * kStrip * kBlockK + key;
       score_tile<false>(scratch.q + row * p.head_dim, scratch.k + key * p.head_dim, p.head_dim, scratch.p + at);
       score_tile<false>(scratch.d_o + row * p.v_head_dim, scratch.v + key * p.v_head_dim, p.v_head_dim,
@@ -254,14 +265,12 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
       hide(gradients, seen[r], visible[r], 0.0f);
     }
     if (count > 0 && b.d_bias != nullptr) {
-      float* bias = b.d_bias + s.batch * b.d_bias_stride[0] + s.head(first_row + tile + r) * b.d_bias_stride[1] +
-                    s.query(first_row + tile + r) * b.d_bias_stride[2] + block * b.d_bias_stride[3];
       if (b.d_bias_stride[3] == 0) {
         VecF sum{};  // hidden pairs are zeros
         for (int j = 0; j < kBackwardKeys; j += kLanes) sum += load(gradients + j);
-        *bias += horizontal_sum(sum);
+        *d_bias[r] += horizontal_sum(sum);
       } else {
-        for (int64_t j = visible[r].begin; j < visible[r].end; ++j) bias[j * b.d_bias_stride[3]] += gradients[j];
+        for (int64_t j = visible[r].begin; j < visible[r].end; ++j) d_bias[r][j * b.d_bias_stride[3]] += gradients[j];
       }
     }
     if (count > 0 && p.softcap != 0.0f) {
