@@ -184,18 +184,32 @@ void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t beg
   memset(scratch.dq, 0, static_cast<size_t>(padded * shape.columns) * sizeof(float));
 }
 
+// x becomes 0 in the lanes [0, kBackwardKeys) around `visible`.
+FM_INLINE void zero_around(float* x, Range visible) {
+  const VecI lane = lane_indices();
+  auto zero = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
+      const VecI key = lane + static_cast<int32_t>(j);
+      const VecI hidden = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
+      store(x + j, hidden ? VecF{} : load(x + j));
+    }
+  };
+  zero(0, visible.begin);
+  zero(visible.end, kBackwardKeys);
+}
+
 // p and ds of one row against the keys [0, kBackwardKeys) of a block, of which it sees `visible`.
 FM_INLINE void weights_of_row(float* p, float* ds, Range visible, float lse_high, float lse_low, float delta) {
-  const VecI lane = lane_indices();
-  for (int j = 0; j < kBackwardKeys; j += kLanes) {
-    const VecI key = lane + j;
-    const VecI seen = (key >= static_cast<int32_t>(visible.begin)) & (key < static_cast<int32_t>(visible.end));
+  const int begin = static_cast<int>(visible.begin / kLanes * kLanes), end = static_cast<int>(visible.end);
+#pragma GCC unroll 2
+  for (int j = begin; j < end; j += kLanes) {
     const VecF exponent = load(p + j) - lse_high - lse_low;
     const VecF weight = exp2_nonpositive(exponent > VecF{} ? VecF{} : exponent);  // above 0 by rounding alone
-    const VecF gradient = weight * (load(ds + j) - delta);
-    store(p + j, seen ? weight : VecF{});
-    store(ds + j, seen ? gradient : VecF{});
+    store(p + j, weight);
+    store(ds + j, weight * (load(ds + j) - delta));
   }
+  zero_around(p, visible);
+  zero_around(ds, visible);
 }
 
 // One tile of rows against one block of keys.

@@ -114,10 +114,9 @@ class BiasRows {
     const int64_t element = p.bias_dtype == DType::kFloat32 ? 4 : 2;
     stride_ = p.bias_stride[3] * element;
     for (int r = 0; r < kRows; ++r) {
-      rows_[r] = static_cast<const char*>(p.bias) +
-                 (s.batch * p.bias_stride[0] + s.head(row + r) * p.bias_stride[1] +
-                  s.query(row + r) * p.bias_stride[2] + key * p.bias_stride[3]) *
-                     element;
+      rows_[r] = static_cast<const char*>(p.bias) + (s.batch * p.bias_stride[0] + s.head(row + r) * p.bias_stride[1] +
+                                                     s.query(row + r) * p.bias_stride[2] + key * p.bias_stride[3]) *
+                                                        element;
     }
     is_there_ = true;
   }
