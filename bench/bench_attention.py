@@ -306,8 +306,8 @@ def test_training(compare, device, dtype, case, causal):
     inputs = case.qkv(dtype, device)
     inputs.append(torch.randn_like(inputs[0]))
     compare(
-        "training",
-        f"{case} {'causal' if causal else 'full'}",
+        "training" if causal else "training / full",
+        str(case),
         Contender("fmkernels", trained(functools.partial(fmkernels.attention, causal=causal)), [tuple(inputs)]),
         [
             Contender(name, trained(functools.partial(peer, is_causal=causal)), [contiguous_swap(inputs)], swap_grads)
@@ -318,22 +318,31 @@ def test_training(compare, device, dtype, case, causal):
 
 
 @pytest.mark.parametrize("case", TRAINING[:2] + TRAINING[3:5], ids=str)
-def test_training_with_bias(compare, device, dtype, case):
-    """An additive bias [heads, seq, seq] that gets a gradient."""
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_training_with_bias(compare, device, dtype, case, causal):
+    """An additive bias [heads, seq, seq] that gets a gradient.
+
+    SDPA takes a bias or `is_causal`, never both: causal, it gets the sum of the bias and a mask made before the timing.
+    """
     qkv = case.qkv(dtype, device)
     grad = torch.randn_like(qkv[0])
     bias = torch.randn(1, case.heads, case.seq, case.seq, device=device).to(dtype)
+    hidden = torch.full((case.seq, case.seq), -torch.inf, dtype=dtype, device=device).triu(1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        return fmkernels.attention(q, k, v, bias=bias)
+        return fmkernels.attention(q, k, v, bias=bias, causal=causal)
+
+    def masked(attention):
+        return lambda q, k, v, bias: attention(q, k, v, bias + hidden if causal else bias)
 
     swapped = (*contiguous_swap(qkv), bias, swap(grad).contiguous())
+    peers = [Contender(n, trained(masked(f)), [swapped], swap_grads) for n, f in (("SDPA", sdpa), ("naive", naive))]
     compare(
-        "training / bias",
+        "training / bias" if causal else "training / bias, full",
         str(case),
         Contender("fmkernels", trained(attend), [(*qkv, bias, grad)]),
-        [Contender(name, trained(peer), [swapped], swap_grads) for name, peer in (("SDPA", sdpa), ("naive", naive))],
-        flops=case.flops(case.seq**2, training=True),
+        peers,
+        flops=case.flops(causal_pairs(case.seq) if causal else case.seq**2, training=True),
     )
 
 
