@@ -29,6 +29,10 @@ GOALS = {
     "half / own fp32": Goal(mean=0.8, each=0.8),
     "decode": Goal(mean=1.5, each=1.5),
     "documents / training": Goal(mean=4.0, each=4.0),
+    "training": Goal(mean=1.6, each=1.6),
+    "training / bias": Goal(mean=2.0, each=2.0),
+    "training / bias, full": Goal(mean=2.0, each=2.0),
+    "training / bf16": Goal(mean=1.5, each=1.5),
 }
 
 

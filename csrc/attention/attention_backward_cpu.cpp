@@ -184,18 +184,32 @@ void pack_chunk(const AttentionBackwardParams& b, const Sequence& s, int64_t beg
   memset(scratch.dq, 0, static_cast<size_t>(padded * shape.columns) * sizeof(float));
 }
 
+// x becomes 0 in the lanes [0, kBackwardKeys) around `visible`.
+FM_INLINE void zero_around(float* x, Range visible) {
+  const VecI lane = lane_indices();
+  auto zero = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
+      const VecI key = lane + static_cast<int32_t>(j);
+      const VecI hidden = (key >= static_cast<int32_t>(begin)) & (key < static_cast<int32_t>(end));
+      store(x + j, hidden ? VecF{} : load(x + j));
+    }
+  };
+  zero(0, visible.begin);
+  zero(visible.end, kBackwardKeys);
+}
+
 // p and ds of one row against the keys [0, kBackwardKeys) of a block, of which it sees `visible`.
 FM_INLINE void weights_of_row(float* p, float* ds, Range visible, float lse_high, float lse_low, float delta) {
-  const VecI lane = lane_indices();
-  for (int j = 0; j < kBackwardKeys; j += kLanes) {
-    const VecI key = lane + j;
-    const VecI seen = (key >= static_cast<int32_t>(visible.begin)) & (key < static_cast<int32_t>(visible.end));
+  const int begin = static_cast<int>(visible.begin / kLanes * kLanes), end = static_cast<int>(visible.end);
+#pragma GCC unroll 2
+  for (int j = begin; j < end; j += kLanes) {
     const VecF exponent = load(p + j) - lse_high - lse_low;
     const VecF weight = exp2_nonpositive(exponent > VecF{} ? VecF{} : exponent);  // above 0 by rounding alone
-    const VecF gradient = weight * (load(ds + j) - delta);
-    store(p + j, seen ? weight : VecF{});
-    store(ds + j, seen ? gradient : VecF{});
+    store(p + j, weight);
+    store(ds + j, weight * (load(ds + j) - delta));
   }
+  zero_around(p, visible);
+  zero_around(ds, visible);
 }
 
 // One tile of rows against one block of keys.
@@ -213,9 +227,20 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
   const Range all = hull(strips, kBackwardRows / kStrip);
   if (all.begin >= all.end) return;
 
+  BiasRows<kBackwardRows> bias(p, s, first_row + tile, block);
+  float* d_bias[kBackwardRows];
+  for (int r = 0; b.d_bias != nullptr && r < kBackwardRows; ++r) {
+    d_bias[r] = b.d_bias + s.batch * b.d_bias_stride[0] + s.head(first_row + tile + r) * b.d_bias_stride[1] +
+                s.query(first_row + tile + r) * b.d_bias_stride[2] + block * b.d_bias_stride[3];
+  }
+
   for (int64_t key = all.begin / kPanel * kPanel; key < all.end; key += kPanel) {
     for (int strip = 0; strip < kBackwardRows / kStrip; ++strip) {
       if (strips[strip].begin >= key + kPanel || strips[strip].end <= key) continue;
+      bias.prefetch(strip * kStrip, kStrip, key);
+      for (int r = strip * kStrip; b.d_bias != nullptr && r < (strip + 1) * kStrip; ++r) {
+        __builtin_prefetch(d_bias[r] + key * b.d_bias_stride[3], 1, 2);
+      }
       const int64_t row = tile + strip * kStrip, at = strip * kStrip * kBlockK + key;
       score_tile<false>(scratch.q + row * p.head_dim, scratch.k + key * p.head_dim, p.head_dim, scratch.p + at);
       score_tile<false>(scratch.d_o + row * p.v_head_dim, scratch.v + key * p.v_head_dim, p.v_head_dim,
@@ -254,14 +279,12 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
       hide(gradients, seen[r], visible[r], 0.0f);
     }
     if (count > 0 && b.d_bias != nullptr) {
-      float* bias = b.d_bias + s.batch * b.d_bias_stride[0] + s.head(first_row + tile + r) * b.d_bias_stride[1] +
-                    s.query(first_row + tile + r) * b.d_bias_stride[2] + block * b.d_bias_stride[3];
       if (b.d_bias_stride[3] == 0) {
         VecF sum{};  // hidden pairs are zeros
         for (int j = 0; j < kBackwardKeys; j += kLanes) sum += load(gradients + j);
-        *bias += horizontal_sum(sum);
+        *d_bias[r] += horizontal_sum(sum);
       } else {
-        for (int64_t j = visible[r].begin; j < visible[r].end; ++j) bias[j * b.d_bias_stride[3]] += gradients[j];
+        for (int64_t j = visible[r].begin; j < visible[r].end; ++j) d_bias[r][j * b.d_bias_stride[3]] += gradients[j];
       }
     }
     if (count > 0 && p.softcap != 0.0f) {
@@ -290,21 +313,18 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
     }
   }
   // dk += ds^T q, dv += p^T do. Without a block mask the rows that see a key follow each other.
-  auto rows_that_see = [&](int64_t key) {
+  auto rows_that_see = [&](Range keys) {
     Range rows{kBackwardRows, 0};
     for (int r = 0; r < kBackwardRows; ++r) {
-      if (visible[r].begin <= key && key < visible[r].end) rows = {min(rows.begin, r), r + 1};
+      if (visible[r].begin < keys.end && keys.begin < visible[r].end) rows = {min(rows.begin, r), r + 1};
     }
     return rows;
   };
   const bool rows_finite = scratch.finite[tile / kBackwardRows];
   const float *q = scratch.q_rows + tile * shape.columns, *d_o = scratch.d_o_rows + tile * shape.v_columns;
   for (int64_t key = all.begin / kStrip * kStrip; key < all.end; key += kStrip) {
-    Range of_key[kStrip], rows{kBackwardRows, 0};
-    for (int i = 0; i < kStrip; ++i) {
-      of_key[i] = rows_that_see(key + i);
-      rows = {min(rows.begin, of_key[i].begin), max(rows.end, of_key[i].end)};
-    }
+    const Range rows = rows_that_see({key, key + kStrip});
+    if (rows.begin >= rows.end) continue;
     auto add = [&](const float* weights, const float* packed, float* acc, int64_t columns) {
       for (int64_t c = 0; c < columns; c += kPanel) {
         const float* panel = packed + c * kBackwardRows;
@@ -315,14 +335,14 @@ void run_backward_tile(const AttentionBackwardParams& b, const Sequence& s, int6
         }
         for (int i = 0; i < kStrip; ++i) {
           auto add_row = [&](auto seen_by) {
-            add_product<1, true>(weights + key + i, panel, of_key[i], out + i * columns, 0, seen_by);
+            add_product<1, true>(weights + key + i, panel, rows_that_see({key + i, key + i + 1}), out + i * columns, 0,
+                                 seen_by);
           };
           if (p.block_mask.block != 0) add_row([&](int64_t r) { return seen[r](key + i); });
           else add_row(Everything{});
         }
       }
     };
-    if (rows.begin >= rows.end) continue;
     add(scratch.ds, q, scratch.dk, shape.columns);
     add(scratch.p, d_o, scratch.dv, shape.v_columns);
   }

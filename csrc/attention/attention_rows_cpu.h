@@ -71,9 +71,9 @@ bool has_modifiers(const AttentionForwardParams& p) {
 
 // x in log2 units. What is finite stays finite: a mask may be the lowest finite number, and means its order, not -inf.
 FM_INLINE VecF to_log2(VecF x) {
-  const VecF limit = broadcast(0x1.fp127f), scaled = x * kLog2E;
-  const VecF clamped = scaled > limit ? limit : (scaled < -limit ? -limit : scaled);
-  return x - x == VecF{} ? clamped : scaled;  // infinities and NaN pass
+  const VecF limit = broadcast(0x1.5p127f);
+  const VecF floored = max(-limit, x), clamped = limit < floored ? limit : floored;
+  return clamped * kLog2E + (x - clamped) * 0x1p-60f;  // an infinity or a NaN again, and nothing of what is finite
 }
 FM_INLINE float to_log2(float x) { return to_log2(broadcast(x))[0]; }
 
@@ -104,6 +104,33 @@ FM_INLINE VecF load_bias(const B* bias, int64_t stride, int count) {
   for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? to_float(bias[i * stride]) : 0.0f;
   return load(lanes);
 }
+
+// Where the biases of kRows rows and the keys from `key` on lie, to ask memory for them before their turn.
+template <int kRows>
+class BiasRows {
+ public:
+  BiasRows(const AttentionForwardParams& p, const Sequence& s, int64_t row, int64_t key) {
+    if (p.bias == nullptr) return;
+    const int64_t element = p.bias_dtype == DType::kFloat32 ? 4 : 2;
+    stride_ = p.bias_stride[3] * element;
+    for (int r = 0; r < kRows; ++r) {
+      rows_[r] = static_cast<const char*>(p.bias) + (s.batch * p.bias_stride[0] + s.head(row + r) * p.bias_stride[1] +
+                                                     s.query(row + r) * p.bias_stride[2] + key * p.bias_stride[3]) *
+                                                        element;
+    }
+    is_there_ = true;
+  }
+
+  // An address without a meaning, of a row that only pads, is one that a prefetch may have.
+  FM_INLINE void prefetch(int row, int count, int64_t key) const {
+    for (int r = row; is_there_ && r < row + count; ++r) __builtin_prefetch(rows_[r] + key * stride_, 0, 2);
+  }
+
+ private:
+  const char* rows_[kRows];
+  int64_t stride_ = 0;
+  bool is_there_ = false;
+};
 
 // scores[j] = f(scores[j], j) for j in [0, count), a vector at a time; f gets -infinity in the lanes past `count`.
 template <class F>

@@ -309,10 +309,12 @@ void run_tile(const AttentionForwardParams& p, const Sequence& s, int64_t row_be
       const Range group_range = hull(strip_range, kGroupStrips);
       if (group_range.begin >= group_range.end) continue;
 
+      const BiasRows<kGroupRows> bias(p, s, row_begin + group, block);
       // Scores, panel by panel so that a panel of keys serves every strip from the first-level cache.
       for (int64_t key = group_range.begin / kPanel * kPanel; key < group_range.end; key += kPanel) {
         for (int strip = 0; strip < kGroupStrips; ++strip) {
           if (strip_range[strip].begin >= key + kPanel || strip_range[strip].end <= key) continue;
+          bias.prefetch(strip * kStrip, kStrip, key);
           const float* q = scratch.q + (group + strip * kStrip) * p.head_dim;
           const float* panel = keys + key * p.head_dim;
           float* scores = scratch.scores + strip * kStrip * kBlockK + key;
