@@ -149,19 +149,21 @@ _EVERYTHING = Case("doctor", causal=True, window=(40, -1), softcap=20.0, alibi="
 _PACKED = Case("doctor", seqlens=((1, 70), (0, 3), (33, 33)), causal=True)
 
 
-def _inputs(case: Case, backend: Backend) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return replace(case, dtype=backend.attention_dtypes[0]).inputs(backend.device)
+def _inputs(case: Case, backend: Backend) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """In float32 and, on a GPU, in a dtype whose products are others."""
+    dtypes = dict.fromkeys((backend.attention_dtypes[0], torch.float32))
+    return [replace(case, dtype=dtype).inputs(backend.device) for dtype in dtypes]
 
 
 def _test_attention(backend: Backend) -> None:
-    args, kwargs = _inputs(_EVERYTHING, backend)
-    assert_attention(backend, attention(*args, **kwargs, return_lse=True), reference.attention, *args, **kwargs)
+    for args, kwargs in _inputs(_EVERYTHING, backend):
+        assert_attention(backend, attention(*args, **kwargs, return_lse=True), reference.attention, *args, **kwargs)
 
 
 def _test_attention_varlen(backend: Backend) -> None:
-    args, kwargs = _inputs(_PACKED, backend)
-    actual = attention_varlen(*args, **kwargs, return_lse=True)
-    assert_attention(backend, actual, reference.attention_varlen, *args[:5], **kwargs)
+    for args, kwargs in _inputs(_PACKED, backend):
+        actual = attention_varlen(*args, **kwargs, return_lse=True)
+        assert_attention(backend, actual, reference.attention_varlen, *args[:5], **kwargs)
 
 
 def _gradients(function: Callable[..., Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -170,14 +172,18 @@ def _gradients(function: Callable[..., Any], *tensors: torch.Tensor) -> tuple[to
     return torch.autograd.grad([result.square().sum() for result in function(*leaves)], leaves)
 
 
-def _assert_gradients(backend: Backend, function: Callable[..., Any], expected: Any, *tensors: torch.Tensor) -> None:
+def _assert_gradients(function: Callable[..., Any], expected: Any, *tensors: torch.Tensor) -> None:
     actual = _gradients(lambda *leaves: function(*leaves, return_lse=True), *tensors)
     truth = lambda *leaves: _gradients(expected, *leaves)  # noqa: E731
-    assert_as_good_as_torch(actual, truth, *tensors, computed_in=backend.attention_dtypes[0])
+    assert_as_good_as_torch(actual, truth, *tensors, computed_in=tensors[0].dtype)
 
 
 def _test_attention_backward(backend: Backend) -> None:
-    args, kwargs = _inputs(_EVERYTHING, backend)
+    for args, kwargs in _inputs(_EVERYTHING, backend):
+        _test_gradients(args, kwargs)
+
+
+def _test_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     leaves = (*args, kwargs.pop("sinks"), kwargs.pop("bias"))
     slopes = kwargs.pop("alibi_slopes")
 
@@ -187,19 +193,22 @@ def _test_attention_backward(backend: Backend) -> None:
     def expected(q: Any, k: Any, v: Any, sinks: Any, bias: Any) -> Any:
         return reference.attention(q, k, v, sinks=sinks, bias=bias, alibi_slopes=slopes.to(q.dtype), **kwargs)
 
-    _assert_gradients(backend, run, expected, *leaves)
+    _assert_gradients(run, expected, *leaves)
 
 
 def _test_attention_varlen_backward(backend: Backend) -> None:
-    args, kwargs = _inputs(_PACKED, backend)
+    for args, kwargs in _inputs(_PACKED, backend):
+        _test_packed_gradients(args, kwargs)
 
+
+def _test_packed_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def run(*leaves: Any, **more: Any) -> Any:
         return attention_varlen(*leaves, *args[3:], **kwargs, **more)
 
     def expected(*leaves: Any) -> Any:
         return reference.attention_varlen(*leaves, *args[3:5], **kwargs)
 
-    _assert_gradients(backend, run, expected, *args[:3])
+    _assert_gradients(run, expected, *args[:3])
 
 
 def _partial_results(backend: Backend) -> tuple[torch.Tensor, ...]:

@@ -73,7 +73,7 @@ class Backend:
     @property
     def attention_dtypes(self) -> tuple[torch.dtype, ...]:
         """What attention takes, the first for tests to which it does not matter."""
-        return (torch.bfloat16, torch.float16) if self.has_tensor_cores else FLOAT_DTYPES
+        return (torch.bfloat16, torch.float16, torch.float32) if self.has_tensor_cores else FLOAT_DTYPES
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a public function of fmkernels over this backend's ops.

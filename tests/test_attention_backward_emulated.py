@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulated backend is no
 TILE = Case("tile", batch=1, seq_q=140, seq_k=170, heads=2, kv_heads=1, dtype=torch.bfloat16, causal=True)
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), [(80, torch.bfloat16), (80, torch.float16), (86, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [(80, torch.bfloat16), (80, torch.float16), (86, torch.bfloat16), (86, torch.float32)]
+)
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 192, 256])
 def test_every_tile(head_dim, dtype, architecture):
     """Blocks that are plain, cut by the diagonal, by a window and by the end; sm_86 has the least shared memory."""
