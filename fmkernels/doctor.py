@@ -20,7 +20,7 @@ from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
 from .testing import BACKENDS as ALL_BACKENDS
-from .testing import Backend, Case, assert_as_good_as_torch, assert_attention
+from .testing import Backend, Case, as_multiplied, assert_as_good_as_torch, assert_attention
 
 BACKENDS = tuple(backend for backend in ALL_BACKENDS if backend.namespace == "fmkernels")
 """Those of an installation: the emulated one belongs to the tests."""
@@ -172,18 +172,18 @@ def _gradients(function: Callable[..., Any], *tensors: torch.Tensor) -> tuple[to
     return torch.autograd.grad([result.square().sum() for result in function(*leaves)], leaves)
 
 
-def _assert_gradients(function: Callable[..., Any], expected: Any, *tensors: torch.Tensor) -> None:
+def _assert_gradients(backend: Backend, function: Callable[..., Any], expected: Any, *tensors: torch.Tensor) -> None:
     actual = _gradients(lambda *leaves: function(*leaves, return_lse=True), *tensors)
-    truth = lambda *leaves: _gradients(expected, *leaves)  # noqa: E731
+    truth = as_multiplied(backend, lambda *leaves: _gradients(expected, *leaves))
     assert_as_good_as_torch(actual, truth, *tensors, computed_in=tensors[0].dtype)
 
 
 def _test_attention_backward(backend: Backend) -> None:
     for args, kwargs in _inputs(_EVERYTHING, backend):
-        _test_gradients(args, kwargs)
+        _test_gradients(backend, args, kwargs)
 
 
-def _test_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _test_gradients(backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     leaves = (*args, kwargs.pop("sinks"), kwargs.pop("bias"))
     slopes = kwargs.pop("alibi_slopes")
 
@@ -193,22 +193,22 @@ def _test_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def expected(q: Any, k: Any, v: Any, sinks: Any, bias: Any) -> Any:
         return reference.attention(q, k, v, sinks=sinks, bias=bias, alibi_slopes=slopes.to(q.dtype), **kwargs)
 
-    _assert_gradients(run, expected, *leaves)
+    _assert_gradients(backend, run, expected, *leaves)
 
 
 def _test_attention_varlen_backward(backend: Backend) -> None:
     for args, kwargs in _inputs(_PACKED, backend):
-        _test_packed_gradients(args, kwargs)
+        _test_packed_gradients(backend, args, kwargs)
 
 
-def _test_packed_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _test_packed_gradients(backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def run(*leaves: Any, **more: Any) -> Any:
         return attention_varlen(*leaves, *args[3:], **kwargs, **more)
 
     def expected(*leaves: Any) -> Any:
         return reference.attention_varlen(*leaves, *args[3:5], **kwargs)
 
-    _assert_gradients(run, expected, *args[:3])
+    _assert_gradients(backend, run, expected, *args[:3])
 
 
 def _partial_results(backend: Backend) -> tuple[torch.Tensor, ...]:

@@ -260,9 +260,32 @@ def assert_attention(
 ) -> None:
     """`assert_as_good_as_torch` for (o, lse): on tensor cores o may be computed in the dtype of the inputs."""
     dtype = inputs[0].dtype if backend.has_tensor_cores else None
+    reference = as_multiplied(backend, reference)
     o, lse = ((lambda *a, _i=i, **k: reference(*a, **k)[_i]) for i in (0, 1))
     assert_as_good_as_torch(actual[0], o, *inputs, computed_in=dtype, **kwargs)
     assert_as_good_as_torch(actual[1], lse, *inputs, **kwargs)
+
+
+def as_multiplied(backend: Backend, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference of q, k, v, ... that, in float32 and for tensor cores, begins with the numbers they multiply.
+
+    A GPU's float32 products are those of two tf32 for each number: at most the last two bits of 24 are lost. Half inputs
+    lose none.
+    """
+
+    def run(*inputs: Any, **kwargs: Any) -> Any:
+        if backend.has_tensor_cores and inputs[0].dtype == torch.float32:
+            inputs = (*map(split_tf32, inputs[:3]), *inputs[3:])
+        return reference(*inputs, **kwargs)
+
+    return run
+
+
+def split_tf32(x: Tensor) -> Tensor:
+    """The sum of two tf32 that stands for a float32: its first 11 bits, and the nearest 11 of what is left."""
+    high = (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    low = ((x - high).view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isfinite(), high + low, x)
 
 
 def _error(result: Tensor, truth: Tensor) -> float:

@@ -10,7 +10,7 @@ from test_attention import KINDS
 from torch.library import opcheck
 
 from fmkernels import attention, attention_varlen, merge_attention, reference
-from fmkernels.testing import Case, assert_as_good_as_torch, backends
+from fmkernels.testing import Case, as_multiplied, assert_as_good_as_torch, backends
 
 BACKENDS = backends("attention_backward")
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
@@ -53,7 +53,8 @@ def check(backend, case, through=("o", "lse")):
 
     names = inputs_of(case)[0]
     computed_in = case.dtype if backend.has_tensor_cores else None  # weights are rounded to the dtype of the inputs
-    assert_as_good_as_torch(actual, lambda *a: from_saved(case, names, *a), *tensors, *grads, computed_in=computed_in)
+    expected = as_multiplied(backend, lambda *a: from_saved(case, names, *a))
+    assert_as_good_as_torch(actual, expected, *tensors, *grads, computed_in=computed_in)
 
 
 def from_saved(case, names, *inputs):
