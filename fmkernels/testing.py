@@ -269,8 +269,8 @@ def assert_attention(
 def as_multiplied(backend: Backend, reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference of q, k, v, ... that, in float32 and for tensor cores, begins with the numbers they multiply.
 
-    A GPU's float32 products are those of two tf32 for each number: at most the last two bits of 24 are lost. Half inputs
-    lose none.
+    A GPU's float32 products are those of two tf32 for each number: at most the last two bits of 24 are lost. Half
+    inputs lose none.
     """
 
     def run(*inputs: Any, **kwargs: Any) -> Any:

@@ -183,11 +183,32 @@ CASES = [
 ]
 
 
+# Of float32 on a GPU; the others are slow tests.
+FEW = {
+    "more_queries",
+    "window",
+    "heads_of_a_group",
+    "other_values",
+    "widest",
+    "softcap",
+    "alibi",
+    "sinks",
+    "bias",
+    "bias_of_keys",
+    "packed",
+}
+
+
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [pytest.param(b, dtype, id=f"{b}-{dtype}") for b in BACKENDS for dtype in b.attention_dtypes],
+    ("case", "backend", "dtype"),
+    [
+        pytest.param(case, b, dtype, id=f"{case}-{b}-{dtype}", marks=[pytest.mark.slow] if is_rare else [])
+        for case in CASES
+        for b in BACKENDS
+        for dtype in b.attention_dtypes
+        for is_rare in [b.has_tensor_cores and dtype == torch.float32 and case.name not in FEW]
+    ],
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_match_those_of_the_definition(case, backend, dtype):
     check(backend, dataclasses.replace(case, dtype=dtype))
 

@@ -172,3 +172,28 @@ def test_every_barrier_and_wait_that_is_taken_out_is_reported():
     total, unseen = missing_synchronisations("attention_forward_kernel", "BFloat16ELi64E", run_case)
     assert total >= 12
     assert unseen == []
+
+
+# ---- float32, in split products --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_float32_of_infinities_and_of_the_largest_numbers(head_dim):
+    """Two tf32 stand for a number, and an infinity less itself is NaN: such scores are those of plain multiply-adds."""
+    largest = torch.finfo(torch.float32).max
+    (q, k, v), _ = Case("ends", batch=1, seq_q=70, seq_k=70, heads=1, kv_heads=1, head_dim=head_dim).inputs()
+    q, k = q.abs(), k.abs()
+    k[:, 3] = -math.inf  # weight 0 in every row
+    k[:, 40] = -largest  # products beyond the range are infinities too
+    q[:, 50] = math.inf  # one row alone
+    v[:, 60, 0, 2] = math.inf
+    v[:, 65] = largest  # rounded up it would be an infinity in the rows that do not see it
+    actual = EMULATED[0].run(attention, q, k, v, causal=True, return_lse=True)
+    expected = reference.attention(*(t.double() for t in (q, k, v)), causal=True)
+    o, truth = actual[0][:, :60], expected[0][:, :60]
+    assert torch.equal(o.isfinite(), truth.isfinite())
+    assert o[:, :50].isfinite().all()
+    assert actual[0][:, 60:, 0, 2].isinf().all()
+    assert_attention(
+        EMULATED[0], (o, actual[1][..., :60]), reference.attention, q[:, :60], k[:, :60], v[:, :60], causal=True
+    )

@@ -24,9 +24,11 @@ from fmkernels.testing import Case, assert_attention
 @pytest.mark.parametrize("window", [(-1, 0), (20, 5), (0, 0), (-1, 3), (70, -1)])
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(4, 700), (8, 40), (97, 97), (150, 290), (60, 20)])
 def test_a_poisoned_key_reaches_the_rows_that_see_it(seq_q, seq_k, window, poison, backend, dtype):
-    (q, k, v), _ = Case(
-        "poison", batch=1, heads=1, kv_heads=1, seq_q=seq_q, seq_k=seq_k, dtype=dtype
-    ).inputs(backend.device)
+    if backend.name == "emulated" and dtype == torch.float32 and ((seq_q, seq_k) != (97, 97) or window[1] != 0):
+        pytest.skip("several times as long as in half; its masks are the same, and its products are tested here")
+    (q, k, v), _ = Case("poison", batch=1, heads=1, kv_heads=1, seq_q=seq_q, seq_k=seq_k, dtype=dtype).inputs(
+        backend.device
+    )
     clean = backend.run(attention, q, k, v, window=window, return_lse=True)
     diagonal = torch.arange(seq_q) + seq_k - seq_q
     for key in sorted({0, 1, 15, 16, 63, 64, 127, 128, 511, 512, seq_k // 2, seq_k - 2, seq_k - 1} & set(range(seq_k))):
@@ -46,9 +48,7 @@ def test_a_poisoned_key_reaches_the_rows_that_see_it(seq_q, seq_k, window, poiso
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("seq_q", [3, 8, 50])
 def test_a_poisoned_query_reaches_its_own_row(seq_q, poison, backend, dtype):
-    args, kwargs = Case("poison", seq_q=seq_q, softcap=3.0, bias="bhqk", dtype=dtype).inputs(
-        backend.device
-    )
+    args, kwargs = Case("poison", seq_q=seq_q, softcap=3.0, bias="bhqk", dtype=dtype).inputs(backend.device)
     clean = backend.run(attention, *args, **kwargs, return_lse=True)
     bad = args[0].clone()
     bad[1, seq_q // 2, 2] = poison

@@ -304,8 +304,8 @@ def mma_loops(section: Section) -> list[Loop]:
 
 # ---- Shares of the pipes ---------------------------------------------------------------------------------------------
 
-# Cycles of a quarter of a multiprocessor: for a unit of halves on its tensor core, and for an fp32 instruction (else 1). The
-# figure of sm_90 is that of wgmma, of which mma.sync reaches a part.
+# Cycles of a quarter of a multiprocessor: for a unit of halves on its tensor core, and for an fp32 instruction (else
+# 1). The figure of sm_90 is that of wgmma, of which mma.sync reaches a part.
 TENSOR_CYCLES = {"80": 8.0, "86": 16.0, "89": 16.0, "90": 4.0}
 FP32_CYCLES = {"80": 2}
 MMA_SYNC_SHARE = {"90": 0.62}
