@@ -267,11 +267,7 @@ def assert_attention(
 
 
 def as_multiplied(backend: Backend, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference of q, k, v, ... that, in float32 and for tensor cores, begins with the numbers they multiply.
-
-    A GPU's float32 products are those of two tf32 for each number: at most the last two bits of 24 are lost. Half
-    inputs lose none.
-    """
+    """The reference; in float32 and for tensor cores of q, k and v as split_tf32 has them, which halves are already."""
 
     def run(*inputs: Any, **kwargs: Any) -> Any:
         if backend.has_tensor_cores and inputs[0].dtype == torch.float32:
