@@ -167,7 +167,7 @@ def _test_attention_varlen(backend: Backend) -> None:
 
 
 def _gradients(function: Callable[..., Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of the sum of all o squared and all lse: lse squared would weigh the rounding of lse, which no backward can undo."""
+    """Of the sum of all o squared and all lse; lse squared would weigh its rounding, which no backward can undo."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     o, lse = function(*leaves)
     return torch.autograd.grad([o.square().sum(), lse.sum()], leaves)
