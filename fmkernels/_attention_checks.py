@@ -14,7 +14,6 @@ from . import _library
 from .block_mask import BlockMask
 
 MAX_HEAD_DIM = 256
-HALF_DTYPES = (torch.bfloat16, torch.float16)  # what the tensor cores multiply
 _LAYOUTS = (
     "[batch, seq_q, heads, head_dim]",
     "[batch, seq_k, kv_heads, head_dim]",
@@ -108,12 +107,6 @@ def check_dropout(op: str, q: Tensor, dropout_p: float, dropout_rng: Tensor | No
         check.size(op, "dropout_rng", dropout_rng, 0, "size", 2)
 
 
-def check_device(op: str, schema: str, q: Tensor) -> None:
-    check.kernel_exists(op, schema, q)
-    if q.device.type == "cuda" and not under_autocast(q):
-        check.dtype(op, "q on CUDA", q, HALF_DTYPES)
-
-
 def check_mask_fits(op: str, mask: Any, q: Any, k: Any) -> None:
     """What the op, which is given the tensors of the mask, cannot see; the rest of q and k is checked with them."""
     if not isinstance(mask, BlockMask):
@@ -161,7 +154,7 @@ def check_attention(
     check_dropout(op, q, dropout_p, dropout_rng)
     if mask is not None:
         check_mask(op, mask, q, k)
-    check_device(op, "attention_forward", q)
+    check.kernel_exists(op, "attention_forward", q)
 
 
 def check_attention_varlen(
@@ -186,4 +179,4 @@ def check_attention_varlen(
     ):
         check.cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         check.cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    check_device(op, "attention_varlen_forward", q)
+    check.kernel_exists(op, "attention_varlen_forward", q)

@@ -71,8 +71,8 @@ def attention(
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    Supported on the CPU and, float16 and bfloat16, on CUDA (sm_80 and later). Differentiable once, in q, k, v, bias and
-    sinks, through o and through lse; a bias that requires no gradient costs none.
+    Supported on the CPU and on CUDA (sm_80 and later). Differentiable once, in q, k, v, bias and sinks, through o and
+    through lse; a bias that requires no gradient costs none.
     Deterministic, gradients too: no atomics. A row's bits depend on its own sequence, and not on the batch or the
     number of threads.
     Algorithm: Dao 2023, FlashAttention-2.

@@ -20,7 +20,7 @@ from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
 from .testing import BACKENDS as ALL_BACKENDS
-from .testing import Backend, Case, assert_as_good_as_torch, assert_attention
+from .testing import Backend, Case, as_multiplied, assert_as_good_as_torch, assert_attention
 
 BACKENDS = tuple(backend for backend in ALL_BACKENDS if backend.namespace == "fmkernels")
 """Those of an installation: the emulated one belongs to the tests."""
@@ -149,35 +149,42 @@ _EVERYTHING = Case("doctor", causal=True, window=(40, -1), softcap=20.0, alibi="
 _PACKED = Case("doctor", seqlens=((1, 70), (0, 3), (33, 33)), causal=True)
 
 
-def _inputs(case: Case, backend: Backend) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return replace(case, dtype=backend.attention_dtypes[0]).inputs(backend.device)
+def _inputs(case: Case, backend: Backend) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """In float32 and, on a GPU, in a dtype whose products are others."""
+    dtypes = dict.fromkeys((backend.attention_dtypes[0], torch.float32))
+    return [replace(case, dtype=dtype).inputs(backend.device) for dtype in dtypes]
 
 
 def _test_attention(backend: Backend) -> None:
-    args, kwargs = _inputs(_EVERYTHING, backend)
-    assert_attention(backend, attention(*args, **kwargs, return_lse=True), reference.attention, *args, **kwargs)
+    for args, kwargs in _inputs(_EVERYTHING, backend):
+        assert_attention(backend, attention(*args, **kwargs, return_lse=True), reference.attention, *args, **kwargs)
 
 
 def _test_attention_varlen(backend: Backend) -> None:
-    args, kwargs = _inputs(_PACKED, backend)
-    actual = attention_varlen(*args, **kwargs, return_lse=True)
-    assert_attention(backend, actual, reference.attention_varlen, *args[:5], **kwargs)
+    for args, kwargs in _inputs(_PACKED, backend):
+        actual = attention_varlen(*args, **kwargs, return_lse=True)
+        assert_attention(backend, actual, reference.attention_varlen, *args[:5], **kwargs)
 
 
 def _gradients(function: Callable[..., Any], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of the sum of all squared results."""
+    """Of the sum of all o squared and all lse; lse squared would weigh its rounding, which no backward can undo."""
     leaves = [t.detach().requires_grad_() for t in tensors]
-    return torch.autograd.grad([result.square().sum() for result in function(*leaves)], leaves)
+    o, lse = function(*leaves)
+    return torch.autograd.grad([o.square().sum(), lse.sum()], leaves)
 
 
 def _assert_gradients(backend: Backend, function: Callable[..., Any], expected: Any, *tensors: torch.Tensor) -> None:
     actual = _gradients(lambda *leaves: function(*leaves, return_lse=True), *tensors)
-    truth = lambda *leaves: _gradients(expected, *leaves)  # noqa: E731
-    assert_as_good_as_torch(actual, truth, *tensors, computed_in=backend.attention_dtypes[0])
+    truth = as_multiplied(backend, lambda *leaves: _gradients(expected, *leaves))
+    assert_as_good_as_torch(actual, truth, *tensors, computed_in=tensors[0].dtype)
 
 
 def _test_attention_backward(backend: Backend) -> None:
-    args, kwargs = _inputs(_EVERYTHING, backend)
+    for args, kwargs in _inputs(_EVERYTHING, backend):
+        _test_gradients(backend, args, kwargs)
+
+
+def _test_gradients(backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     leaves = (*args, kwargs.pop("sinks"), kwargs.pop("bias"))
     slopes = kwargs.pop("alibi_slopes")
 
@@ -191,8 +198,11 @@ def _test_attention_backward(backend: Backend) -> None:
 
 
 def _test_attention_varlen_backward(backend: Backend) -> None:
-    args, kwargs = _inputs(_PACKED, backend)
+    for args, kwargs in _inputs(_PACKED, backend):
+        _test_packed_gradients(backend, args, kwargs)
 
+
+def _test_packed_gradients(backend: Backend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def run(*leaves: Any, **more: Any) -> Any:
         return attention_varlen(*leaves, *args[3:], **kwargs, **more)
 

@@ -73,7 +73,7 @@ class Backend:
     @property
     def attention_dtypes(self) -> tuple[torch.dtype, ...]:
         """What attention takes, the first for tests to which it does not matter."""
-        return (torch.bfloat16, torch.float16) if self.has_tensor_cores else FLOAT_DTYPES
+        return (torch.bfloat16, torch.float16, torch.float32) if self.has_tensor_cores else FLOAT_DTYPES
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a public function of fmkernels over this backend's ops.
@@ -183,8 +183,7 @@ class Case:
             if self.bias_hides:
                 bias[torch.rand(bias.shape, generator=generator).to(device) < 0.25] = -math.inf
             kwargs["bias"] = bias.to(self.dtype if self.bias_dtype is None else self.bias_dtype)
-        if self.block_mask is not None:
-            kwargs["block_mask"] = self.block_mask.to(device)
+        kwargs |= {name: value.to(device) for name, value in kwargs.items() if isinstance(value, BlockMask)}
         if self.dropout_p:
             kwargs["dropout_rng"] = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator).to(device)
         return args, kwargs
@@ -262,9 +261,28 @@ def assert_attention(
 ) -> None:
     """`assert_as_good_as_torch` for (o, lse): on tensor cores o may be computed in the dtype of the inputs."""
     dtype = inputs[0].dtype if backend.has_tensor_cores else None
+    reference = as_multiplied(backend, reference)
     o, lse = ((lambda *a, _i=i, **k: reference(*a, **k)[_i]) for i in (0, 1))
     assert_as_good_as_torch(actual[0], o, *inputs, computed_in=dtype, **kwargs)
     assert_as_good_as_torch(actual[1], lse, *inputs, **kwargs)
+
+
+def as_multiplied(backend: Backend, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference; in float32 and for tensor cores of q, k and v as split_tf32 has them, which halves are already."""
+
+    def run(*inputs: Any, **kwargs: Any) -> Any:
+        if backend.has_tensor_cores and inputs[0].dtype == torch.float32:
+            inputs = (*map(split_tf32, inputs[:3]), *inputs[3:])
+        return reference(*inputs, **kwargs)
+
+    return run
+
+
+def split_tf32(x: Tensor) -> Tensor:
+    """The sum of two tf32 that stands for a float32: its first 11 bits, and the nearest 11 of what is left."""
+    high = (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    low = ((x - high).view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isfinite(), high + low, x)
 
 
 def _error(result: Tensor, truth: Tensor) -> float:

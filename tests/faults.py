@@ -17,14 +17,15 @@ SYNCHRONISATION = re.compile(
 def missing_synchronisations(kernel: str, instance: str, run: Callable[[], None]) -> tuple[int, list[int]]:
     """Runs with each barrier and each wait of a kernel missing in turn: (how many there are, those not reported).
 
-    The kernel's mangled name contains `kernel` and `instance`.
+    The mangled name of the kernel, or of a function that kernels call, contains `kernel` and `instance`.
     """
     import emulator
 
     counts: list[int] = []
 
     def bodies(text: str) -> list[tuple[int, int]]:
-        starts = [m.start() for m in re.finditer(r"^(?:\.visible )?\.entry ", text, re.MULTILINE)] + [len(text)]
+        functions = re.finditer(r"^(?:\.visible )?\.(?:entry|func) ", text, re.MULTILINE)
+        starts = [*(match.start() for match in functions), len(text)]
         return [
             (a, b)
             for a, b in itertools.pairwise(starts)

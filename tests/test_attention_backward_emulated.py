@@ -10,7 +10,7 @@ from faults import missing_synchronisations
 from test_attention_backward import check, gradients, inputs_of
 from test_attention_emulated import HOSTILE
 
-from fmkernels import attention, reference
+from fmkernels import attention, create_block_mask, reference
 from fmkernels.testing import Case, backends
 
 EMULATED = [backend for backend in backends("attention_backward") if backend.name == "emulated"]
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulated backend is no
 TILE = Case("tile", batch=1, seq_q=140, seq_k=170, heads=2, kv_heads=1, dtype=torch.bfloat16, causal=True)
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), [(80, torch.bfloat16), (80, torch.float16), (86, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [(80, torch.bfloat16), (80, torch.float16), (86, torch.bfloat16), (86, torch.float32)]
+)
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 192, 256])
 def test_every_tile(head_dim, dtype, architecture):
     """Blocks that are plain, cut by the diagonal, by a window and by the end; sm_86 has the least shared memory."""
@@ -119,14 +121,24 @@ def run_faulty() -> None:
     grad_o = torch.ones_like(o)
     grad_o[:, [140, 155]] = math.nan  # in both parts of a block
     EMULATED[0].run(gradients, call, attention, tensors, [grad_o, torch.zeros_like(lse)], return_lse=True)
+    of_group = replace(case, heads=2)  # a walk over the blocks of each head
+    sees = {"mask": lambda b, h, i, j: (h == 1) & (i // 60 % 2 == j // 60 % 2)}  # the first head sees nothing
+    mask = create_block_mask(**sees, batch=None, heads=2, seq_q=160, seq_k=160, block=64)
+    _, tensors, call = inputs_of(replace(of_group, block_mask=mask))
+    grads = [torch.ones_like(t) for t in EMULATED[0].run(call, attention, tensors, return_lse=True)]
+    EMULATED[0].run(gradients, call, attention, tensors, grads, return_lse=True)
     for seq_q, seq_k in ((200, 10), (10, 200)):  # tiles of queries that see nothing, and of keys that nothing sees
         _, tensors, call = inputs_of(replace(case, seq_q=seq_q, seq_k=seq_k, causal=True, window=(5, 0)))
         grads = [torch.ones_like(t) for t in EMULATED[0].run(call, attention, tensors, return_lse=True)]
         EMULATED[0].run(gradients, call, attention, tensors, grads, return_lse=True)
 
 
-@pytest.mark.parametrize("which", ["ELNS0_4PassE0E", "ELNS0_4PassE1E"], ids=["queries", "keys"])
-def test_every_barrier_and_wait_that_is_taken_out_is_reported(which):
+# Over keys the second one orders the walks over the blocks of two heads. So do the shuffles that keep addresses in
+# registers, on which the source does not count.
+@pytest.mark.parametrize(
+    ("which", "ordered_twice"), [("ELNS0_4PassE0E", []), ("ELNS0_4PassE1E", [1])], ids=["queries", "keys"]
+)
+def test_every_barrier_and_wait_that_is_taken_out_is_reported(which, ordered_twice):
     total, unseen = missing_synchronisations("attention_backward_kernel", "BFloat16ELi64" + which, run_faulty)
     assert total >= 8
-    assert unseen == []
+    assert unseen == ordered_twice

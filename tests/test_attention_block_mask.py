@@ -16,7 +16,7 @@ from test_block_mask import MASKS, arguments
 from torch.library import opcheck
 
 from fmkernels import BlockMask, attention, create_block_mask, reference
-from fmkernels.testing import Case, assert_attention, backends
+from fmkernels.testing import Case, as_multiplied, assert_attention, backends
 
 BACKENDS = backends("attention_backward")
 CPU = BACKENDS[0]
@@ -73,20 +73,27 @@ CASES += [
 
 
 def check_forward(backend, case):
-    args, kwargs = on(backend, case).inputs(backend.device)
+    args, kwargs = case.inputs(backend.device)
     actual = backend.run(attention, *args, return_lse=True, **kwargs)
-    assert_attention(backend, actual, reference.attention, *args, **kwargs)
+    assert_attention(backend, actual, as_multiplied(backend, reference.attention), *args, **kwargs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_matches_reference(case, backend):
-    check_forward(backend, case)
+    check_forward(backend, on(backend, case))
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_match_those_of_the_definition(case, backend):
+    check(backend, on(backend, case))
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.has_tensor_cores], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
+def test_float32_on_tensor_cores(case, backend):
+    check_forward(backend, case)
     check(backend, case)
 
 
@@ -102,7 +109,7 @@ def test_half_inputs(case, dtype, backend):
 @pytest.mark.parametrize("dim", [64, 80, 128, 192, 256])
 def test_every_tile_of_the_kernels(dim, backend):
     for block in (64, 128):
-        case = case_of("stripes", block, seq_q=300, seq_k=270, batch=1, heads=2, head_dim=dim)
+        case = on(backend, case_of("stripes", block, seq_q=200, seq_k=270, batch=1, heads=1, kv_heads=1, head_dim=dim))
         check_forward(backend, case)
         check(backend, case)
 
@@ -112,7 +119,8 @@ def test_every_tile_of_the_kernels(dim, backend):
 def test_few_queries_of_many_keys(kv_heads, backend):
     """On CUDA their keys are split into chunks, which begin within blocks of the mask."""
     for name, block in (("stripes", 64), ("dilated", 128)):
-        check_forward(backend, case_of(name, block, seq_q=9, seq_k=1300, kv_heads=kv_heads, dropout_p=0.2))
+        case = case_of(name, block, seq_q=9, seq_k=1300, kv_heads=kv_heads, dropout_p=0.2)
+        check_forward(backend, on(backend, case))
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
@@ -120,14 +128,15 @@ def test_few_queries_of_many_keys(kv_heads, backend):
 def test_every_tail(seq, backend):
     """Blocks of the mask and blocks of the kernels end at different places."""
     for block in (64, 128):
-        case = case_of("sliding and global", block, seq_q=seq + 7, seq_k=seq, batch=1, heads=1, kv_heads=1)
+        sizes = {"seq_q": seq + 7, "seq_k": seq, "batch": 1, "heads": 1, "kv_heads": 1}
+        case = on(backend, case_of("sliding and global", block, **sizes))
         check_forward(backend, case)
         check(backend, case)
 
 
 def results(case, tensors=None, grad_o=None, backend=CPU):
     """o, lse and the gradients through o, with other tensors than those of the case where they are given."""
-    _, own, call = inputs_of(on(backend, case))
+    _, own, call = inputs_of(case)
     tensors = own if tensors is None else tensors
     o, lse = backend.run(call, attention, tensors, return_lse=True)
     grad_o = torch.ones_like(o) if grad_o is None else grad_o

@@ -8,7 +8,7 @@ import pytest
 import torch
 from faults import missing_synchronisations
 
-from fmkernels import _library, attention, attention_varlen, reference
+from fmkernels import _library, attention, attention_varlen, create_block_mask, reference
 from fmkernels.testing import Case, assert_attention, backends
 
 EMULATED = [backend for backend in backends("attention_forward") if backend.name == "emulated"]
@@ -23,6 +23,7 @@ AFTER_HOPPER = 120  # 99 KiB too, and compiled from the PTX for sm_90, whose own
     [
         *((architecture, torch.bfloat16) for architecture in (80, SMALL_SHARED_MEMORY, 90, AFTER_HOPPER)),
         (80, torch.float16),
+        (SMALL_SHARED_MEMORY, torch.float32),
     ],
     ids=str,
 )
@@ -101,14 +102,12 @@ def test_unaligned_rows_are_copied(name, offset):
     assert torch.equal(EMULATED[0].run(attention, **tensors), expected)
 
 
-def test_sizes_that_no_grid_holds_and_float32_are_sentences():
+def test_sizes_that_no_grid_holds_are_sentences():
     forward = torch.ops.fmkernels_emulated.attention_forward.default
     tail = (None, None, None, False, -1, -1, 0.25, 0.0, 0.0, None)
     many = torch.zeros(1, 1, 1, 8, dtype=torch.float16).expand(70000, -1, -1, -1)
     with pytest.raises(RuntimeError, match="batch and kv_heads must be at most 65535 on CUDA, got 70000 and 1"):
         forward(many, many, many, *tail)
-    with pytest.raises(RuntimeError, match="CUDA tensors must be float16 or bfloat16"):
-        forward(*(torch.zeros(1, 3, 1, 8) for _ in range(3)), *tail)
 
 
 def test_a_position_and_a_window_add_up_within_32_bits():
@@ -167,9 +166,43 @@ def run_case() -> None:
     (q, k, v), kwargs = CASE.inputs()
     v[:, 290] = float("inf")
     EMULATED[0].run(attention, q, k, v, **kwargs)
+    mask = create_block_mask(lambda b, h, i, j: i // 100 == j // 100, None, None, CASE.seq_q, CASE.seq_k, block=64)
+    EMULATED[0].run(attention, q, k, v, block_mask=mask, **kwargs)
 
 
 def test_every_barrier_and_wait_that_is_taken_out_is_reported():
     total, unseen = missing_synchronisations("attention_forward_kernel", "BFloat16ELi64E", run_case)
     assert total >= 12
     assert unseen == []
+
+
+def test_a_walk_that_does_not_wait_for_its_readers_is_reported():
+    """It also waits until all lanes see its visits, as the barrier of the next block does: one of the two is enough."""
+    total, unseen = missing_synchronisations("BlockWalk", "advance", run_case)
+    assert total >= 2
+    assert 0 not in unseen
+
+
+# ---- float32, in split products --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_float32_of_infinities_and_of_the_largest_numbers(head_dim):
+    """Two tf32 stand for a number, and an infinity less itself is NaN: such scores are those of plain multiply-adds."""
+    largest = torch.finfo(torch.float32).max
+    (q, k, v), _ = Case("ends", batch=1, seq_q=70, seq_k=70, heads=1, kv_heads=1, head_dim=head_dim).inputs()
+    q, k = q.abs(), k.abs()
+    k[:, 3] = -math.inf  # weight 0 in every row
+    k[:, 40] = -largest  # products beyond the range are infinities too
+    q[:, 50] = math.inf  # one row alone
+    v[:, 60, 0, 2] = math.inf
+    v[:, 65] = largest  # rounded up it would be an infinity in the rows that do not see it
+    actual = EMULATED[0].run(attention, q, k, v, causal=True, return_lse=True)
+    expected = reference.attention(*(t.double() for t in (q, k, v)), causal=True)
+    o, truth = actual[0][:, :60], expected[0][:, :60]
+    assert torch.equal(o.isfinite(), truth.isfinite())
+    assert o[:, :50].isfinite().all()
+    assert actual[0][:, 60:, 0, 2].isinf().all()
+    assert_attention(
+        EMULATED[0], (o, actual[1][..., :60]), reference.attention, q[:, :60], k[:, :60], v[:, :60], causal=True
+    )

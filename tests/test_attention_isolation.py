@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attention import BACKENDS, EVERYTHING
+from test_attention import BACKENDS, EVERYTHING, KINDS
 
 from fmkernels import attention, reference
 from fmkernels.testing import Case, assert_attention
@@ -19,14 +19,16 @@ from fmkernels.testing import Case, assert_attention
 # ---- NaN and infinity reach what depends on them and nothing else ----------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("window", [(-1, 0), (20, 5), (0, 0), (-1, 3), (70, -1)])
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(4, 700), (8, 40), (97, 97), (150, 290), (60, 20)])
-def test_a_poisoned_key_reaches_the_rows_that_see_it(seq_q, seq_k, window, poison, backend):
-    (q, k, v), _ = Case(
-        "poison", batch=1, heads=1, kv_heads=1, seq_q=seq_q, seq_k=seq_k, dtype=backend.attention_dtypes[0]
-    ).inputs(backend.device)
+def test_a_poisoned_key_reaches_the_rows_that_see_it(seq_q, seq_k, window, poison, backend, dtype):
+    if backend.name == "emulated" and dtype == torch.float32 and ((seq_q, seq_k) != (97, 97) or window[1] != 0):
+        pytest.skip("several times as long as in half; its masks are the same, and its products are tested here")
+    (q, k, v), _ = Case("poison", batch=1, heads=1, kv_heads=1, seq_q=seq_q, seq_k=seq_k, dtype=dtype).inputs(
+        backend.device
+    )
     clean = backend.run(attention, q, k, v, window=window, return_lse=True)
     diagonal = torch.arange(seq_q) + seq_k - seq_q
     for key in sorted({0, 1, 15, 16, 63, 64, 127, 128, 511, 512, seq_k // 2, seq_k - 2, seq_k - 1} & set(range(seq_k))):
@@ -42,13 +44,11 @@ def test_a_poisoned_key_reaches_the_rows_that_see_it(seq_q, seq_k, window, poiso
             assert lse[:, :, sees].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("seq_q", [3, 8, 50])
-def test_a_poisoned_query_reaches_its_own_row(seq_q, poison, backend):
-    args, kwargs = Case("poison", seq_q=seq_q, softcap=3.0, bias="bhqk", dtype=backend.attention_dtypes[0]).inputs(
-        backend.device
-    )
+def test_a_poisoned_query_reaches_its_own_row(seq_q, poison, backend, dtype):
+    args, kwargs = Case("poison", seq_q=seq_q, softcap=3.0, bias="bhqk", dtype=dtype).inputs(backend.device)
     clean = backend.run(attention, *args, **kwargs, return_lse=True)
     bad = args[0].clone()
     bad[1, seq_q // 2, 2] = poison
@@ -60,10 +60,10 @@ def test_a_poisoned_query_reaches_its_own_row(seq_q, poison, backend):
     assert_attention(backend, (o, lse), reference.attention, bad, *args[1:], **kwargs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 @pytest.mark.parametrize("seq_q", [2, 50])
-def test_a_poisoned_bias_entry_reaches_its_own_row(seq_q, backend):
-    args, kwargs = Case("poison", seq_q=seq_q, bias="bhqk", dtype=backend.attention_dtypes[0]).inputs(backend.device)
+def test_a_poisoned_bias_entry_reaches_its_own_row(seq_q, backend, dtype):
+    args, kwargs = Case("poison", seq_q=seq_q, bias="bhqk", dtype=dtype).inputs(backend.device)
     clean = backend.run(attention, *args, **kwargs)
     kwargs["bias"][0, 1, 1, 7] = math.nan
     o = backend.run(attention, *args, **kwargs)
@@ -101,11 +101,11 @@ def test_a_sequence_has_the_same_bits_in_every_batch(batch, seq_q, seq_k, causal
     assert all(torch.equal(a[index], b[0]) for a, b in zip(whole, alone, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 @pytest.mark.parametrize("dropped", [1, 5, 6, 17, 24, 96, 130])
-def test_a_row_has_the_same_bits_in_every_tile(dropped, backend):
+def test_a_row_has_the_same_bits_in_every_tile(dropped, backend, dtype):
     """Causal rows see the same keys when the queries before them are left out: only their place in a tile moves."""
-    args, _ = Case("shift", seq_q=200, seq_k=230, dtype=backend.attention_dtypes[0]).inputs(backend.device)
+    args, _ = Case("shift", seq_q=200, seq_k=230, dtype=dtype).inputs(backend.device)
     whole = backend.run(attention, *args, causal=True, window=(100, 0), return_lse=True)
     part = backend.run(attention, args[0][:, dropped:], *args[1:], causal=True, window=(100, 0), return_lse=True)
     assert torch.equal(whole[0][:, dropped:], part[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import BACKENDS, DTYPES, RUNS
+from test_attention import BACKENDS, DTYPES, runs_of
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,8 +45,7 @@ def packed(case, device="cpu"):
     return args, args[:5], kwargs
 
 
-@pytest.mark.parametrize(("backend", "dtype"), RUNS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "backend", "dtype"), runs_of(CASES))
 def test_forward_matches_reference(case, dtype, backend):
     args, reference_args, kwargs = packed(replace(case, dtype=dtype), backend.device)
     actual = backend.run(attention_varlen, *args, return_lse=True, **kwargs)

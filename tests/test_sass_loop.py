@@ -36,6 +36,7 @@ def loops(*lines: str) -> list[sass_loop.Loop]:
 
 
 MMA = "HMMA.16816.F32.BF16 R8, R4, R6, R8"
+TF32 = "HMMA.1688.F32.TF32 R8, R4, R6, R8"
 
 NESTED = (
     "MOV R1, c[0x0][0x28]",
@@ -182,6 +183,13 @@ def test_shares_are_those_of_the_notes_formula():
     shares = {pipe: round(share, 2) for pipe, share in sass_loop.pipe_shares(loop, "80").items()}
     assert shares == {"issue": 0.56, "mufu": 0.52, "fp32": 0.33, "int/max/cvt": 0.23, "shared": 0.63}
     assert sass_loop.pipe_shares(loop, "120a") == {}
+
+
+def test_tf32_takes_a_tensor_core_twice_as_long():
+    turns = [loops(".L_x_0:", mma, "FADD R1, R1, R1", "@P0 BRA `(.L_x_0)", "EXIT")[0] for mma in (MMA, TF32)]
+    assert [turn.tf32_units for turn in turns] == [0, 0.5]
+    issue = [sass_loop.pipe_shares(turn, "80")["issue"] for turn in turns]
+    assert issue == [3 / 8, 3 / 8]  # half as many FLOPs at half the rate
 
 
 # ---- A real kernel ---------------------------------------------------------------------------------------------------

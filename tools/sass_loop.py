@@ -242,6 +242,7 @@ class Loop:
     num_spills: int  # anywhere in the loop
     num_wavefronts: int
     counts: dict[str, int]  # by category
+    tf32_units: float = 0.0  # of the units those of tf32, which take a tensor core twice as long as halves
 
     def of(self, *categories: str) -> int:
         return sum(self.counts.get(name, 0) for name in categories)
@@ -281,6 +282,7 @@ def count_turn(section: Section, blocks: list[Block], header: int, body: set[int
         num_spills=sum(category(i) == "spill" for i in everything),
         num_wavefronts=sum(map(wavefronts, turn)),
         counts=dict(Counter(map(category, turn))),
+        tf32_units=sum(mma_flops(i.opcode) for i in turn if ".TF32" in i.opcode) / FLOPS_PER_UNIT,
     )
 
 
@@ -302,8 +304,8 @@ def mma_loops(section: Section) -> list[Loop]:
 
 # ---- Shares of the pipes ---------------------------------------------------------------------------------------------
 
-# Cycles of a quarter of a multiprocessor: for a unit on its tensor core, and for an fp32 instruction (else 1). The
-# figure of sm_90 is that of wgmma, of which mma.sync reaches a part.
+# Cycles of a quarter of a multiprocessor: for a unit of halves on its tensor core, and for an fp32 instruction (else
+# 1). The figure of sm_90 is that of wgmma, of which mma.sync reaches a part.
 TENSOR_CYCLES = {"80": 8.0, "86": 16.0, "89": 16.0, "90": 4.0}
 FP32_CYCLES = {"80": 2}
 MMA_SYNC_SHARE = {"90": 0.62}
@@ -314,7 +316,7 @@ def pipe_shares(loop: Loop, arch: str) -> dict[str, float]:
     number = arch.rstrip("af")
     if number not in TENSOR_CYCLES:
         return {}
-    tensor = TENSOR_CYCLES[number] * loop.units
+    tensor = TENSOR_CYCLES[number] * (loop.units + loop.tf32_units)
     if not loop.is_warpgroup:
         tensor /= MMA_SYNC_SHARE.get(number, 1.0)
     cycles = {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention_backward.cu: gradients of attention for float16 and bfloat16, sm_80 and later.
+// attention_backward.cu: gradients of attention for float16, bfloat16 and float32, sm_80 and later.
 //
 // Contract   see attention.h; rows of all tensors begin on 16-byte boundaries.
 // Launches   rows: what a query's gradients need of it, minus its lse and minus delta = <o, d_o> - d_lse. Then, in any
@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(128) attention_backward_rows_kernel(const __gr
     return static_cast<const Element*>(view.data) + blockIdx.z * view.batch_stride + head * view.head_stride;
   };
   const Element *const o = rows_of(p.o), *const d_o = rows_of(a.b.d_o);
+  constexpr int kChunk = 16 / sizeof(Element);  // elements of 16 bytes
   // Lane i of a row's lanes keeps the product of the i-th pass.
   constexpr int kPassRows = 128 / kLanesARow, kPasses = kStatsRows / kPassRows;
   static_assert(kPasses <= kLanesARow);
@@ -54,12 +55,12 @@ __global__ void __launch_bounds__(128) attention_backward_rows_kernel(const __gr
     const int query = first + threadIdx.x / kLanesARow + pass * kPassRows;
     const int64_t token = s.q_start + min(query, s.seq_q - 1);
     float product = 0.0f;
-    for (int c = lane * kChunkElements; c < p.v_head_dim; c += kLanesARow * kChunkElements) {
+    for (int c = lane * kChunk; c < p.v_head_dim; c += kLanesARow * kChunk) {
       const uint4 x = *reinterpret_cast<const uint4*>(o + token * p.o.token_stride + c);
       const uint4 y = *reinterpret_cast<const uint4*>(d_o + token * a.b.d_o.token_stride + c);
       const auto *of_x = reinterpret_cast<const Element*>(&x), *of_y = reinterpret_cast<const Element*>(&y);
 #pragma unroll
-      for (int i = 0; i < kChunkElements; ++i) product = fmaf(to_float(of_x[i]), to_float(of_y[i]), product);
+      for (int i = 0; i < kChunk; ++i) product = fmaf(to_float(of_x[i]), to_float(of_y[i]), product);
     }
     for (int distance = kLanesARow / 2; distance > 0; distance /= 2)
       product += __shfl_xor_sync(ptx::kAllLanes, product, distance);
@@ -126,13 +127,17 @@ void launch_attention_backward(const AttentionBackwardCall& given, cudaStream_t 
   check_launch("attention_backward", p, "heads", p.heads, {&p.q, &p.k, &p.v, &p.o, &b.d_o, &b.d_q, &b.d_k, &b.d_v});
   max_smem_bytes("attention_backward");  // enough for every tile
   if (p.seq_q > 0) {
-    dispatch_half(p.dtype, [&]<class Element>() {
+    dispatch_dtype(p.dtype, [&]<class Element>() {
       launch("attention_backward_rows", attention_backward_rows_kernel<Element>,
              dim3((p.seq_q + kStatsRows - 1) / kStatsRows, p.heads, p.batch), 128, 0, stream, RowsArgs{b, call.stats});
     });
   }
-  launch_attention_backward_keys(call, stream);
-  launch_attention_backward_queries(call, stream);
+  if (p.dtype == DType::kFloat32) {
+    launch_attention_backward_float(call, stream);
+  } else {
+    launch_attention_backward_keys(call, stream);
+    launch_attention_backward_queries(call, stream);
+  }
   if (b.d_bias != nullptr && p.seq_q > 0 && p.seq_k > 0) launch_attention_backward_bias(call, stream);
   if (b.d_sinks != nullptr)
     launch("attention_backward_sinks", attention_backward_sinks_kernel, dim3(p.heads), kSinkThreads, 0, stream,

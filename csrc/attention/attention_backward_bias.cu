@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const Range batches = range(0, blockIdx.z, p.batch), heads = range(1, blockIdx.y, p.heads);
   const Range tiles = range(2, query_tile, num_tiles), blocks = range(3, key_block, num_blocks);
   const Addresses<T> at(smem);
+  const bool writes = first_column<T>() == 0;  // of the warps that own the same rows one
 
   Products<T> sum;
   for_each<T::kRowTiles, T::kPartTiles>([&](int m, int n, int i) { sum[m][n][i] = 0.0f; });
@@ -102,16 +103,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
             const int key = first_key + n * 8 + lane % 4 * 2 + e;
             const float x = sum[m][n][2 * half + e];
             if (args.reduces[3]) of_row += x;
-            else if (query < u.seq_q && key < u.seq_k) to[query * args.stride[2] + key * args.stride[3]] = x;
+            else if (writes && query < u.seq_q && key < u.seq_k) to[query * args.stride[2] + key * args.stride[3]] = x;
           }
         }
         of_row = quad_sum(of_row);
-        if (args.reduces[3] && lane % 4 == 0 && query < u.seq_q) to[query * args.stride[2]] = of_row;
+        if (writes && args.reduces[3] && lane % 4 == 0 && query < u.seq_q) to[query * args.stride[2]] = of_row;
       }
     }
     return;
   }
-  float (&sums)[T::kWarps][T::kStreamed] = *reinterpret_cast<float (*)[T::kWarps][T::kStreamed]>(&smem);
+  float (&sums)[T::kRowWarps][T::kStreamed] = *reinterpret_cast<float (*)[T::kRowWarps][T::kStreamed]>(&smem);
   __syncthreads();  // every warp has read the last block, which the sums overlay
 #pragma unroll
   for (int n = 0; n < T::kPartTiles; ++n) {
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       for (int m = 0; m < T::kRowTiles; ++m) of_column += sum[m][n][e] + sum[m][n][2 + e];
       for (int distance = 4; distance < kWarp; distance *= 2)
         of_column += __shfl_xor_sync(ptx::kAllLanes, of_column, distance);
-      if (lane < 4) sums[warp][n * 8 + lane * 2 + e] = of_column;
+      if (writes && lane < 4) sums[warp][n * 8 + lane * 2 + e] = of_column;
     }
   }
   __syncthreads();  // the sums of all warps are written
@@ -160,8 +161,11 @@ void launch_bias(const AttentionBackwardCall& call, cudaStream_t stream) {
 }  // namespace
 
 void launch_attention_backward_bias(const AttentionBackwardCall& call, cudaStream_t stream) {
-  dispatch_backward(call.b.forward,
-                    [&]<class Element, int kDim>() { launch_bias<Traits<Element, kDim, Pass::kQuery>>(call, stream); });
+  const auto launch_of = [&]<class Element, int kDim>() {
+    launch_bias<Traits<Element, kDim, Pass::kQuery>>(call, stream);
+  };
+  call.b.forward.dtype == DType::kFloat32 ? dispatch_backward_float(call.b.forward, launch_of)
+                                          : dispatch_backward(call.b.forward, launch_of);
 }
 
 }  // namespace fmkernels

@@ -12,6 +12,7 @@ namespace fmkernels {
 void launch_attention_backward_queries(const AttentionBackwardCall& call, cudaStream_t stream);
 void launch_attention_backward_keys(const AttentionBackwardCall& call, cudaStream_t stream);
 void launch_attention_backward_bias(const AttentionBackwardCall& call, cudaStream_t stream);
+void launch_attention_backward_float(const AttentionBackwardCall& call, cudaStream_t stream);  // queries and keys
 
 namespace {
 
@@ -37,20 +38,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   if (threadIdx.x == 0) {
     smem.unit = u, smem.first_block = first_block;
     smem.plain = {max(first_block, (tile.all.begin + T::kStreamed - 1) / T::kStreamed),
-                  a.is_general ? 0 : min(tile.all.end / T::kStreamed, end_block)};
+                  a.is_general || !T::kHasPlainLoop ? 0 : min(tile.all.end / T::kStreamed, end_block)};
   }
   if (threadIdx.x % kWarp == 0) {
-    const int warp_begin = u.begin + warp * T::kWarpRows;
+    const int warp_begin = u.begin + row_warp<T>() * T::kWarpRows;
     smem.partners[warp] = partners_of<T>(p, u, warp_begin, warp_begin + T::kWarpRows);
   }
   if constexpr (T::kOwnsQueries) load_owned_stats(smem, a, u, blockIdx.y);
-  __syncthreads();                                     // what masks ask for is written
-  const Unit& kept = T::kOwnsQueries ? smem.unit : u;  // of the two that which leaves registers to the products
+  __syncthreads();  // what masks ask for is written
+  const Unit& kept =
+      T::kOwnsQueries || T::kSplits ? smem.unit : u;  // of the two that which leaves registers to the products
   Addresses<T> at(smem);
 
   // The streamed heads: one for queries, those of the group for keys.
   const int first_head = T::kOwnsQueries ? blockIdx.y / a.group : blockIdx.y * a.group;
-  int to_next = sizeof(Stage<T>);       // from the stage of the block at hand to the other
+  int to_next = kToSecondStage<T>;      // from the stage of the block at hand to the other
   const auto copy_of = [&](int head) {  // a streamed one, with its first block under way
     int first = smem.first_block;
     if (has_block_mask) {
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       walk.begin(p.block_mask, listed, u.batch, T::kOwnsQueries ? blockIdx.y : head, u.begin, first, end_block);
       first = walk.now().block;
     }
-    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : sizeof(Stage<T>), head, first);
+    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : kToSecondStage<T>, head, first);
     if (head == first_head) copy.zero_columns();
     copy.issue(a, smem, to_next, first < end_block ? u.num_streamed - first * T::kStreamed : 0);
     ptx::cp_async_commit();
@@ -93,9 +95,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(-to_next));
       else __syncthreads();
       // B1: every warp sees block[i] and what it owns, and has read block[i-1]
-      if (kGeneral && has_block_mask) copy.skip(a, next - block - 1);
-      copy.issue(a, smem, -to_next, next < end_block ? kept.num_streamed - next * T::kStreamed : 0);
-      ptx::cp_async_commit();
+      const auto issue_next = [&] {
+        if (kGeneral && has_block_mask) copy.skip(a, next - block - 1);
+        copy.issue(a, smem, -to_next, next < end_block ? kept.num_streamed - next * T::kStreamed : 0);
+        ptx::cp_async_commit();
+      };
+      if constexpr (T::kStages > 1) issue_next();
 
       const Partners mine = kGeneral ? smem.partners[warp] : Partners{};
       // Where something is not finite all warps work, because they share barriers.
@@ -128,8 +133,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
           }
           if (kGeneral && nonfinite) {
             static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
-              add_nonfinite<T, T::kFirstGrad + g>(grads[g], smem, a, to_next > 0 ? 0 : 1, part * T::kPart,
-                                                  first_of_part, tile_idx);
+              add_nonfinite<T, T::kFirstGrad + g>(grads[g], smem, a, T::kStages == 1 || to_next > 0 ? 0 : 1,
+                                                  part * T::kPart, first_of_part, tile_idx);
             });
             __syncthreads();  // every warp has read what is not finite
             copy.zero_nonfinite(0, part * T::kPart);
@@ -141,29 +146,37 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
           if constexpr (T::kFirstGrad == 0) add_product<T, row>(grads[0], d[0], at.transposed);
         });
       }
+      if constexpr (T::kStages == 1) {
+        __syncthreads();  // every warp has read block[i]
+        issue_next();
+      }
       at.turn(to_next);
       to_next = -to_next;
       block = next;
     };
 
-    const auto is_plain = [&] { return smem.plain.begin <= block && block < smem.plain.end; };
+    const auto is_plain = [&] { return T::kHasPlainLoop && smem.plain.begin <= block && block < smem.plain.end; };
     while (block < end_block) {
-      if (is_plain()) {
-        do step.template operator()<false>();
-        while (block < smem.plain.end);
-      } else {
-        do step.template operator()<true>();
-        while (block < end_block && !is_plain());
+      if constexpr (T::kHasPlainLoop) {
+        if (is_plain()) {
+          do step.template operator()<false>();
+          while (block < smem.plain.end);
+          continue;
+        }
       }
+      do step.template operator()<true>();
+      while (block < end_block && !is_plain());
     }
   } while (!T::kOwnsQueries && ++streamed_head < first_head + a.group);
 
+  // Unless several warps share rows, a warp's part of owned is copied, read and overwritten by the warp alone.
+  const auto sync_owners = [] { T::kColumnWarps > 1 ? __syncthreads() : __syncwarp(); };
   ptx::cp_async_wait<0>();
-  __syncwarp();  // a warp's part of owned is copied, read and overwritten by the warp alone
+  sync_owners();
   static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
     keep_gradient(grads[g], smem, T::kFirstGrad + g, T::kFirstGrad + g == 0 ? p.softmax_scale : a.kept_scale);
   });
-  __syncwarp();
+  sync_owners();
   for (int tensor = T::kFirstGrad; tensor < T::kEndGrad; ++tensor) store_owned(smem, a, kept, tensor);
 }
 
@@ -203,13 +216,29 @@ void launch_pass(const AttentionBackwardCall& call, cudaStream_t stream) {
          T::kThreads, sizeof(Smem<T>), stream, args_of<T>(call));
 }
 
-// f<Element, kDim>() for the dtype and the columns of a call.
+// d_k and d_v, in one pass where both fit into the registers.
+template <class Element, int kDim>
+void launch_keys(const AttentionBackwardCall& call, cudaStream_t stream) {
+  if constexpr (kDim <= (std::is_same_v<Element, float> ? 64 : 128)) {
+    launch_pass<Traits<Element, kDim, Pass::kKeyValue>>(call, stream);
+  } else {
+    launch_pass<Traits<Element, kDim, Pass::kValue>>(call, stream);
+    launch_pass<Traits<Element, kDim, Pass::kKey>>(call, stream);
+  }
+}
+
+// f<Element, kDim>() for the dtype and the columns of a call, of half elements or of float32.
 template <class F>
 void dispatch_backward(const AttentionForwardParams& p, F&& f) {
   dispatch_half(p.dtype, [&]<class Element>() {
-    dispatch_int<64, 96, 128, 192, 256>("dim", bucket_of(std::max(p.head_dim, p.v_head_dim)),
+    dispatch_int<64, 96, 128, 192, 256>("dim", bucket_of<Element>(std::max(p.head_dim, p.v_head_dim)),
                                         [&]<int kDim>() { f.template operator()<Element, kDim>(); });
   });
+}
+template <class F>
+void dispatch_backward_float(const AttentionForwardParams& p, F&& f) {
+  dispatch_int<64, 128, 256>("dim", bucket_of<float>(std::max(p.head_dim, p.v_head_dim)),
+                             [&]<int kDim>() { f.template operator()<float, kDim>(); });
 }
 
 }  // namespace

@@ -6,14 +6,7 @@
 namespace fmkernels {
 
 void launch_attention_backward_keys(const AttentionBackwardCall& call, cudaStream_t stream) {
-  dispatch_backward(call.b.forward, [&]<class Element, int kDim>() {
-    if constexpr (kDim <= 128) {
-      launch_pass<Traits<Element, kDim, Pass::kKeyValue>>(call, stream);
-    } else {
-      launch_pass<Traits<Element, kDim, Pass::kValue>>(call, stream);
-      launch_pass<Traits<Element, kDim, Pass::kKey>>(call, stream);
-    }
-  });
+  dispatch_backward(call.b.forward, [&]<class Element, int kDim>() { launch_keys<Element, kDim>(call, stream); });
 }
 
 }  // namespace fmkernels

@@ -9,8 +9,8 @@
 //   kKey, kValue  the same, one gradient at a time: both do not fit into the registers beyond 128 columns
 #pragma once
 
-#include "attention_fragments_cuda.h"
 #include "attention_mask_cuda.h"
+#include "attention_products_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -19,11 +19,18 @@ enum class Pass { kQuery, kKeyValue, kKey, kValue };
 
 struct BackwardTile {
   int owned, streamed, warps;
-  int part;  // streamed rows whose slopes are in registers at a time
+  int part;              // streamed rows whose slopes are in registers at a time
+  int column_warps = 1;  // that own the same rows, and a part of the columns of their gradients each
+  int stages = 2;        // of what is streamed
 };
 
 // One table for every architecture: all tiles fit into the 99 KiB of sm_86, 89 and 120.
-constexpr BackwardTile backward_tile(int dim, Pass pass) {
+constexpr BackwardTile backward_tile(int dim, Pass pass, bool is_float) {
+  if (is_float) {
+    return dim == 64    ? BackwardTile{128, 32, 8, 32}
+           : dim == 128 ? BackwardTile{64, 16, 4, 16}
+                        : BackwardTile{32, 16, 4, 16, 2, 1};  // 256
+  }
   const bool both = pass == Pass::kKeyValue;
   switch (dim) {
     case 64: return {128, 32, 4, both ? 16 : 32};
@@ -34,26 +41,25 @@ constexpr BackwardTile backward_tile(int dim, Pass pass) {
   }
 }
 
-template <class Element_, int kDim_, Pass kPass_>
-struct Traits {
-  using Element = Element_;
+template <class Element, int kDim_, Pass kPass_>
+struct Traits : RowTraits<Element, kDim_> {
+  using Row = RowTraits<Element, kDim_>;
   static constexpr Pass kPass = kPass_;
-  static constexpr BackwardTile kTile = backward_tile(kDim_, kPass_);
+  static constexpr BackwardTile kTile = backward_tile(kDim_, kPass_, Row::kSplits);
   static constexpr int kDim = kDim_, kOwned = kTile.owned, kStreamed = kTile.streamed, kWarps = kTile.warps;
   static constexpr int kThreads = kWarps * kWarp, kBlocksPerSm = kThreads == 128 && kDim <= 96 ? 2 : 1;
-  static constexpr int kWarpRows = kOwned / kWarps, kRowTiles = kWarpRows / 16;  // m16 tiles of a warp
+  static constexpr int kColumnWarps = kTile.column_warps, kRowWarps = kWarps / kColumnWarps, kStages = kTile.stages;
+  static constexpr int kWarpRows = kOwned / kRowWarps, kRowTiles = kWarpRows / 16;  // m16 tiles of a warp
+  static constexpr int kCopiedRows = kOwned / kWarps;                               // owned rows that a warp copies
   static constexpr int kPart = kTile.part, kParts = kStreamed / kPart;
-  static constexpr int kPartTiles = kPart / 8, kColumnTiles = kDim / 8;  // n8 tiles of products and of gradients
-  static constexpr int kRowChunks = kDim / kChunkElements;               // 16-byte chunks of a row
-  static constexpr int kRowThreads = kRowChunks % 8 == 0 ? 8 : 4;        // threads along a row that is copied
-  static constexpr int kColumnPasses = kRowChunks / kRowThreads;
+  static constexpr int kPartTiles = kPart / 8,
+                       kColumnTiles = kDim / 8 / kColumnWarps;  // n8 tiles of products and of gradients
   // Of a streamed block, half of the threads copy one tensor, half the other.
-  static constexpr int kPassRows = kThreads / 2 / kRowThreads, kPasses = kStreamed / kPassRows;
-  static constexpr int kWarpPassRows = kWarp / kRowThreads;  // of one warp's own rows
+  static constexpr int kPassRows = kThreads / 2 / Row::kRowThreads, kPasses = kStreamed / kPassRows;
   static constexpr bool kOwnsQueries = kPass == Pass::kQuery;
   static constexpr bool kHasSlopes = kPass != Pass::kValue;  // of weights: they need the second product
   static constexpr int kFirstGrad = kHasSlopes ? 0 : 1, kEndGrad = kPass == Pass::kKeyValue || !kHasSlopes ? 2 : 1;
-  static constexpr int kTensorBytes = kStreamed * kDim * 2;
+  static constexpr int kTensorBytes = kStreamed * Row::kRowBytes;
 
   static_assert(kWarpRows % 16 == 0 && kPart % 16 == 0 && kStreamed % kPart == 0 && kDim % 32 == 0, "whole fragments");
   static_assert(kStreamed % kPassRows == 0 && kPassRows % 8 == 0, "whole passes, which keep the swizzle of their rows");
@@ -128,7 +134,7 @@ struct Stage {
 template <class T>
 struct Smem {
   typename T::Element owned[2][T::kOwned][T::kDim];  // [tensor, row, column], swizzled; then the gradients
-  alignas(128) Stage<T> stages[2];
+  alignas(128) Stage<T> stages[T::kStages];
   alignas(16) float stats[T::kOwnsQueries ? T::kOwned * kStatsFloats : 1];
   // What only masks ask for: kept here, because the products leave no register for it.
   Unit unit;
@@ -138,25 +144,40 @@ struct Smem {
   BlockWalk<T::kStreamed, 1> walks[T::kWarps];
 };
 
+// Bytes from the first stage to the second, where there are two.
+template <class T>
+constexpr int kToSecondStage = T::kStages > 1 ? static_cast<int>(sizeof(Stage<T>)) : 0;
+
+// Of a warp: which rows it owns, of kRowWarps, and which columns of their gradients, of kColumnWarps.
+template <class T>
+__device__ __forceinline__ int row_warp() {
+  const int warp = threadIdx.x / kWarp;
+  return T::kColumnWarps == 1 ? warp : warp % T::kRowWarps;
+}
+template <class T>
+__device__ __forceinline__ int first_column() {
+  return T::kColumnWarps == 1 ? 0 : static_cast<int>(threadIdx.x) / kWarp / T::kRowWarps * T::kColumnTiles * 8;
+}
+
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
-// Rows that this warp owns, from memory to its part of owned[tensor]. Rows and columns that do not exist are zeros.
+// The warp's part of owned[tensor], from memory. Rows and columns that do not exist are zeros.
 template <class T>
 __device__ __forceinline__ void load_owned(Smem<T>& smem, const BackwardArgs& a, const Unit& u, int tensor, int head) {
-  const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp * T::kWarpRows;
+  const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp * T::kCopiedRows;
   const int first = lane / T::kRowThreads, chunk = lane % T::kRowThreads;
   const TokenView& view = a.owned[tensor];
   const auto* from = static_cast<const typename T::Element*>(view.data) + u.batch * view.batch_stride +
-                     head * view.head_stride + chunk * kChunkElements;
+                     head * view.head_stride + chunk * T::kChunkElements;
   const int start = T::kOwnsQueries ? u.q_start : u.k_start;
   const uint32_t to = ptx::smem_address(smem.owned[tensor][warp_row]);
-  for (int r = first; r < T::kWarpRows; r += T::kWarpPassRows) {
+  for (int r = first; r < T::kCopiedRows; r += T::kWarpPassRows) {
     const int row = u.begin + warp_row + r;
     for (int c = chunk; c < T::kRowChunks; c += T::kRowThreads) {
-      const bool valid = row < u.num_owned && c * kChunkElements < a.dims[tensor];
-      ptx::cp_async_16_or_zero(to + swizzled<T::kDim>(r, c),
-                               valid ? from + (start + row) * view.token_stride + (c - chunk) * kChunkElements : from,
-                               valid);
+      const bool valid = row < u.num_owned && c * T::kChunkElements < a.dims[tensor];
+      ptx::cp_async_16_or_zero(
+          to + swizzled<T>(r, c),
+          valid ? from + (start + row) * view.token_stride + (c - chunk) * T::kChunkElements : from, valid);
     }
   }
 }
@@ -176,18 +197,18 @@ __device__ __forceinline__ void load_owned_stats(Smem<T>& smem, const BackwardAr
 // The gradient of those rows, from owned[tensor] to memory.
 template <class T>
 __device__ __forceinline__ void store_owned(const Smem<T>& smem, const BackwardArgs& a, const Unit& u, int tensor) {
-  const int lane = pinned(threadIdx.x % kWarp), warp_row = threadIdx.x / kWarp * T::kWarpRows;
+  const int lane = pinned(threadIdx.x % kWarp), warp_row = threadIdx.x / kWarp * T::kCopiedRows;
   const int first = lane / T::kRowThreads, chunk = lane % T::kRowThreads;
   const TokenView& view = a.grads[tensor];
   const int start = T::kOwnsQueries ? u.q_start : u.k_start;
   auto* to = static_cast<typename T::Element*>(view.data) + u.batch * view.batch_stride + blockIdx.y * view.head_stride;
   const char* from = reinterpret_cast<const char*>(smem.owned[tensor][warp_row]);
-  for (int r = first; r < T::kWarpRows; r += T::kWarpPassRows) {
+  for (int r = first; r < T::kCopiedRows; r += T::kWarpPassRows) {
     const int row = u.begin + warp_row + r;
     for (int c = chunk; c < T::kRowChunks; c += T::kRowThreads) {
-      if (row < u.num_owned && c * kChunkElements < a.dims[tensor]) {
-        *reinterpret_cast<uint4*>(to + (start + row) * view.token_stride + c * kChunkElements) =
-            *reinterpret_cast<const uint4*>(from + swizzled<T::kDim>(r, c));
+      if (row < u.num_owned && c * T::kChunkElements < a.dims[tensor]) {
+        *reinterpret_cast<uint4*>(to + (start + row) * view.token_stride + c * T::kChunkElements) =
+            *reinterpret_cast<const uint4*>(from + swizzled<T>(r, c));
       }
     }
   }
@@ -213,12 +234,11 @@ struct StreamCopy {
     const TokenView& view = a.streamed[tensor];
     const int64_t first = static_cast<int64_t>(static_cast<int>(pinned(first_block))) * T::kStreamed;
     next = static_cast<const char*>(view.data) + chunk * 16 +
-           2 * (u.batch * view.batch_stride + head * view.head_stride +
-                ((T::kOwnsQueries ? u.k_start : u.q_start) + first + row) * view.token_stride);
-    pass_bytes = pinned(static_cast<uint32_t>(view.token_stride) * T::kPassRows * 2);
-    smem =
-        pinned(ptx::smem_address(&shared.stages[0]) + stage + tensor * T::kTensorBytes + swizzled<T::kDim>(row, chunk));
-    columns = static_cast<int>(pinned(a.dims[tensor] / kChunkElements - chunk));
+           T::kElementBytes * (u.batch * view.batch_stride + head * view.head_stride +
+                               ((T::kOwnsQueries ? u.k_start : u.q_start) + first + row) * view.token_stride);
+    pass_bytes = pinned(static_cast<uint32_t>(view.token_stride) * T::kPassRows * T::kElementBytes);
+    smem = pinned(ptx::smem_address(&shared.stages[0]) + stage + tensor * T::kTensorBytes + swizzled<T>(row, chunk));
+    columns = static_cast<int>(pinned(a.dims[tensor] / T::kChunkElements - chunk));
     if constexpr (!T::kOwnsQueries) {
       const int64_t slot = a.stats.first_slot(head, u.batch, u.q_start) + first;
       stats = reinterpret_cast<const char*>(a.stats.minus_lse(slot)) + thread * 16;
@@ -226,7 +246,7 @@ struct StreamCopy {
   }
 
   static constexpr int smem_bytes(int pass, int c) {
-    return pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
+    return pass * T::kPassRows * T::kRowBytes + c * T::kRowThreads * 16;
   }
 
   // The next block. Of its rows `num_rows` exist: none, all, or the first, and then the rest is zeros. Statistics exist for
@@ -250,7 +270,7 @@ struct StreamCopy {
     });
     next += uint64_t{pass_bytes} * a.num_passes;
     if constexpr (!T::kOwnsQueries) {
-      const int stage = to_next > 0 ? 0 : sizeof(Stage<T>);
+      const int stage = to_next > 0 ? 0 : kToSecondStage<T>;
       ptx::cp_async_16_if<0, 0, 0>(threadIdx.x < T::kStreamed, num_rows,
                                    ptx::smem_address(shared.stages[0].stats) + stage + threadIdx.x * 16, stats);
       stats += T::kStreamed * kStatsFloats * 4;
@@ -262,12 +282,12 @@ struct StreamCopy {
     next += static_cast<int64_t>(uint64_t{pass_bytes} * a.num_passes) * blocks;
     if constexpr (!T::kOwnsQueries) stats += static_cast<int64_t>(T::kStreamed * kStatsFloats * 4) * blocks;
   }
-  // Zeros in the columns that the tensor lacks, in both stages: written once, never copied over. Before the first block.
+  // Zeros in the columns that the tensor lacks, in all stages: written once, never copied over. Before the first block.
   __device__ __forceinline__ void zero_columns() const {
     places([&]<int pass, int c>() {
       if (c * T::kRowThreads < columns) return;
       *chunk_at<uint4>(smem_bytes(pass, c)) = uint4{};
-      *chunk_at<uint4>(static_cast<int>(sizeof(Stage<T>)) + smem_bytes(pass, c)) = uint4{};
+      if constexpr (T::kStages > 1) *chunk_at<uint4>(kToSecondStage<T> + smem_bytes(pass, c)) = uint4{};
     });
   }
   // Whether any of this thread's chunks, in the stage `bytes` from that of the block to come, holds an element that is not
@@ -284,7 +304,7 @@ struct StreamCopy {
   __device__ __forceinline__ void zero_nonfinite(int bytes, int first_row) const {
     places([&]<int pass, int c>() {
       if (static_cast<uint32_t>(row_of(threadIdx.x) + pass * T::kPassRows - first_row) >= T::kPart) return;
-      zero_nonfinite_of<typename T::Element>(chunk_at<uint16_t>(bytes + smem_bytes(pass, c)));
+      zero_nonfinite_of<typename T::Element>(chunk_at<void>(bytes + smem_bytes(pass, c)));
     });
   }
 

@@ -34,13 +34,12 @@ struct Addresses {
   uint32_t stats;  // of the lane's first query, owned or streamed
 
   __device__ __forceinline__ explicit Addresses(const Smem<T>& smem)
-      : owned{pinned(ptx::smem_address(smem.owned[0][threadIdx.x / kWarp * T::kWarpRows]) + lane_offset<T>(true))},
+      : owned{pinned(ptx::smem_address(smem.owned[0][row_warp<T>() * T::kWarpRows]) + lane_offset<T>(true))},
         streamed{pinned(ptx::smem_address(&smem.stages[0]) + lane_offset<T>(false))},
-        transposed{pinned(ptx::smem_address(&smem.stages[0]) + lane_offset<T>(true))},
-        stats(pinned(T::kOwnsQueries
-                         ? ptx::smem_address(smem.stats + threadIdx.x / kWarp * T::kWarpRows * kStatsFloats +
-                                             threadIdx.x % kWarp / 4 * 4)
-                         : ptx::smem_address(smem.stages[0].stats + threadIdx.x % 4 * 4))) {}
+        transposed{pinned(ptx::smem_address(&smem.stages[0].rows[0][0][first_column<T>()]) + transposed_offset<T>())},
+        stats(pinned(T::kOwnsQueries ? ptx::smem_address(smem.stats + row_warp<T>() * T::kWarpRows * kStatsFloats +
+                                                         threadIdx.x % kWarp / 4 * 4)
+                                     : ptx::smem_address(smem.stages[0].stats + threadIdx.x % 4 * 4))) {}
   // To the other stage, `bytes` away.
   __device__ __forceinline__ void turn(int bytes) {
     streamed.at[0] += bytes;
@@ -52,27 +51,40 @@ struct Addresses {
 // x[i] = owned[tensor] streamed[tensor]^T + first(m, n), for parts first_part + i of the block.
 template <class T, int tensor, int first_part, int num_parts, class First>
 __device__ __forceinline__ void multiply(Products<T> (&x)[num_parts], const Addresses<T>& at, First&& first) {
-  using Element = typename T::Element;
-  static_for<T::kDim / 16>([&]<int step>() {
-    uint32_t a[T::kRowTiles][4];
+  if constexpr (T::kSplits) {
+    static_assert(num_parts == 1);
+    for_each<T::kRowTiles, T::kPartTiles>([&](int m, int n, int i) {
+      const float4 start = first(m, n);
+      x[0][m][n][i] = i == 0 ? start.x : i == 1 ? start.y : i == 2 ? start.z : start.w;
+    });
+  }
+  [[maybe_unused]] Products<T> sum = {};
+  static_for<T::kRowBytes / T::kStepBytes>([&]<int step>() {
+    uint32_t a[T::kRowTiles][T::kFragment];
     static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, tensor * T::kOwned + m * 16, step>(a[m], at.owned); });
     static_for<num_parts * T::kPartTiles / 2>([&]<int pair>() {
       constexpr int part = pair * 2 / T::kPartTiles, n = pair * 2 % T::kPartTiles;
-      uint32_t b[4];
+      uint32_t b[T::kFragment];
       load_fragment<T, tensor * T::kStreamed + (first_part + part) * T::kPart + n * 8, step>(b, at.streamed);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
-        auto &left = x[part][m][n], &right = x[part][m][n + 1];
-        if constexpr (step == 0) {
-          ptx::mma_m16n8k16<Element>(left, a[m], b[0], b[1], first(m, n));
-          ptx::mma_m16n8k16<Element>(right, a[m], b[2], b[3], first(m, n + 1));
+        [[maybe_unused]] auto &left = x[part][m][n], &right = x[part][m][n + 1];
+        if constexpr (T::kSplits) {
+          multiply_add<T, 0>(sum[m][n], a[m], b);
+          multiply_add<T, 1>(sum[m][n + 1], a[m], b);
+        } else if constexpr (step == 0) {
+          ptx::mma_m16n8k16<typename T::Element>(left, a[m], b[0], b[1], first(m, n));
+          ptx::mma_m16n8k16<typename T::Element>(right, a[m], b[2], b[3], first(m, n + 1));
         } else {
-          ptx::mma_m16n8k16<Element>(left, a[m], b[0], b[1]);
-          ptx::mma_m16n8k16<Element>(right, a[m], b[2], b[3]);
+          multiply_add<T, 0>(left, a[m], b);
+          multiply_add<T, 1>(right, a[m], b);
         }
       }
     });
+    if constexpr (T::kSplits) add_part<T, step>(x[0], sum);
   });
+  if constexpr (T::kSplits)
+    correct_nonfinite<T, tensor * T::kOwned, tensor * T::kStreamed>(x[0], at.owned, at.streamed, first);
 }
 
 // Minus lse in log2 units (kind 0) or minus delta (kind 1) of the queries of the accumulators of m and n, a tile of the
@@ -87,8 +99,7 @@ __device__ __forceinline__ float4 stats_of(uint32_t stats, int m, int n) {
 // The owned row that a lane's accumulators belong to.
 template <class T>
 __device__ __forceinline__ int row_of(const Unit& u, int m, int half) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  return u.begin + warp * T::kWarpRows + m * 16 + half * 8 + lane / 4;
+  return u.begin + row_warp<T>() * T::kWarpRows + m * 16 + half * 8 + threadIdx.x % kWarp / 4;
 }
 
 // s = owned[0] streamed[0]^T for the block.
@@ -162,7 +173,7 @@ __device__ __forceinline__ void mask(Products<T>& s, Products<T>& d, const Backw
 // Of the lines of the tile, that of the warp's rows, all of one block of the mask.
 template <class T>
 __device__ __forceinline__ int line_of_warp(const BlockMaskView& m, const Unit& u) {
-  const int first = u.begin + static_cast<int>(threadIdx.x) / kWarp * T::kWarpRows;
+  const int first = u.begin + row_warp<T>() * T::kWarpRows;
   return block_of(m, first) - block_of(m, u.begin);
 }
 
@@ -333,7 +344,7 @@ template <class T, int tensor>
 __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<T>& smem, const BackwardArgs& a,
                                               int stage, int first_row, int first_streamed, int tile_idx) {
   const Unit& u = smem.unit;
-  const typename T::Element* values = &smem.stages[stage].rows[tensor][first_row][0];
+  const typename T::Element* values = &smem.stages[stage].rows[tensor][first_row][first_column<T>()];
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
@@ -350,7 +361,7 @@ __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<
         for (int n = 0; n < T::kColumnTiles; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float value = to_float(values[swizzled<T::kDim>(row, n) / 2 + threadIdx.x % 4 * 2 + e]);
+            const float value = to_float(values[place_of<T>(row, n) + e]);
             if (!isfinite(value)) gradient[m][n][2 * half + e] = NAN;
           }
         }
@@ -362,17 +373,16 @@ __device__ __forceinline__ void add_nonfinite(Gradient<T>& gradient, const Smem<
 // The warp's rows of a gradient, times `scale`, to its part of owned[tensor], which it has read for the last time.
 template <class T>
 __device__ __forceinline__ void keep_gradient(const Gradient<T>& gradient, Smem<T>& smem, int tensor, float scale) {
-  const int lane = threadIdx.x % kWarp;
-  const uint32_t first = ptx::smem_address(smem.owned[tensor][threadIdx.x / kWarp * T::kWarpRows]) +
-                         swizzled<T::kDim>(lane / 4, 0) + lane % 4 * 4;
+  const uint32_t first =
+      ptx::smem_address(&smem.owned[tensor][row_warp<T>() * T::kWarpRows][first_column<T>()]) + first_in_tile<T>();
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int n = 0; n < T::kColumnTiles; ++n) {
-        *static_cast<uint32_t*>(__cvta_shared_to_generic(in_tile<T>(first, m, half, n))) =
-            ptx::pack<typename T::Element>(gradient[m][n][2 * half] * scale, gradient[m][n][2 * half + 1] * scale);
+        store_pair<T>(in_tile<T>(first, m, half, n), gradient[m][n][2 * half] * scale,
+                      gradient[m][n][2 * half + 1] * scale);
       }
     }
   }

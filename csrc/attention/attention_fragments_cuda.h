@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the forward and the backward kernels of attention share: sequences, fragments of tiles in shared memory, and the
+// What the forward and the backward kernels of attention share: sequences, places in tiles in shared memory, and the
 // arithmetic of scores.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #include "../common/launch.h"
@@ -16,7 +17,6 @@ namespace fmkernels {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kChunkElements = 8;  // elements of a 16-byte chunk
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.69314718f;
 
@@ -28,11 +28,40 @@ __device__ __forceinline__ void static_for(F&& f) {
   }(std::make_integer_sequence<int, kCount>{});
 }
 
+// Rows of tiles in shared memory, and how the tensor cores take them: half elements by m16n8k16, float32 by m16n8k8 of tf32
+// (attention_products_cuda.h).
+template <class Element_, int kDim_>
+struct RowTraits {
+  using Element = Element_;
+  static constexpr int kDim = kDim_, kElementBytes = sizeof(Element), kRowBytes = kDim * kElementBytes;
+  static constexpr int kChunkElements = 16 / kElementBytes, kRowChunks = kRowBytes / 16;  // chunks of 16 bytes
+  // Threads along a row when a tile is copied: a divisor of its chunks, so that a thread keeps to its columns.
+  static constexpr int kRowThreads = kRowChunks % 8 == 0 ? 8 : 4, kColumnPasses = kRowChunks / kRowThreads;
+  static constexpr int kWarpPassRows = kWarp / kRowThreads;  // rows that a warp copies at a time
+  static constexpr bool kSplits = std::is_same_v<Element, float>;
+  static constexpr int kFragment =
+      kSplits ? 8 : 4;  // registers of a fragment; split: four of high parts, four of low ones
+  // Split products leave little to save by a loop without masks, which would double the code; and where values may be
+  // infinite every block must look for them.
+  static constexpr bool kHasPlainLoop = !kSplits;
+  static constexpr int kStepBytes = 32;               // of a row that one product takes
+  static constexpr int kStepRows = kSplits ? 8 : 16;  // that one product takes of a transposed operand
+  // What a swizzle permutes in a row.
+  static constexpr int kPermutedBytes = kRowBytes % 128 == 0 ? 128 : 64;
+};
+
 // Byte offset of a 16-byte chunk of a row. Eight rows at one column, and one row's columns, fall into different banks.
-template <int kDim>
+template <class T>
 __host__ __device__ constexpr int swizzled(int row, int chunk) {
-  constexpr bool whole_lines = kDim * 2 % 128 == 0;  // else rows of 192 bytes: two rows shift by half of the banks
-  return row * kDim * 2 + ((chunk ^ (whole_lines ? row & 7 : row >> 1 & 3)) << 4);
+  constexpr bool whole_lines = T::kPermutedBytes == 128;  // else rows of 192 bytes: two rows shift by half of the banks
+  return row * T::kRowBytes + ((chunk ^ (whole_lines ? row & 7 : row >> 1 & 3)) << 4);
+}
+// Of the first of a lane's two neighbouring accumulators of tile n of a row, as a place in an array of elements.
+template <class T>
+__device__ __forceinline__ int place_of(int row, int n) {
+  constexpr int kChunk = T::kChunkElements;
+  const uint32_t column = threadIdx.x % 4 * 2;
+  return swizzled<T>(row, n * (8 / kChunk) + column / kChunk) / T::kElementBytes + column % kChunk;
 }
 
 // x, the same in every lane of the warp, in a register that the compiler knows to be so.
@@ -75,86 +104,76 @@ __device__ __forceinline__ Range visible_keys(const AttentionForwardParams& p, c
 
 // ---- fragments ------------------------------------------------------------------------------------------------------
 
-// The lane's row and 16-byte chunk of a 16 x 16 fragment: ldmatrix.x4 gives its four 8 x 8 matrices column by column,
-// as fragments of q and of transposed values are numbered, or row by row, as those of keys are.
+// The lane's row and 16-byte chunk of a fragment of 16 rows and 32 bytes: ldmatrix.x4 gives its four 8 x 8 matrices of
+// 16-bit elements, or 8 x 4 ones of 32-bit elements, column by column, as fragments of q and of transposed values are
+// numbered, or row by row, as those of keys are.
 template <class T>
 __device__ __forceinline__ uint32_t lane_offset(bool by_column) {
   const int lane = threadIdx.x % kWarp;
-  return by_column ? swizzled<T::kDim>(lane % 16, lane / 16)
-                   : swizzled<T::kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  return by_column ? swizzled<T>(lane % 16, lane / 16) : swizzled<T>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+// The same of a transposed operand: of one that is split the lane reads rows 2t and 2t+1 of column g itself.
+template <class T>
+__device__ __forceinline__ uint32_t transposed_offset() {
+  const int lane = threadIdx.x % kWarp;
+  if constexpr (T::kSplits) return swizzled<T>(lane % 4 * 2, lane / 16) + lane / 4 % 4 * 4;
+  else return lane_offset<T>(true);
 }
 
-// The lane's row of the first fragment in each column step (16 columns) of what a swizzle permutes. A step flips bits of
+// The lane's row of the first fragment in each column step (32 bytes) of what a swizzle permutes. A step flips bits of
 // the address: either all addresses are kept, or one from which the others are made.
 template <class T, bool kKept>
 struct Columns {
-  static constexpr int kSteps = T::kDim * 2 % 128 == 0 ? 4 : 2;
+  static constexpr int kSteps = T::kPermutedBytes / T::kStepBytes;
   uint32_t at[kKept ? kSteps : 1];
 
   template <int step>
   __device__ __forceinline__ uint32_t of() const {
     if constexpr (kKept) return at[step % kSteps];
-    else return at[0] ^ (step % kSteps * 32);
+    else return at[0] ^ (step % kSteps * T::kStepBytes);
   }
 };
-
-// ldmatrix.x4 of the fragment at row `row` and column step `step`. Rows are whole multiples of what the swizzle permutes.
-template <class T, int row, int step, bool kTransposed = false, class Steps>
-__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const Steps& columns) {
-  constexpr int kSteps = Columns<T, false>::kSteps, kOffset = row * T::kDim * 2 + step / kSteps * kSteps * 32;
-  const uint32_t column = columns.template of<step>();
-  if constexpr (kTransposed) ptx::ldmatrix_x4_trans<kOffset>(r, column);
-  else ptx::ldmatrix_x4<kOffset>(r, column);
-}
-
-// sum += x y for accumulators x, rounded, and y of 8 kTiles rows from row `first` on of what `columns` addresses.
-template <class T, int first, int kTiles>
-__device__ __forceinline__ void add_product(float (&sum)[T::kRowTiles][T::kColumnTiles][4],
-                                            const float (&x)[T::kRowTiles][kTiles][4],
-                                            const Columns<T, false>& columns) {
-  using Element = typename T::Element;
-  static_for<kTiles / 2>([&]<int step>() {
-    uint32_t a[T::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m) {
-      const auto &left = x[m][2 * step], &right = x[m][2 * step + 1];
-      a[m][0] = ptx::pack<Element>(left[0], left[1]);
-      a[m][1] = ptx::pack<Element>(left[2], left[3]);
-      a[m][2] = ptx::pack<Element>(right[0], right[1]);
-      a[m][3] = ptx::pack<Element>(right[2], right[3]);
-    }
-    static_for<T::kColumnTiles / 2>([&]<int pair>() {
-      constexpr int n = pair * 2;
-      uint32_t b[4];
-      load_fragment<T, first + step * 16, pair, true>(b, columns);
-#pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m) {
-        ptx::mma_m16n8k16<Element>(sum[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<Element>(sum[m][n + 1], a[m], b[2], b[3]);
-      }
-    });
-  });
-}
 
 // Where a lane's accumulators 2 * half and 2 * half + 1 of m and n, rounded, lie in a tile; `first`: those of 0, 0 and 0.
 template <class T>
 __device__ __forceinline__ uint32_t in_tile(uint32_t first, int m, int half, int n) {
-  constexpr int kPermuted = T::kDim * 2 % 128 == 0 ? 8 : 4;  // chunks that a swizzle permutes
-  return (first ^ (n % kPermuted * 16)) + (m * 16 + half * 8) * T::kDim * 2 + n / kPermuted * kPermuted * 16;
+  constexpr int kTileBytes = 8 * T::kElementBytes, kPermuted = T::kPermutedBytes / kTileBytes;
+  return (first ^ (n % kPermuted * kTileBytes)) + (m * 16 + half * 8) * T::kRowBytes +
+         n / kPermuted * T::kPermutedBytes;
+}
+// That of 0, 0 and 0, from where the tile begins.
+template <class T>
+__device__ __forceinline__ uint32_t first_in_tile() {
+  const int lane = threadIdx.x % kWarp, bytes = lane % 4 * 2 * T::kElementBytes;
+  return swizzled<T>(lane / 4, bytes / 16) + bytes % 16;
+}
+// Writes two of them there, rounded.
+template <class T>
+__device__ __forceinline__ void store_pair(uint32_t at, float x, float y) {
+  void* to = __cvta_shared_to_generic(at);
+  if constexpr (T::kSplits) *static_cast<float2*>(to) = make_float2(x, y);
+  else *static_cast<uint32_t*>(to) = ptx::pack<typename T::Element>(x, y);
 }
 
 // sum, or something else than 0 where an element of a chunk is not finite: its product with zero is NaN.
 template <class Element>
 __device__ __forceinline__ uint32_t add_nonfinite_of(uint32_t sum, const uint4& chunk) {
-  for (uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) sum = ptx::fma_x2<Element>(word, 0, sum);
+  for (uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) {
+    if constexpr (std::is_same_v<Element, float>)
+      sum = float_bits(fmaf(float_from_bits(word), 0.0f, float_from_bits(sum)));
+    else sum = ptx::fma_x2<Element>(word, 0, sum);
+  }
   return sum;
 }
 // The elements of a chunk that are not finite become zeros.
 template <class Element>
-__device__ __forceinline__ void zero_nonfinite_of(uint16_t* chunk) {
-  constexpr uint32_t kExponent = kDType<Element> == DType::kFloat16 ? 0x7c00u : 0x7f80u;
-  for (int i = 0; i < kChunkElements; ++i) {
-    if ((chunk[i] & kExponent) == kExponent) chunk[i] = 0;
+__device__ __forceinline__ void zero_nonfinite_of(void* chunk) {
+  using Bits = std::conditional_t<std::is_same_v<Element, float>, uint32_t, uint16_t>;
+  constexpr uint32_t kExponents[] = {0x7f800000u, 0x7c00u, 0x7f80u};
+  constexpr uint32_t kExponent = kExponents[static_cast<int>(kDType<Element>)];
+  auto* bits = static_cast<Bits*>(chunk);
+  for (int i = 0; i < 16 / static_cast<int>(sizeof(Bits)); ++i) {
+    if ((bits[i] & kExponent) == kExponent) bits[i] = 0;
   }
 }
 
@@ -191,8 +210,10 @@ __device__ __forceinline__ float to_log2(float x) {
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 // The columns that a kernel for `dim` of them has.
-inline int bucket_of(int64_t dim) {
-  return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
+template <class Element>
+int bucket_of(int64_t dim) {
+  if constexpr (std::is_same_v<Element, float>) return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+  else return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
 
 // Refuses what a launch with a block for each of `grid_heads` heads cannot take, and shortens windows so that a position, a window and the rows of a tile after it
@@ -200,15 +221,15 @@ inline int bucket_of(int64_t dim) {
 inline void check_launch(const char* name, AttentionForwardParams& p, const char* heads_name, int64_t grid_heads,
                          std::initializer_list<const TokenView*> views) {
   constexpr int64_t kMaxLength = (1 << 30) - 1024, kMaxGrid = 65535, kMaxStride = 1 << 23;
-  FM_CHECK(p.dtype != DType::kFloat32, name, ": CUDA tensors must be float16 or bfloat16");
+  const int64_t chunk_elements = 16 / element_bytes(p.dtype);
   FM_CHECK(p.batch <= kMaxGrid && grid_heads <= kMaxGrid, name, ": batch and ", heads_name, " must be at most ",
            kMaxGrid, " on CUDA, got ", p.batch, " and ", grid_heads);
   FM_CHECK(p.seq_q * (p.heads / p.kv_heads) <= kMaxLength && p.seq_k <= kMaxLength && p.total_q <= kMaxLength &&
                p.total_k <= kMaxLength,
            name, ": sequences must be at most ", kMaxLength, " rows long on CUDA");
   for (const TokenView* view : views) {
-    FM_CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && view->batch_stride % kChunkElements == 0 &&
-                 view->token_stride % kChunkElements == 0 && view->head_stride % kChunkElements == 0,
+    FM_CHECK(reinterpret_cast<uintptr_t>(view->data) % 16 == 0 && view->batch_stride % chunk_elements == 0 &&
+                 view->token_stride % chunk_elements == 0 && view->head_stride % chunk_elements == 0,
              name, ": rows of all tensors must begin on 16-byte boundaries");
     FM_CHECK(view->token_stride < kMaxStride, name, ": a token stride must be below ", kMaxStride,
              " elements on CUDA, got ", view->token_stride);

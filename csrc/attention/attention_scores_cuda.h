@@ -57,7 +57,7 @@ __device__ __forceinline__ void modify(Scores<T>& s, const AttentionForwardParam
     for_each_score<T>(s, u, first_key, [&](int) { return [&](float x, int) { return x * scale; }; });
   }
   if (p.bias != nullptr) {
-    if (p.bias_dtype == DType::kFloat32) add_bias<T, float>(s, p, u, first_key);
+    if (T::kSplits || p.bias_dtype == DType::kFloat32) add_bias<T, float>(s, p, u, first_key);
     else add_bias<T, typename T::Element>(s, p, u, first_key);
   }
   if (p.alibi_slopes != nullptr) {
@@ -132,11 +132,16 @@ __device__ __forceinline__ void mask_block(Scores<T>& s, const BlockMaskView& m,
     for (int half = 0; half < 2; ++half) {
       const int query = query_of(u, min(row_of<T>(u, tile, half), u.num_rows - 1));
 #pragma unroll
-      for (int word = 0; word < T::kKeys / 32; ++word) {
-        const uint32_t shown = word_of_row(m, tiles, first_line, query, first_key + word * 32) >> (threadIdx.x % 4 * 2);
+      for (int first = 0; first < T::kKeyTiles; first += 4) {
+        const int key = first_key + first * 8;
+        const uint32_t shown =
+            word_of_row(m, tiles, first_line, query, key / 32 * 32) >> (key % 32 + threadIdx.x % 4 * 2);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if ((shown >> (i / 2 * 8 + i % 2) & 1) == 0) s[tile][word * 4 + i / 2][2 * half + i % 2] = -INFINITY;
+        for (int n = first; n < first + 4 && n < T::kKeyTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if ((shown >> ((n - first) * 8 + e) & 1) == 0) s[tile][n][2 * half + e] = -INFINITY;
+          }
         }
       }
     }
@@ -201,7 +206,7 @@ __device__ __forceinline__ void add_nonfinite(WarpState<T>& w, const typename T:
         for (int n = 0; n < T::kColumnTiles; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float v = to_float(values[swizzled<T::kDim>(key, n) / 2 + threadIdx.x % 4 * 2 + e]);
+            const float v = to_float(values[place_of<T>(key, n) + e]);
             if (!isfinite(v)) w.o[m][n][2 * half + e] += v;
           }
         }
@@ -237,8 +242,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const float scale = dropout_scale(p);
   const int64_t slot = a.partials.first_slot(blockIdx.z, p.cu_seqlens_k != nullptr, u.k_start) + u.chunk;
-  const uint32_t first_o =
-      ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(lane / 4, 0) + lane % 4 * 4;
+  const uint32_t first_o = ptx::smem_address(smem.q[warp * T::kWarpRows]) + first_in_tile<T>();
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
@@ -261,8 +265,7 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
       for (int n = 0; n < T::kColumnTiles; ++n) {
         const float x = w.o[m][n][2 * half] * factor, y = w.o[m][n][2 * half + 1] * factor;
         if (u.chunk < 0) {
-          const uint32_t at = in_tile<T>(first_o, m, half, n);
-          *static_cast<uint32_t*>(__cvta_shared_to_generic(at)) = ptx::pack<Element>(x, y);
+          store_pair<T>(in_tile<T>(first_o, m, half, n), x, y);
         } else if (exists && n * 8 < p.v_head_dim) {
           *reinterpret_cast<float2*>(a.partials.o + partial * p.v_head_dim + n * 8 + lane % 4 * 2) = make_float2(x, y);
         }
@@ -273,15 +276,15 @@ __device__ __forceinline__ void store_results(WarpState<T>& w, Smem<T>& smem, co
   __syncwarp();  // a warp's rows of o are written and read by the warp alone
   const RowsOfWarp<T> rows(p.o, u);
   const int first = lane / T::kRowThreads, chunk = lane % T::kRowThreads;
-  const uint32_t from = ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T::kDim>(first, chunk);
+  const uint32_t from = ptx::smem_address(smem.q[warp * T::kWarpRows]) + swizzled<T>(first, chunk);
   static_for<T::kWarpRows / T::kWarpPassRows>([&]<int pass>() {
     const int r = first + pass * T::kWarpPassRows;
-    Element* o = rows.at(r) + chunk * kChunkElements;
+    Element* o = rows.at(r) + chunk * T::kChunkElements;
     const bool exists = u.row_begin + warp * T::kWarpRows + r < u.num_rows;
     static_for<T::kColumnPasses>([&]<int c>() {
       const void* bits = __cvta_shared_to_generic(in_pass<T, pass>(from) + c * T::kRowThreads * 16);
-      if (exists && (chunk + c * T::kRowThreads) * kChunkElements < p.v_head_dim) {
-        *reinterpret_cast<uint4*>(o + c * T::kRowThreads * kChunkElements) = *static_cast<const uint4*>(bits);
+      if (exists && (chunk + c * T::kRowThreads) * T::kChunkElements < p.v_head_dim) {
+        *reinterpret_cast<uint4*>(o + c * T::kRowThreads * T::kChunkElements) = *static_cast<const uint4*>(bits);
       }
     });
   });

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../common/divisor.h"
-#include "attention_fragments_cuda.h"
 #include "attention_mask_cuda.h"
+#include "attention_products_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -19,9 +19,11 @@ struct Tile {
   bool operator==(const Tile&) const = default;
 };
 
-// The tile of an architecture whose blocks may have `smem_kib` of shared memory: 163 and more, or 99 (sm_86, 89, 120).
+// For half elements the tile of an architecture whose blocks may have `smem_kib` of shared memory: 163 and more, or 99 (sm_86, 89, 120).
 // 32 rows a warp halve the traffic of keys and values from shared memory; beyond 128 columns o leaves room for 16.
-constexpr Tile tile_of(int smem_kib, int dim) {
+// float32 has tiles of 99 KiB alone, with rows twice as long.
+constexpr Tile tile_of(int smem_kib, int dim, bool is_float) {
+  if (is_float) return dim == 64 ? Tile{128, 32, 4} : dim == 128 ? Tile{128, 32, 8} : Tile{64, 16, 4};  // 256
   const bool small = smem_kib < 163;
   switch (dim) {
     case 64: return {128, 64, 4};
@@ -37,36 +39,33 @@ constexpr bool takes_block_mask(Tile tile) { return kSmallestMaskBlock % tile.ke
 
 // Whether a kernel with this tile is launched on what is being compiled for. Code for sm_80 runs on sm_86 and 89 too, and
 // PTX for any architecture on all later ones; only code for an "a" architecture runs there alone.
-template <int kSmemKiB, int kDim>
+template <class T>
 __device__ constexpr bool is_launched() {
 #if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool is_small = __CUDA_ARCH__ >= 1200;
-  return tile_of(99, kDim) == tile_of(163, kDim) || is_small == (kSmemKiB == 99) ||
-         (kSmemKiB == 99 && !takes_block_mask(tile_of(163, kDim)));
+  return T::kHasOneTile || is_small == (T::kSmemKiB == 99) || (T::kSmemKiB == 99 && !T::kLargeTakesBlockMask);
 #else
   return true;
 #endif
 }
 
-template <class Element_, int kDim_, int kSmemKiB_>
-struct Traits {
-  using Element = Element_;
+template <class Element, int kDim_, int kSmemKiB_>
+struct Traits : RowTraits<Element, kDim_> {
+  using Row = RowTraits<Element, kDim_>;
   static constexpr int kSmemKiB = kSmemKiB_;
-  static constexpr Tile kTile = tile_of(kSmemKiB, kDim_);
+  static constexpr bool kHasOneTile = tile_of(99, kDim_, Row::kSplits) == tile_of(163, kDim_, Row::kSplits);
+  static constexpr Tile kTile = tile_of(kSmemKiB, kDim_, Row::kSplits);
   static constexpr int kDim = kDim_, kRows = kTile.rows, kKeys = kTile.keys, kWarps = kTile.warps;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kWarpRows = kRows / kWarps, kRowTiles = kWarpRows / 16;  // m16 tiles of a warp
   static constexpr int kKeyTiles = kKeys / 8, kColumnTiles = kDim / 8;          // n8 tiles of s and of o
-  static constexpr int kRowChunks = kDim / kChunkElements;                      // 16-byte chunks of a row
-  // Threads along a row when a tile is loaded: a divisor of its chunks, so that a thread keeps to its columns.
-  static constexpr int kRowThreads = kRowChunks % 8 == 0 ? 8 : 4;
-  static constexpr int kPassRows = kThreads / kRowThreads, kColumnPasses = kRowChunks / kRowThreads;
-  static constexpr int kWarpPassRows = kWarp / kRowThreads;  // the same for rows that a warp loads or stores alone
-  static constexpr int kValueBytes = kKeys * kDim * 2;       // from a key to its value in shared memory
+  static constexpr int kPassRows = kThreads / Row::kRowThreads;                 // rows that all threads copy at a time
+  static constexpr int kValueBytes = kKeys * Row::kRowBytes;  // from a key to its value in shared memory
   static constexpr int kBlocksPerSm = kThreads == 128 ? 2 : 1;
-  static constexpr bool kKeepsQ = kDim == 64;        // fragments of q stay in registers
-  static constexpr bool kKeepsColumns = kDim == 64;  // as do the addresses of all column steps of the keys
+  static constexpr bool kKeepsQ = kDim == 64 && !Row::kSplits;  // fragments of q stay in registers
+  static constexpr bool kKeepsColumns = kDim == 64;             // as do the addresses of all column steps of the keys
   static constexpr bool kTakesBlockMask = takes_block_mask(kTile);
+  static constexpr bool kLargeTakesBlockMask = takes_block_mask(tile_of(163, kDim, Row::kSplits));
 
   static_assert(kWarpRows % 16 == 0 && kKeys % 16 == 0 && kDim % 32 == 0, "whole fragments");
   static_assert(kKeys % kPassRows == 0 && kRows % kPassRows == 0, "whole passes of a load");
@@ -147,7 +146,7 @@ __device__ __forceinline__ RowsVisible visible_to(const AttentionForwardParams& 
 template <class T, int pass>
 __device__ __forceinline__ uint32_t in_pass(uint32_t first) {
   constexpr bool flips = T::kWarpPassRows % 8 != 0;  // four rows further a swizzle flips the third bit of a chunk
-  return (first ^ (flips ? pass % 2 * 4 * 16 : 0)) + pass * T::kWarpPassRows * T::kDim * 2;
+  return (first ^ (flips ? pass % 2 * 4 * 16 : 0)) + pass * T::kWarpPassRows * T::kRowBytes;
 }
 
 // Where a row of q or o begins.

@@ -22,20 +22,20 @@ struct BlockCopy {
                                        uint32_t offset, int block) {
     const int row = threadIdx.x / T::kRowThreads, chunk = threadIdx.x % T::kRowThreads;
     next = static_cast<const char*>(view.data) + chunk * 16 +
-           2 * (blockIdx.z * view.batch_stride + kv_head_of(a) * view.head_stride +
-                (u.k_start + static_cast<int64_t>(block) * T::kKeys + row) * view.token_stride);
-    pass_bytes = static_cast<int>(pinned(static_cast<int>(view.token_stride) * T::kPassRows * 2));
+           T::kElementBytes * (blockIdx.z * view.batch_stride + kv_head_of(a) * view.head_stride +
+                               (u.k_start + static_cast<int64_t>(block) * T::kKeys + row) * view.token_stride);
+    pass_bytes = static_cast<int>(pinned(static_cast<int>(view.token_stride) * T::kPassRows * T::kElementBytes));
     smem = offset;
-    columns = static_cast<int>(dim / kChunkElements) - chunk;
+    columns = static_cast<int>(dim / T::kChunkElements) - chunk;
   }
 
   // Of this thread's row in the first pass over the keys, at its first column.
   static __device__ __forceinline__ uint32_t thread_offset() {
-    return swizzled<T::kDim>(threadIdx.x / T::kRowThreads, threadIdx.x % T::kRowThreads);
+    return swizzled<T>(threadIdx.x / T::kRowThreads, threadIdx.x % T::kRowThreads);
   }
   // From `smem` to the same row and column of another pass; kRowThreads chunks leave the swizzled bits alone.
   static constexpr int smem_bytes(int pass, int c) {
-    return (kValues ? T::kValueBytes : 0) + pass * T::kPassRows * T::kDim * 2 + c * T::kRowThreads * 16;
+    return (kValues ? T::kValueBytes : 0) + pass * T::kPassRows * T::kRowBytes + c * T::kRowThreads * 16;
   }
   // A block that lies inside the sequence; with !wanted nothing is read.
   __device__ __forceinline__ void issue(bool wanted, const Passes& passes) {
@@ -92,7 +92,7 @@ struct BlockCopy {
   __device__ __forceinline__ void zero_nonfinite() const {
     for (int pass = 0; pass < T::kKeys / T::kPassRows; ++pass) {
       for (int c = 0; c < T::kColumnPasses; ++c) {
-        zero_nonfinite_of<Element>(static_cast<uint16_t*>(__cvta_shared_to_generic(smem + smem_bytes(pass, c))));
+        zero_nonfinite_of<Element>(__cvta_shared_to_generic(smem + smem_bytes(pass, c)));
       }
     }
   }
@@ -112,13 +112,13 @@ template <class T>
 using Scores = float[T::kRowTiles][T::kKeyTiles][4];
 
 template <class T, int step>
-__device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][4], const Columns<T, false>& at) {
+__device__ __forceinline__ void load_q(uint32_t (&q)[T::kRowTiles][T::kFragment], const Columns<T, false>& at) {
   static_for<T::kRowTiles>([&]<int m>() { load_fragment<T, m * 16, step>(q[m], at); });
 }
 
 template <class T>
 struct QFragments {
-  uint32_t kept[T::kKeepsQ ? T::kDim / 16 : 1][T::kRowTiles][4];
+  uint32_t kept[T::kKeepsQ ? T::kRowBytes / T::kStepBytes : 1][T::kRowTiles][T::kFragment];
 };
 
 // s = q k^T for one block.
@@ -132,24 +132,32 @@ __device__ __forceinline__ void multiply_keys(Scores<T>& s, const QFragments<T>&
       for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
     }
   }
-  static_for<T::kDim / 16>([&]<int step>() {
-    [[maybe_unused]] uint32_t loaded[T::kRowTiles][4];
+  [[maybe_unused]] float part[T::kRowTiles][T::kKeyTiles][4] = {};
+  static_for<T::kRowBytes / T::kStepBytes>([&]<int step>() {
+    [[maybe_unused]] uint32_t loaded[T::kRowTiles][T::kFragment];
     if constexpr (!T::kKeepsQ) load_q<T, step>(loaded, q_at);
-    const auto& a = [&]() -> const uint32_t (&)[T::kRowTiles][4] {
+    const auto& a = [&]() -> const uint32_t (&)[T::kRowTiles][T::kFragment] {
       if constexpr (T::kKeepsQ) return q.kept[step];
       else return loaded;
     }();
     static_for<T::kKeyTiles / 2>([&]<int pair>() {
       constexpr int n = pair * 2;
-      uint32_t b[4];
+      uint32_t b[T::kFragment];
       load_fragment<T, n * 8, step>(b, k_at);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) {
-        ptx::mma_m16n8k16<typename T::Element>(s[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<typename T::Element>(s[m][n + 1], a[m], b[2], b[3]);
+        if constexpr (T::kSplits) {
+          multiply_add<T, 0>(part[m][n], a[m], b);
+          multiply_add<T, 1>(part[m][n + 1], a[m], b);
+        } else {
+          multiply_add<T, 0>(s[m][n], a[m], b);
+          multiply_add<T, 1>(s[m][n + 1], a[m], b);
+        }
       }
     });
+    if constexpr (T::kSplits) add_part<T, step>(s, part);
   });
+  if constexpr (T::kSplits) correct_nonfinite<T, 0, 0>(s, q_at, k_at, [](int, int) { return float4{}; });
 }
 
 // Scores, in units of 1 / scale, become weights exp2(score * scale + shift); the sums grow by them.
@@ -214,10 +222,10 @@ struct Addresses {
       : copy_keys(a.p.k, a, u, a.p.head_dim, copy_to, block - 1),
         copy_values(a.p.v, a, u, a.p.v_head_dim, copy_to, block),
         q{of_q(smem)},
-        v{pinned(ptx::smem_address(smem.kv[1]) + lane_offset<T>(true))} {
+        v{pinned(ptx::smem_address(smem.kv[1]) + transposed_offset<T>())} {
     const uint32_t first = ptx::smem_address(smem.kv[0]) + lane_offset<T>(false);
     for (int step = 0; step < static_cast<int>(sizeof(k.at) / sizeof(k.at[0])); ++step)
-      k.at[step] = pinned(first ^ (step * 32));
+      k.at[step] = pinned(first ^ (step * T::kStepBytes));
   }
 };
 

@@ -6,6 +6,11 @@
 //   B [16 x 8]   b[0] rows 2t, 2t+1 of column g;  b[1] rows 2t+8, 2t+9
 //   C [16 x 8]   c[0], c[1] row g, columns 2t, 2t+1;  c[2], c[3] row g+8
 // The accumulators of two neighbouring C tiles, rounded, are therefore an A fragment of the next product.
+// Fragments of m16n8k8 hold one tf32 element a register:
+//   A [16 x 8]   a[0] row g, column t;  a[1] row g+8;  a[2] row g, column t+4;  a[3] row g+8
+//   B [8 x 8]    b[0] row t of column g;  b[1] row t+4
+//   C [16 x 8]   as above
+// The order of k is free, so the accumulators of a C tile are an A fragment too: k = t is its column 2t, k = t+4 its 2t+1.
 #pragma once
 
 #include <cstdint>
@@ -97,6 +102,16 @@ __device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t
       "{%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
+}
+
+// mma.m16n8k8 of tf32: c += a b with float32 accumulators; of a and b the low 13 bits are ignored. All lanes of the warp
+// together.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // cvt.rn.x2: two floats rounded to nearest even in one register, `low` in the lower half.

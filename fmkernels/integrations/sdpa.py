@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _check as check
-from .._attention_checks import HALF_DTYPES, MAX_HEAD_DIM
+from .._attention_checks import MAX_HEAD_DIM
 from .._library import cuda_ops
 from ..attention import attention
 
@@ -74,9 +74,9 @@ def scaled_dot_product_attention(
     Returns:
         [batch, heads, seq_q, v_head_dim], a transposed view; a query that sees no key gives zeros.
 
-    Differentiable once, in the mask too. Calls that the kernels do not serve (float64, float32 on CUDA, head sizes off
-    the multiples of 8, other ranks, a scale that is not finite, functional differentiation, ...) go to torch, and the
-    logger "fmkernels" says so once for each reason.
+    Differentiable once, in the mask too. Calls that the kernels do not serve (float64, head sizes off the multiples of
+    8, other ranks, a scale that is not finite, functional differentiation, ...) go to torch, and the logger "fmkernels"
+    says so once for each reason.
     """
     reason = _unsupported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
@@ -140,8 +140,6 @@ def _unsupported(
         return "forward-mode or functional differentiation"
     if query.dtype not in check.FLOAT_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
-    if query.device.type == "cuda" and query.dtype not in HALF_DTYPES:
-        return f"{query.dtype} on CUDA"
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
         return f"ranks {query.dim()}, {key.dim()}, {value.dim()}"
     if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in (query.shape[-1], value.shape[-1])):
