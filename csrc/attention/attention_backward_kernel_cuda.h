@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const BlockList& listed = T::kOwnsQueries ? p.block_mask.rows : p.block_mask.columns;
   auto& walk = smem.walks[warp];
   if (threadIdx.x == 0) {
-    smem.unit = u, smem.first_block = first_block;
+    smem.unit = u, smem.first_block = first_block, smem.end_block = end_block;
     smem.plain = {max(first_block, (tile.all.begin + T::kStreamed - 1) / T::kStreamed),
                   a.is_general || !T::kHasPlainLoop ? 0 : min(tile.all.end / T::kStreamed, end_block)};
   }
@@ -57,12 +57,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     int first = smem.first_block;
     if (has_block_mask) {
       if (!T::kOwnsQueries) __syncwarp();  // every lane has read the walk over the head before
-      walk.begin(p.block_mask, listed, u.batch, T::kOwnsQueries ? blockIdx.y : head, u.begin, first, end_block);
+      walk.begin(p.block_mask, listed, u.batch, T::kOwnsQueries ? blockIdx.y : head, u.begin, first, smem.end_block);
       first = walk.now().block;
     }
     StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : kToSecondStage<T>, head, first);
     if (head == first_head) copy.zero_columns();
-    copy.issue(a, smem, to_next, first < end_block ? u.num_streamed - first * T::kStreamed : 0);
+    copy.issue(a, smem, to_next, first < smem.end_block ? u.num_streamed - first * T::kStreamed : 0);
     ptx::cp_async_commit();
     return copy;
   };
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       // B1: every warp sees block[i] and what it owns, and has read block[i-1]
       const auto issue_next = [&] {
         if (kGeneral && has_block_mask) copy.skip(a, next - block - 1);
-        copy.issue(a, smem, -to_next, next < end_block ? kept.num_streamed - next * T::kStreamed : 0);
+        copy.issue(a, smem, -to_next, next < smem.end_block ? kept.num_streamed - next * T::kStreamed : 0);
         ptx::cp_async_commit();
       };
       if constexpr (T::kStages > 1) issue_next();
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     };
 
     const auto is_plain = [&] { return T::kHasPlainLoop && smem.plain.begin <= block && block < smem.plain.end; };
-    while (block < end_block) {
+    while (block < smem.end_block) {
       if constexpr (T::kHasPlainLoop) {
         if (is_plain()) {
           do step.template operator()<false>();
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
         }
       }
       do step.template operator()<true>();
-      while (block < end_block && !is_plain());
+      while (block < smem.end_block && !is_plain());
     }
   } while (!T::kOwnsQueries && ++streamed_head < first_head + a.group);
 

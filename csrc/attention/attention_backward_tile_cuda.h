@@ -138,7 +138,7 @@ struct Smem {
   alignas(16) float stats[T::kOwnsQueries ? T::kOwned * kStatsFloats : 1];
   // What only masks ask for: kept here, because the products leave no register for it.
   Unit unit;
-  int first_block;
+  int first_block, end_block;
   Range plain;  // blocks that every owned row meets whole, where nothing else modifies scores
   Partners partners[T::kWarps];
   BlockWalk<T::kStreamed, 1> walks[T::kWarps];
