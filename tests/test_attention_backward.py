@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_attention import KINDS
+from test_attention import KINDS, runs_of
 from torch.library import opcheck
 
 from fmkernels import attention, attention_varlen, merge_attention, reference
@@ -199,16 +199,7 @@ FEW = {
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "backend", "dtype"),
-    [
-        pytest.param(case, b, dtype, id=f"{case}-{b}-{dtype}", marks=[pytest.mark.slow] if is_rare else [])
-        for case in CASES
-        for b in BACKENDS
-        for dtype in b.attention_dtypes
-        for is_rare in [b.has_tensor_cores and dtype == torch.float32 and case.name not in FEW]
-    ],
-)
+@pytest.mark.parametrize(("case", "backend", "dtype"), runs_of(CASES, FEW))
 def test_gradients_match_those_of_the_definition(case, backend, dtype):
     check(backend, dataclasses.replace(case, dtype=dtype))
 

@@ -122,8 +122,8 @@ def run_faulty() -> None:
     grad_o[:, [140, 155]] = math.nan  # in both parts of a block
     EMULATED[0].run(gradients, call, attention, tensors, [grad_o, torch.zeros_like(lse)], return_lse=True)
     of_group = replace(case, heads=2)  # a walk over the blocks of each head
-    sees = {"mask": lambda b, h, i, j: (h == 1) & (i // 60 % 2 == j // 60 % 2)}  # the first head sees nothing
-    mask = create_block_mask(**sees, batch=None, heads=2, seq_q=160, seq_k=160, block=64)
+    # The first head sees nothing.
+    mask = create_block_mask(lambda b, h, i, j: (h == 1) & (i // 60 % 2 == j // 60 % 2), None, 2, 160, 160, block=64)
     _, tensors, call = inputs_of(replace(of_group, block_mask=mask))
     grads = [torch.ones_like(t) for t in EMULATED[0].run(call, attention, tensors, return_lse=True)]
     EMULATED[0].run(gradients, call, attention, tensors, grads, return_lse=True)
