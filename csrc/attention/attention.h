@@ -55,6 +55,30 @@ struct BlockMaskView {
   const uint32_t* tiles;  // [num_tiles][query of the block][key of the block / 32], bit key % 32
   int64_t num_tiles;
 };
+constexpr int kWhole = -1;   // tile_idx of a block that is visible as a whole
+constexpr int kHidden = -2;  // stands for that of a block that is not listed
+
+// The offsets of the lines of one head.
+FM_HOST_DEVICE const int32_t* lines_of(const BlockMaskView& m, const BlockList& list, int64_t batch, int64_t head) {
+  const int64_t b = m.batch == 1 ? 0 : batch, h = m.heads == 1 ? 0 : head;
+  return list.offsets + (b * m.heads + h) * (list.num_lines + 1);
+}
+// The first place of [begin, end), of a line, whose index is `index` or more; `end` where there is none.
+FM_HOST_DEVICE int32_t find_from(const BlockList& list, int32_t begin, int32_t end, int64_t index) {
+  while (begin < end) {
+    const int32_t middle = begin + (end - begin) / 2;
+    if (list.indices[middle] < index) begin = middle + 1;
+    else end = middle;
+  }
+  return begin;
+}
+// Which of the 32 keys from `key` on, a multiple of 32, a query sees where its block sees `tile` of theirs.
+template <class Position>
+FM_HOST_DEVICE uint32_t word_of(const BlockMaskView& m, int tile, Position query, Position key) {
+  if (tile < 0) return tile == kWhole ? ~0u : 0;
+  const auto block = static_cast<Position>(m.block);
+  return m.tiles[(static_cast<int64_t>(tile) * block + query % block) * (block / 32) + key % block / 32];
+}
 
 struct AttentionForwardParams {
   DType dtype;
@@ -80,6 +104,11 @@ struct AttentionForwardParams {
   const int64_t* dropout_rng;  // [2]: seed, offset modulo 2^32; null without dropout
   BlockMaskView block_mask;
 };
+
+// Whether anything but their scale modifies scores.
+FM_HOST_DEVICE bool has_modifiers(const AttentionForwardParams& p) {
+  return p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
+}
 
 // What a weight that is kept is multiplied by: the expectation of a weight is the weight, exactly.
 FM_HOST_DEVICE float dropout_scale(const AttentionForwardParams& p) {

@@ -40,10 +40,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       for (int tile = tiles.begin; tile < tiles.end; ++tile) {
         const Unit u = unit_of<T>(p, batch, tile);
         const Range any = partners_of<T>(p, u, u.begin, u.begin + T::kOwned).any;
-        Line lines[kLines];
+        Range lines[kLines];
         for (int i = 0; i < kLines; ++i) {
           lines[i] = p.block_mask.block == 0
-                         ? Line{}
+                         ? Range{}
                          : line_of(p.block_mask, p.block_mask.rows, batch, head, block_of(p.block_mask, u.begin) + i);
         }
         bool is_loaded = false;

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
           }
           if constexpr (kGeneral) {
             if (tile_idx != kWhole) mask_block<T>(s[part], d[0], p.block_mask, smem.unit, tile_idx, first_of_part);
-            if (T::kEndGrad == 2 && p.dropout_threshold != 0) drop_weights<T>(s[part], kept_bits);
+            if (T::kEndGrad == 2 && p.dropout_threshold != 0) drop_weights(s[part], kept_bits, kept_bit<T>);
           }
           if (kGeneral && nonfinite) {
             static_for<T::kEndGrad - T::kFirstGrad>([&]<int g>() {
@@ -195,7 +195,7 @@ BackwardArgs args_of(const AttentionBackwardCall& call) {
   a.stats = call.stats;
   a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2E);
   a.kept_scale = dropout_scale(p);
-  a.modifies = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
+  a.modifies = has_modifiers(p);
   a.is_general = a.modifies || p.dropout_threshold != 0 || p.block_mask.block != 0;
   a.group = static_cast<int>(p.heads / p.kv_heads);
   if (!T::kOwnsQueries) {

@@ -14,19 +14,6 @@ using Products = float[T::kRowTiles][T::kPartTiles][4];  // owned x a part of wh
 template <class T>
 using Gradient = float[T::kRowTiles][T::kColumnTiles][4];  // owned x column
 
-// f(m, n, i) for every element.
-template <int kRowTiles, int kTiles, class F>
-__device__ __forceinline__ void for_each(F&& f) {
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(m, n, i);
-    }
-  }
-}
-
 // The lane's rows of the first fragments; of what is streamed, in the stage of the block at hand.
 template <class T>
 struct Addresses {
@@ -273,21 +260,6 @@ __device__ __forceinline__ void drop_slopes(Products<T>& d, uint32_t stats, floa
         const float minus_delta = i == 0 ? all.x : i == 1 ? all.y : i == 2 ? all.z : all.w;
         const bool is_kept = kept >> kept_bit<T>(m, i / 2, n, i % 2) & 1;
         d[m][n][i] = (is_kept ? (d[m][n][i] - minus_delta) * kept_scale : 0.0f) + minus_delta;
-      }
-    }
-  }
-}
-
-// Weights that dropout drops become 0.
-template <class T>
-__device__ __forceinline__ void drop_weights(Products<T>& s, uint32_t kept) {
-#pragma unroll
-  for (int m = 0; m < T::kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < T::kPartTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if ((kept >> kept_bit<T>(m, i / 2, n, i % 2) & 1) == 0) s[m][n][i] = 0.0f;
       }
     }
   }

@@ -28,5 +28,13 @@ __device__ __forceinline__ uint32_t kept_of_call(const AttentionForwardParams& p
   return kept;
 }
 
+// Weights that are dropped become 0; bit_of(m, half, n, e): which bit of `kept` tells.
+template <int kRowTiles, int kTiles, class Bits, class BitOf>
+__device__ __forceinline__ void drop_weights(float (&weights)[kRowTiles][kTiles][4], Bits kept, BitOf&& bit_of) {
+  for_each<kRowTiles, kTiles>([&](int m, int n, int i) {
+    if ((kept >> bit_of(m, i / 2, n, i % 2) & 1) == 0) weights[m][n][i] = 0.0f;
+  });
+}
+
 }  // namespace
 }  // namespace fmkernels

@@ -132,7 +132,7 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     ptx::cp_async_commit();
     if (works) {
       softmax<T>(w, s, scale);
-      if (kGeneral && p.dropout_threshold != 0) drop<T>(s, kept);
+      if (kGeneral && p.dropout_threshold != 0) drop_weights(s, kept, kept_bit);
     }
     if (kGeneral && nonfinite) {
       if (works) add_nonfinite<T>(w, &smem.kv[1][0][0], p, smem.unit, first_key, tiles);
@@ -235,7 +235,7 @@ void launch_forward(const AttentionForwardCall& call, cudaStream_t stream) {
   AttentionForwardParams& p = a.p;
   check_launch("attention_forward", p, partials.heads == p.kv_heads ? "kv_heads" : "heads", partials.heads,
                {&p.q, &p.k, &p.v, &p.o});
-  a.modifies = p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr || !(p.softmax_scale > 0.0f);
+  a.modifies = has_modifiers(p) || !(p.softmax_scale > 0.0f);
   a.is_general = a.modifies || p.dropout_threshold != 0 || p.block_mask.block != 0;
 
   const int64_t max_rows = p.seq_q * heads_of_tile(p);

@@ -28,6 +28,19 @@ __device__ __forceinline__ void static_for(F&& f) {
   }(std::make_integer_sequence<int, kCount>{});
 }
 
+// f(m, n, i) for every accumulator of kRowTiles x kTiles tiles.
+template <int kRowTiles, int kTiles, class F>
+__device__ __forceinline__ void for_each(F&& f) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(m, n, i);
+    }
+  }
+}
+
 // Rows of tiles in shared memory, and how the tensor cores take them: half elements by m16n8k16, float32 by m16n8k8 of tf32
 // (attention_products_cuda.h).
 template <class Element_, int kDim_>
@@ -216,8 +229,8 @@ int bucket_of(int64_t dim) {
   else return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
 
-// Refuses what a launch with a block for each of `grid_heads` heads cannot take, and shortens windows so that a position, a window and the rows of a tile after it
-// add up within 32 bits.
+// Refuses what a launch with a block for each of `grid_heads` heads cannot take, and shortens windows so that a position,
+// a window and the rows of a tile after it add up within 32 bits.
 inline void check_launch(const char* name, AttentionForwardParams& p, const char* heads_name, int64_t grid_heads,
                          std::initializer_list<const TokenView*> views) {
   constexpr int64_t kMaxLength = (1 << 30) - 1024, kMaxGrid = 65535, kMaxStride = 1 << 23;

@@ -8,31 +8,12 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kMaskKeys = 128;   // keys of a KeyBits
-constexpr int32_t kWhole = -1;   // tile_idx of a block that is visible as a whole
-constexpr int32_t kHidden = -2;  // of one that is not listed
+constexpr int kMaskKeys = 128;  // keys of a KeyBits
 
 // ---- lines ---------------------------------------------------------------------------------------------------------
 
-// The offsets of the lines of one head.
-const int32_t* lines_of(const BlockMaskView& m, const BlockList& list, int64_t batch, int64_t head) {
-  const int64_t b = m.batch == 1 ? 0 : batch, h = m.heads == 1 ? 0 : head;
-  return list.offsets + (b * m.heads + h) * (list.num_lines + 1);
-}
-
-// The place in a line of the first index from `index` on; the end of the line where there is none.
-int32_t find_from(const BlockList& list, const int32_t* line, int64_t index) {
-  int32_t begin = line[0], end = line[1];
-  while (begin < end) {
-    const int32_t middle = begin + (end - begin) / 2;
-    if (list.indices[middle] < index) begin = middle + 1;
-    else end = middle;
-  }
-  return begin;
-}
-
 int32_t tile_of(const BlockList& list, const int32_t* line, int64_t index) {
-  const int32_t place = find_from(list, line, index);
+  const int32_t place = find_from(list, line[0], line[1], index);
   return place < line[1] && list.indices[place] == index ? list.tile_idx[place] : kHidden;
 }
 
@@ -50,7 +31,7 @@ int64_t next_listed_key(const AttentionForwardParams& p, const Sequence& s, int6
   for (int64_t row = begin; row < end;) {
     const int64_t line = s.query(row) / m.block;
     const int32_t* offsets = lines_of(m, m.rows, s.batch, s.head(row)) + line;
-    const int32_t place = find_from(m.rows, offsets, key / m.block);
+    const int32_t place = find_from(m.rows, offsets[0], offsets[1], key / m.block);
     if (place < offsets[1]) nearest = min(nearest, m.rows.indices[place] * m.block / kMaskKeys * kMaskKeys);
     row = row_of(s, row, (line + 1) * m.block);
   }
@@ -66,7 +47,7 @@ inline int64_t next_listed_row(const AttentionForwardParams& p, const Sequence& 
     const int32_t* offsets = lines_of(m, m.columns, s.batch, s.head(row));
     int64_t nearest = m.rows.num_lines;
     for (int64_t line = keys.begin / m.block; line * m.block < keys.end; ++line) {
-      const int32_t place = find_from(m.columns, offsets + line, s.query(row) / m.block);
+      const int32_t place = find_from(m.columns, offsets[line], offsets[line + 1], s.query(row) / m.block);
       if (place < offsets[line + 1]) nearest = min(nearest, m.columns.indices[place]);
     }
     if (nearest < m.rows.num_lines) return max(row, row_of(s, row, nearest * m.block));
@@ -119,12 +100,7 @@ bool narrow_to_mask(const AttentionForwardParams& p, const Sequence& s, const Bl
     Range seen{kMaskKeys, 0};
     int num_seen = 0;
     for (int word = 0; word < kWords; ++word) {
-      const int64_t key_in_block = (key + 32 * word) % m.block;
-      const uint32_t shown =
-          tile[word] == kWhole ? ~0u
-          : tile[word] == kHidden
-              ? 0
-              : m.tiles[(tile[word] * m.block + query % m.block) * (m.block / 32) + key_in_block / 32];
+      const uint32_t shown = word_of(m, tile[word], query, key + 32 * word);
       const uint32_t both = bits[r].words[word] = shown & bits_in(range, word);
       if (both == 0) continue;
       seen = {min(seen.begin, 32 * word + __builtin_ctz(both)), 32 * word + 32 - __builtin_clz(both)};

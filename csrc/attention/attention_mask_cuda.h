@@ -10,34 +10,18 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kWhole = -1;   // tile_idx of a block that is visible as a whole
-constexpr int kHidden = -2;  // of one that is not listed
 constexpr int kLines = 2;
 constexpr int kSmallestMaskBlock = 64;
 
 // ---- lists ----------------------------------------------------------------------------------------------------------
 
-struct Line {
-  int begin, end;  // places in a list
-};
-
-__device__ __forceinline__ Line line_of(const BlockMaskView& m, const BlockList& list, int batch, int64_t head,
-                                        int line) {
+// Places of a line in its list.
+__device__ __forceinline__ Range line_of(const BlockMaskView& m, const BlockList& list, int batch, int64_t head,
+                                         int line) {
   if (line >= list.num_lines) return {0, 0};
-  const int64_t of_head = (m.batch == 1 ? 0 : batch * m.heads) + (m.heads == 1 ? 0 : head);
-  const int32_t* offsets = list.offsets + of_head * (list.num_lines + 1) + line;
+  const int32_t* offsets = lines_of(m, list, batch, head) + line;
   const int end = clamp(offsets[1], 0, static_cast<int>(list.num_listed));
   return {clamp(offsets[0], 0, end), end};
-}
-
-// The first place whose index is `index` or more.
-__device__ __forceinline__ int find_from(const BlockList& list, Line line, int index) {
-  while (line.begin < line.end) {
-    const int middle = line.begin + (line.end - line.begin) / 2;
-    if (list.indices[middle] < index) line.begin = middle + 1;
-    else line.end = middle;
-  }
-  return line.begin;
 }
 
 // The block of the mask, of 64 or of 128, that a position lies in.
@@ -52,16 +36,9 @@ __device__ __forceinline__ int tile_at(const BlockMaskView& m, const BlockList& 
 }
 
 // What a line sees of the block that `position` lies in.
-__device__ __forceinline__ int tile_of_block(const BlockMaskView& m, const BlockList& list, Line line, int position) {
-  const int place = find_from(list, line, block_of(m, position));
+__device__ __forceinline__ int tile_of_block(const BlockMaskView& m, const BlockList& list, Range line, int position) {
+  const int place = find_from(list, line.begin, line.end, block_of(m, position));
   return place < line.end && list.indices[place] == block_of(m, position) ? tile_at(m, list, place) : kHidden;
-}
-
-// Which of the 32 keys from `key` on, a multiple of 32, a query sees where its block sees `tile` of theirs.
-__device__ __forceinline__ uint32_t word_of(const BlockMaskView& m, int tile, int query, int key) {
-  if (tile < 0) return tile == kWhole ? ~0u : 0;
-  const int block = static_cast<int>(m.block);
-  return m.tiles[(static_cast<int64_t>(tile) * block + query % block) * (block / 32) + key % block / 32];
 }
 
 // ---- walks ----------------------------------------------------------------------------------------------------------
@@ -87,9 +64,9 @@ class BlockWalk {
       past_ = past;
 #pragma unroll
       for (int i = 0; i < kLines; ++i) {
-        Line line = line_of(m, list, batch, head, block_of(m, first_owned) + i);
-        if (kStep > 0) line.begin = find_from(list, line, block_of(m, from * kStreamed));
-        else line.end = find_from(list, line, block_of(m, from * kStreamed) + 1);
+        Range line = line_of(m, list, batch, head, block_of(m, first_owned) + i);
+        if (kStep > 0) line.begin = find_from(list, line.begin, line.end, block_of(m, from * kStreamed));
+        else line.end = find_from(list, line.begin, line.end, block_of(m, from * kStreamed) + 1);
         lines_[i] = line;
       }
       visits_[0] = find(m, list, from);
@@ -116,7 +93,7 @@ class BlockWalk {
     int distances[kLines], tiles[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
-      Line line = lines_[i];
+      Range line = lines_[i];
       // Of a line at most the block that was visited last is behind.
       if (line.begin < line.end) {
         const bool is_behind = kStep * (list.indices[kStep > 0 ? line.begin : line.end - 1] - first) < 0;
@@ -145,7 +122,7 @@ class BlockWalk {
   }
 
   int past_;
-  Line lines_[kLines];  // what is ahead of the next visit, and its own block
+  Range lines_[kLines];  // what is ahead of the next visit, and its own block
   Visit visits_[2];
 };
 

@@ -112,7 +112,8 @@ __device__ __forceinline__ void pack_step(uint32_t (&a)[T::kFragment], const flo
   }
 }
 
-// sum += x y for accumulators x, rounded where elements are half, and y of 8 kTiles rows from row `first` on of what `columns` addresses.
+// sum += x y for accumulators x, rounded where elements are half, and y of 8 kTiles rows from row `first` on of what
+// `columns` addresses.
 template <class T, int first, int kTiles>
 __device__ __forceinline__ void add_product(float (&sum)[T::kRowTiles][T::kColumnTiles][4],
                                             const float (&x)[T::kRowTiles][kTiles][4],

@@ -65,10 +65,6 @@ const T* token(const TokenView& view, const Sequence& s, int64_t start, int64_t 
 
 // ---- scores of one row, in log2 units ------------------------------------------------------------------------------
 
-bool has_modifiers(const AttentionForwardParams& p) {
-  return p.softcap != 0.0f || p.bias != nullptr || p.alibi_slopes != nullptr;
-}
-
 // x in log2 units. What is finite stays finite: a mask may be the lowest finite number, and means its order, not -inf.
 FM_INLINE VecF to_log2(VecF x) {
   const VecF limit = broadcast(0x1.5p127f);

@@ -148,7 +148,10 @@ __device__ __forceinline__ void mask_block(Scores<T>& s, const BlockMaskView& m,
   }
 }
 
-// Which keys of a block the lane's rows keep: bit 16 * (2 * m + half) + 2 * n + e.
+// Which keys of a block the lane's rows keep.
+__device__ __forceinline__ constexpr int kept_bit(int m, int half, int n, int e) {
+  return 16 * (2 * m + half) + 2 * n + e;
+}
 template <class T>
 __device__ __forceinline__ uint64_t kept_of_block(const AttentionForwardParams& p, const Unit& u, int first_key) {
   constexpr int kCalls = (T::kKeys + 16) / kDropoutGroup;  // a block may begin in the middle of a group
@@ -165,21 +168,6 @@ __device__ __forceinline__ uint64_t kept_of_block(const AttentionForwardParams& 
     kept = kept << 16 | (of_row >> (first_key % kDropoutGroup / 8 * 2) & 0xffff);
   }
   return kept;
-}
-
-// The weights of dropped keys become 0.
-template <class T>
-__device__ __forceinline__ void drop(Scores<T>& s, uint64_t kept) {
-#pragma unroll
-  for (int m = 0; m < T::kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < T::kKeyTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if ((kept >> (16 * (2 * m + i / 2) + 2 * n + i % 2) & 1) == 0) s[m][n][i] = 0.0f;
-      }
-    }
-  }
 }
 
 // o += v for the values of a block that are not finite, in the rows that see them. A product with the weight 0 of a

@@ -19,8 +19,9 @@ struct Tile {
   bool operator==(const Tile&) const = default;
 };
 
-// For half elements the tile of an architecture whose blocks may have `smem_kib` of shared memory: 163 and more, or 99 (sm_86, 89, 120).
-// 32 rows a warp halve the traffic of keys and values from shared memory; beyond 128 columns o leaves room for 16.
+// For half elements the tile of an architecture whose blocks may have `smem_kib` of shared memory: 163 and more, or 99
+// (sm_86, 89, 120). 32 rows a warp halve the traffic of keys and values from shared memory; beyond 128 columns o leaves room
+// for 16.
 // float32 has tiles of 99 KiB alone, with rows twice as long.
 constexpr Tile tile_of(int smem_kib, int dim, bool is_float) {
   if (is_float) return dim == 64 ? Tile{128, 32, 4} : dim == 128 ? Tile{128, 32, 8} : Tile{64, 16, 4};  // 256
@@ -88,7 +89,7 @@ struct Args {
   bool modifies;     // scores, beyond their scale
   bool is_general;   // every block goes through the loop that modifies and masks
   Divisor group;     // query heads whose rows share a tile
-  Divisor tiles;     // of a kv head that share a query: 1, or as many as it has query heads
+  Divisor kv_share;  // neighbours in the grid that share a kv head: 1, or as many as it has query heads
   Passes passes;
 };
 
@@ -124,7 +125,7 @@ __device__ __forceinline__ int64_t head_of(const Unit& u, int row) {
   return static_cast<int64_t>(blockIdx.y) * u.group.value() + row % u.group;
 }
 
-__device__ __forceinline__ int kv_head_of(const Args& a) { return static_cast<int>(blockIdx.y) / a.tiles; }
+__device__ __forceinline__ int kv_head_of(const Args& a) { return static_cast<int>(blockIdx.y) / a.kv_share; }
 
 // For rows [begin, end): keys that any of them sees, and keys that all of them see.
 struct RowsVisible {
