@@ -42,6 +42,7 @@ MIN_TORCH = (2, 11)
 MIN_VERSIONS = {"setuptools": (77,), "cmake": (3, 25, 2)}
 NEEDED_TO_BUILD = ("setuptools", "cmake", "ninja")
 SHOWN_LINES = 30  # of a failed step's output
+MAX_WORKERS = 8  # processes that share the tests: each imports torch and, with a GPU, holds memory of it
 
 
 class StepFailed(Exception):
@@ -358,6 +359,15 @@ def names_path(extra: list[str]) -> bool:
     return any((ROOT / word.split("::")[0]).exists() for word in extra if not word.startswith("-"))
 
 
+def in_parallel(environment: Environment) -> tuple[list[str], dict[str, str]]:
+    """Options and variables that spread the whole suite over the cores, a file of tests to a process."""
+    if environment.in_place and installed("pytest-xdist") is None:
+        return [], {}
+    workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    return ["-n", str(workers), "--dist", "loadfile"], {"OMP_NUM_THREADS": str(threads)}
+
+
 def run_setup(environment: Environment, extra: list[str]) -> int:
     """make or find the environment, install packages, build"""
     (environment.state / "could-not-install").unlink(missing_ok=True)
@@ -380,7 +390,10 @@ def run_train_demo(environment: Environment, extra: list[str]) -> int:
 def run_test(environment: Environment, extra: list[str]) -> int:
     """the test suite; installs an nvcc where there is none; further arguments go to pytest"""
     setup_for_tests(environment)
-    return python(environment, "-m", "pytest", *([] if names_path(extra) else ["tests"]), *extra)
+    if names_path(extra):
+        return python(environment, "-m", "pytest", *extra)
+    options, variables = in_parallel(environment)
+    return python(environment, "-m", "pytest", *options, "tests", *extra, **variables)
 
 
 def run_test_slow(environment: Environment, extra: list[str]) -> int:
@@ -427,7 +440,7 @@ def run_check(environment: Environment, extra: list[str]) -> int:
         "ruff format": lambda: python(environment, "-m", "ruff", "format", "--check", "."),
         "ruff check": lambda: python(environment, "-m", "ruff", "check", "."),
         "clang-format": lambda: run_tool(environment, "clang-format", "--dry-run", "-Werror", *sources),
-        "cuda-report": lambda: python(environment, "tools/cuda_report.py"),
+        "cuda-report": lambda: python(environment, "tools/cuda_report.py", "--budgets-only"),
         "sanitize": lambda: python(environment, "tools/sanitize.py", "--kernels"),
     }
     results = {}

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import cuda_report  # noqa: E402
 import device_code  # noqa: E402
 from cuda_report import Budget, Compilation, Kernel, LoopBudget, check_kernel, check_report  # noqa: E402
+from rich.console import Console  # noqa: E402
 from sass_loop import Loop  # noqa: E402
 
 KERNEL = Kernel(
@@ -382,6 +383,18 @@ def test_compilation_is_cached_until_a_header_changes(room, tmp_path):
     (source.parent / "helper.h").write_text("#pragma once\n// changed\n")
     _, other_path = cuda_report.compile_cached(tools, source, "80", cache)
     assert other_path != path
+
+
+def test_only_stale_compilations_for_the_same_architectures_leave_the_cache(room, tmp_path):
+    tools, source = room
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name in ("old-80-0.json", "old-86-0.json"):
+        (cache / name).write_text("")
+    compiled = cuda_report.compile_all(tools, ("80",), cache, Console(quiet=True))
+    assert [c.arch for c in compiled] == ["80"]
+    left = sorted(path.name.rsplit("-", 1)[0] for path in cache.iterdir())
+    assert left == sorted([f"{source.stem}-80", "old-86"])
 
 
 def test_loops_survive_the_cache(room, tmp_path, monkeypatch):

@@ -66,6 +66,20 @@ def test_arguments_go_on_to_pytest_in_order(run, monkeypatch):
     assert seen == [["-k", "merge and not slow", "-x", "tests/test_run.py::test_run"]]
 
 
+def test_the_whole_suite_is_spread_over_the_cores_and_named_tests_are_not(run, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(run, "setup_for_tests", lambda environment: None)
+    monkeypatch.setattr(run, "python", lambda environment, *words, **more: seen.append((words[2:], more)) or 0)
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 2 * run.MAX_WORKERS)
+    venv = run.Environment(tmp_path / "python", in_place=False)
+    run.run_test(venv, ["-x"])
+    run.run_test(venv, ["-x", "tests/test_run.py"])
+    monkeypatch.setattr(run, "installed", lambda name: None)
+    run.run_test(run.Environment(Path(sys.executable), in_place=True), [])  # a Python that could not be given xdist
+    spread = ("-n", str(run.MAX_WORKERS), "--dist", "loadfile", "tests", "-x")
+    assert seen == [(spread, {"OMP_NUM_THREADS": "2"}), (("-x", "tests/test_run.py"), {}), (("tests",), {})]
+
+
 @pytest.mark.parametrize("name", ["FMKERNELS_CUDA", "FMKERNELS_VENV"])
 def test_wrong_variable_is_named(name):
     result = run_py("doctor", **{name: "bogus"})

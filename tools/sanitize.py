@@ -66,8 +66,10 @@ def sanitize_kernels(extra: list[str]) -> int:
     build("kernels", ["-S", ROOT, *options, "-DFMKERNELS_CUDA_ARCHS="])
     rooms = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_op.cpp"))
     files = [path for room in ("dtype", *rooms) for path in sorted(ROOT.glob(f"tests/test_{room}*.py"))]
-    tests = [] if run.names_path(extra) else files
-    return pytest("-k", NOT_SANITIZED, *tests, *extra, FMKERNELS_LIBRARY_DIR=str(output))
+    tests, parallel, variables = files, *run.in_parallel(run.Environment(Path(sys.executable), in_place=True))
+    if run.names_path(extra):
+        tests, parallel, variables = [], [], {}
+    return pytest("-k", NOT_SANITIZED, *parallel, *tests, *extra, FMKERNELS_LIBRARY_DIR=str(output), **variables)
 
 
 def sanitize_emulator(extra: list[str]) -> int:
