@@ -10,7 +10,7 @@ from test_attention import KINDS, runs_of
 from torch.library import opcheck
 
 from fmkernels import attention, attention_varlen, merge_attention, reference
-from fmkernels.testing import Case, as_multiplied, assert_as_good_as_torch, backends
+from fmkernels.testing import Case, as_multiplied, assert_as_good_as_torch, backends, split_tf32
 
 BACKENDS = backends("attention_backward")
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
@@ -53,19 +53,25 @@ def check(backend, case, through=("o", "lse")):
 
     names = inputs_of(case)[0]
     computed_in = case.dtype if backend.has_tensor_cores else None  # weights are rounded to the dtype of the inputs
-    expected = as_multiplied(backend, lambda *a: from_saved(case, names, *a))
+
+    def expected(*inputs):
+        splits = backend.has_tensor_cores and inputs[0].dtype == torch.float32
+        return from_saved(case, names, *inputs, **({"as_factor": split_tf32} if splits else {}))
+
+    expected = as_multiplied(backend, expected)
     assert_as_good_as_torch(actual, expected, *tensors, *grads, computed_in=computed_in)
 
 
-def from_saved(case, names, *inputs):
+def from_saved(case, names, *inputs, as_factor=lambda x: x):
     """The gradients from o and lse, which is what a backward is given: exact in float64, and in float32 with the
-    rounding of lse, and of o to the dtype of the inputs, that no backward can undo."""
+    rounding of lse, and of o to the dtype of the inputs, that no backward can undo. as_factor: what tensor cores make
+    of a factor of a product."""
     *tensors, grad_o, grad_lse = inputs
     _, kwargs = case.inputs()
     kwargs |= {n: v.to(tensors[0].dtype) for n, v in kwargs.items() if torch.is_tensor(v) and v.is_floating_point()}
     given = dict(zip(names, tensors, strict=True))
     if not case.is_packed:
-        grads = from_saved_dense(case.dtype, given, kwargs, grad_o, grad_lse)
+        grads = from_saved_dense(case.dtype, given, kwargs, grad_o, grad_lse, as_factor)
         return [grads[name] for name in names]
     totals = {name: torch.zeros_like(t) for name, t in given.items()}
     starts = [0, 0]
@@ -78,7 +84,7 @@ def from_saved(case, names, *inputs):
         if case.alibi == "batch":
             own["alibi_slopes"] = kwargs["alibi_slopes"][b : b + 1]
         grad = from_saved_dense(case.dtype, part, own, *(g if g is None else g[None, queries] if i == 0 else
-                                g[None, :, queries] for i, g in enumerate((grad_o, grad_lse))))  # fmt: skip
+                                g[None, :, queries] for i, g in enumerate((grad_o, grad_lse))), as_factor)  # fmt: skip
         for name, total in totals.items():
             if name in places:
                 total[places[name]] = grad[name][0]
@@ -87,7 +93,7 @@ def from_saved(case, names, *inputs):
     return [totals[name] for name in names]
 
 
-def from_saved_dense(dtype, given, kwargs, grad_o, grad_lse):
+def from_saved_dense(dtype, given, kwargs, grad_o, grad_lse, as_factor):
     leaves = {n: t.detach().requires_grad_() for n, t in given.items()}
     q, k, v, sinks = given["q"], given["k"], given["v"], given.get("sinks")
     kwargs = {n: value for n, value in kwargs.items() if n not in given}
@@ -104,11 +110,13 @@ def from_saved_dense(dtype, given, kwargs, grad_o, grad_lse):
     factors = 1.0
     if dropout_p:
         factors = reference.dropout_factors(dropout_p, rng, *scores.shape, first_batch=first_batch).to(q)
-    products = torch.einsum("bihd,bjhd->bhij", grad_o, v.repeat_interleave(group, dim=2)) * factors
+    products = torch.einsum("bihd,bjhd->bhij", as_factor(grad_o), v.repeat_interleave(group, dim=2)) * factors
     slopes = torch.where(weights == 0, 0.0, weights * (products - delta[..., None]))
-    wanted = [n for n in ("q", "k", "bias") if n in leaves]
-    grads = dict(zip(wanted, torch.autograd.grad(scores, [leaves[n] for n in wanted], slopes), strict=True))
-    of_heads = torch.einsum("bhij,bihd->bjhd", weights * factors, grad_o)
+    q_and_k = [leaves["q"], leaves["k"]]
+    grads = dict(zip("qk", torch.autograd.grad(scores, q_and_k, as_factor(slopes), retain_graph=True), strict=True))
+    if "bias" in leaves:
+        (grads["bias"],) = torch.autograd.grad(scores, leaves["bias"], slopes)
+    of_heads = torch.einsum("bhij,bihd->bjhd", as_factor(weights * factors), as_factor(grad_o))
     grads["v"] = of_heads.unflatten(2, (k.shape[2], group)).sum(3)
     if sinks is not None:
         share = torch.where(lse == -math.inf, 0.0, (sinks[:, None] - lse).exp())
