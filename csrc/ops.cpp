@@ -34,4 +34,15 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "merge_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) "
       "-> "
       "(Tensor grad_o_a, Tensor grad_lse_a, Tensor grad_o_b, Tensor grad_lse_b)");
+
+  // norm: RMSNorm and (centred) LayerNorm of x, or of x + residual, over the last dimension
+  m.def(
+      "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool centred) -> "
+      "(Tensor y, Tensor summed)");
+  m.def(
+      "norm_forward_out(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool centred, "
+      "Tensor(a!) y, Tensor(b!)? summed) -> ()");
+  m.def(
+      "norm_backward(Tensor grad_y, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor? bias, float eps, "
+      "bool centred, bool weight_grad) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }

@@ -122,3 +122,29 @@ def kernel_exists(op: str, schema: str, value: Tensor) -> None:
         return
     reason = f": {_library.cuda_error}" if device == "cuda" and _library.cuda_error is not None else ""
     raise ValueError(f"{op}: there is no kernel for {device} tensors{reason}.")
+
+
+MAX_ROW_DIMS = 4  # of csrc/common/rows.h
+
+
+def rows_merge(op: str, tensors: list[Tensor]) -> None:
+    """The leading dimensions merge, for all tensors alike, into at most MAX_ROW_DIMS of one stride each."""
+    count, merged = 0, 1
+    strides: list[Any] = []
+    for dim in range(tensors[0].dim() - 2, -1, -1):
+        if tensors[0].shape[dim] == 1:
+            continue
+        here = [t.stride(dim) for t in tensors]
+        if count == 0 or any(stride != inner * merged for stride, inner in zip(here, strides, strict=True)):
+            count, merged, strides = count + 1, 1, here
+        merged = merged * tensors[0].shape[dim]
+    if count > MAX_ROW_DIMS:
+        raise ValueError(
+            f"{op}: the strides of the leading dimensions must merge into at most {MAX_ROW_DIMS} dimensions, "
+            f"got {count}."
+        )
+
+
+def rows_of_gradient(grad: Tensor) -> Tensor:
+    """A gradient as the ops take it; contiguous where it is expanded, as sum() gives, or transposed."""
+    return grad if grad.stride(-1) == 1 and grad.dim() <= MAX_ROW_DIMS + 1 else grad.contiguous()

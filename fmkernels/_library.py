@@ -61,6 +61,9 @@ class Ops:
     attention_varlen_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     merge_attention_forward: Callable[..., tuple[Tensor, Tensor]]
     merge_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    norm_forward: Callable[..., tuple[Tensor, Tensor]]
+    norm_forward_out: Callable[..., None]
+    norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -3,5 +3,6 @@
 
 from .attention import Attention
 from .checkpoint import checkpoint_policy
+from .norm import LayerNorm, RMSNorm
 
-__all__ = ["Attention", "checkpoint_policy"]
+__all__ = ["Attention", "LayerNorm", "RMSNorm", "checkpoint_policy"]

@@ -4,5 +4,15 @@
 from .attention import attention, attention_scores, attention_varlen
 from .dropout import dropout_factors, philox
 from .merge_attention import merge_attention
+from .norm import layer_norm, rms_norm
 
-__all__ = ["attention", "attention_scores", "attention_varlen", "dropout_factors", "merge_attention", "philox"]
+__all__ = [
+    "attention",
+    "attention_scores",
+    "attention_varlen",
+    "dropout_factors",
+    "layer_norm",
+    "merge_attention",
+    "philox",
+    "rms_norm",
+]
