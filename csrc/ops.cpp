@@ -34,4 +34,12 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "merge_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) "
       "-> "
       "(Tensor grad_o_a, Tensor grad_lse_a, Tensor grad_o_b, Tensor grad_lse_b)");
+
+  // quantized_linear: a weight of 8 or 4 bits, its layout in docs/layouts.md; group_size 0: one scale a row
+  m.def(
+      "quantized_linear_forward(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
+      "int group_size, int out_features, int in_features) -> Tensor");
+  m.def(
+      "quantized_linear_dequantize(Tensor values, Tensor scales, Tensor? zeros, int bits, int group_size, "
+      "int out_features, int in_features, ScalarType dtype) -> Tensor");
 }

@@ -6,5 +6,19 @@ from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
 from .merge_attention import merge_attention
+from .quantized_linear import dequantize_weight, quantized_linear
+from .quantized_weight import QuantizedWeight, quantize_weight
 
-__all__ = ["BlockMask", "__version__", "attention", "attention_varlen", "create_block_mask", "merge_attention", "nn"]
+__all__ = [
+    "BlockMask",
+    "QuantizedWeight",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "create_block_mask",
+    "dequantize_weight",
+    "merge_attention",
+    "nn",
+    "quantize_weight",
+    "quantized_linear",
+]

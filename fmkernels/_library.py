@@ -61,6 +61,8 @@ class Ops:
     attention_varlen_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     merge_attention_forward: Callable[..., tuple[Tensor, Tensor]]
     merge_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    quantized_linear_forward: Callable[..., Tensor]
+    quantized_linear_dequantize: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -4,5 +4,16 @@
 from .attention import attention, attention_scores, attention_varlen
 from .dropout import dropout_factors, philox
 from .merge_attention import merge_attention
+from .quantized_linear import dequantize_weight, quantize_weight, quantized_linear
 
-__all__ = ["attention", "attention_scores", "attention_varlen", "dropout_factors", "merge_attention", "philox"]
+__all__ = [
+    "attention",
+    "attention_scores",
+    "attention_varlen",
+    "dequantize_weight",
+    "dropout_factors",
+    "merge_attention",
+    "philox",
+    "quantize_weight",
+    "quantized_linear",
+]
