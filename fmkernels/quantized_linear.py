@@ -108,7 +108,9 @@ def _check_tensors(
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, bias: Any, *sizes: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, bias: Any, *sizes: int
+    ) -> Tensor:
         ctx.save_for_backward(values, scales, zeros)
         ctx.sizes, ctx.x_dtype = sizes, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -35,8 +35,8 @@ struct PackedWeight {
   int64_t out_features, in_features;
   int64_t num_chunks, num_groups, chunks_per_group;
 
-  int64_t num_panels() const { return (out_features + kPanel - 1) / kPanel; }
-  int64_t words_per_chunk() const { return int64_t{kPanel} * kChunk * bits / 32; }  // of a panel
+  constexpr int64_t num_panels() const { return (out_features + kPanel - 1) / kPanel; }
+  constexpr int64_t words_per_chunk() const { return int64_t{kPanel} * kChunk * bits / 32; }  // of a panel
 };
 
 struct QuantizedLinearParams {

@@ -20,11 +20,11 @@ namespace fmkernels {
 namespace {
 
 constexpr int kVecs = kPanel / kLanes;
-constexpr int kTileVecs = 4;          // vectors of features that one row is multiplied with at a time
-constexpr int kTileRows = 6;          // rows that a decoded vector is multiplied with at a time
-constexpr int kRowBlock = 60;         // rows that a decoded chunk is used for
-constexpr int kRowsOfX = 480;         // rows of x that are copied at a time
-constexpr int64_t kPrefetch = 2048;   // bytes ahead
+constexpr int kTileVecs = 4;         // vectors of features that one row is multiplied with at a time
+constexpr int kTileRows = 6;         // rows that a decoded vector is multiplied with at a time
+constexpr int kRowBlock = 60;        // rows that a decoded chunk is used for
+constexpr int kRowsOfX = 480;        // rows of x that are copied at a time
+constexpr int64_t kPrefetch = 2048;  // bytes ahead
 constexpr int64_t kStrideOfX = kChunk;
 
 // How the words of kBits are decoded: position i of a word to integers times 2^shift(i), and the column that it is.
@@ -75,9 +75,7 @@ struct Panel {
   VecI zeros[kVecs][4];
   int64_t group = -1, chunks_left = 0;
 
-  const uint32_t* words(int64_t chunk) const {
-    return w.values + (index * w.num_chunks + chunk) * w.words_per_chunk();
-  }
+  const uint32_t* words(int64_t chunk) const { return w.values + (index * w.num_chunks + chunk) * w.words_per_chunk(); }
   const float* scales() const { return w.scales + (index * w.num_groups + group) * kPanel; }
 
   // To the next chunk, and its group.
@@ -310,9 +308,8 @@ void dequantize(const DequantizeParams& p) {
 // f.template operator()<T, kBits>().
 template <class F>
 void dispatch_kinds(DType dtype, int bits, F&& f) {
-  dispatch_dtype(dtype, [&]<class T>() { dispatch_int<4, 8>("bits", bits, [&]<int kBits>() {
-      f.template operator()<T, kBits>();
-    });
+  dispatch_dtype(dtype, [&]<class T>() {
+    dispatch_int<4, 8>("bits", bits, [&]<int kBits>() { f.template operator()<T, kBits>(); });
   });
 }
 

@@ -3,5 +3,6 @@
 
 from .attention import Attention
 from .checkpoint import checkpoint_policy
+from .quantized_linear import QuantizedLinear
 
-__all__ = ["Attention", "checkpoint_policy"]
+__all__ = ["Attention", "QuantizedLinear", "checkpoint_policy"]
