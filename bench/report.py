@@ -33,6 +33,10 @@ GOALS = {
     "training / bias": Goal(mean=2.0, each=2.0),
     "training / bias, full": Goal(mean=2.0, each=2.0),
     "training / bf16": Goal(mean=1.5, each=1.5),
+    "int8 decode, memory": Goal(mean=2.5, each=2.5),
+    "int8 decode, cache": Goal(mean=2.5, each=2.5),
+    "int4 decode, memory": Goal(mean=4.0, each=4.0),
+    "int4 decode, cache": Goal(mean=4.0, each=4.0),
 }
 
 

@@ -45,4 +45,11 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "norm_backward(Tensor grad_y, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor? bias, float eps, "
       "bool centred, bool weight_grad) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  // quantized_linear: a weight of 8 or 4 bits, its layout in docs/layouts.md; group_size 0: one scale a row
+  m.def(
+      "quantized_linear_forward(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
+      "int group_size, int out_features, int in_features) -> Tensor");
+  m.def(
+      "quantized_linear_dequantize(Tensor values, Tensor scales, Tensor? zeros, int bits, int group_size, "
+      "int out_features, int in_features, ScalarType dtype) -> Tensor");
 }

@@ -10,6 +10,12 @@ from .norm import layer_norm, rms_norm
 
 __all__ = [
     "BlockMask",
+from .quantized_linear import dequantize_weight, quantized_linear
+from .quantized_weight import QuantizedWeight, quantize_weight
+
+__all__ = [
+    "BlockMask",
+    "QuantizedWeight",
     "__version__",
     "attention",
     "attention_varlen",
@@ -18,4 +24,9 @@ __all__ = [
     "merge_attention",
     "nn",
     "rms_norm",
+    "dequantize_weight",
+    "merge_attention",
+    "nn",
+    "quantize_weight",
+    "quantized_linear",
 ]

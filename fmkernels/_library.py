@@ -64,6 +64,8 @@ class Ops:
     norm_forward: Callable[..., tuple[Tensor, Tensor]]
     norm_forward_out: Callable[..., None]
     norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    quantized_linear_forward: Callable[..., Tensor]
+    quantized_linear_dequantize: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -6,3 +6,6 @@ from .checkpoint import checkpoint_policy
 from .norm import LayerNorm, RMSNorm
 
 __all__ = ["Attention", "LayerNorm", "RMSNorm", "checkpoint_policy"]
+from .quantized_linear import QuantizedLinear
+
+__all__ = ["Attention", "QuantizedLinear", "checkpoint_policy"]
