@@ -7,9 +7,6 @@ from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
-
-__all__ = [
-    "BlockMask",
 from .quantized_linear import dequantize_weight, quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 
@@ -20,13 +17,11 @@ __all__ = [
     "attention",
     "attention_varlen",
     "create_block_mask",
-    "layer_norm",
-    "merge_attention",
-    "nn",
-    "rms_norm",
     "dequantize_weight",
+    "layer_norm",
     "merge_attention",
     "nn",
     "quantize_weight",
     "quantized_linear",
+    "rms_norm",
 ]

@@ -4,8 +4,12 @@
 from .attention import Attention
 from .checkpoint import checkpoint_policy
 from .norm import LayerNorm, RMSNorm
-
-__all__ = ["Attention", "LayerNorm", "RMSNorm", "checkpoint_policy"]
 from .quantized_linear import QuantizedLinear
 
-__all__ = ["Attention", "QuantizedLinear", "checkpoint_policy"]
+__all__ = [
+    "Attention",
+    "LayerNorm",
+    "QuantizedLinear",
+    "RMSNorm",
+    "checkpoint_policy",
+]
