@@ -54,8 +54,7 @@ __device__ __forceinline__ void run_tile(const Args& a) {
   auto& walk = smem.walks[warp];
   if (has_block_mask) {
     const BlockMaskView& m = p.block_mask;
-    walk.begin(m, m.rows, blockIdx.z, blockIdx.y, query_of(u, u.row_begin), block, first_block - 1);
-    block = walk.now().block;
+    block = walk.begin(m, m.rows, blockIdx.z, blockIdx.y, query_of(u, u.row_begin), block, first_block - 1);
   }
   const uint32_t copy_to = pinned(ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset());
   {
@@ -91,7 +90,7 @@ __device__ __forceinline__ void run_tile(const Args& a) {
   auto step = [&]<bool kGeneral>(Addresses<T>& at, bool is_followed) {
     Scores<T> s;
     const int first_key = kGeneral ? block * T::kKeys : 0;
-    uint64_t kept = 0;
+    KeptBits<T> kept = 0;
     if (kGeneral && p.dropout_threshold != 0) kept = kept_of_block<T>(p, smem.unit, first_key);
 
     ptx::cp_async_wait<0>();
@@ -127,13 +126,13 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     if constexpr (kGeneral) nonfinite = __syncthreads_or(at.copy_values.template has_nonfinite<Element>());
     else __syncthreads();
     // B2: every warp sees v[block], and has read k[block]
-    if constexpr (kGeneral)
+    if constexpr (kGeneral) {
       BlockCopy<T, false>(a, smem.unit, copy_to, below).issue(below >= smem.first_block, a.passes);
-    else at.copy_keys.issue(is_followed, a.passes);
+    } else at.copy_keys.issue(is_followed, a.passes);
     ptx::cp_async_commit();
     if (works) {
       softmax<T>(w, s, scale);
-      if (kGeneral && p.dropout_threshold != 0) drop_weights(s, kept, kept_bit);
+      if (kGeneral && p.dropout_threshold != 0) drop_weights(s, kept, kept_bit<T>);
     }
     if (kGeneral && nonfinite) {
       if (works) add_nonfinite<T>(w, &smem.kv[1][0][0], p, smem.unit, first_key, tiles);
