@@ -52,17 +52,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
   // The streamed heads: one for queries, those of the group for keys.
   const int first_head = T::kOwnsQueries ? blockIdx.y / a.group : blockIdx.y * a.group;
-  int to_next = kToSecondStage<T>;      // from the stage of the block at hand to the other
+  int to_next = kToSecondStage<T>;  // from the stage of the block at hand to the other
+  int block;
   const auto copy_of = [&](int head) {  // a streamed one, with its first block under way
-    int first = smem.first_block;
-    if (has_block_mask) {
-      if (!T::kOwnsQueries) __syncwarp();  // every lane has read the walk over the head before
-      walk.begin(p.block_mask, listed, u.batch, T::kOwnsQueries ? blockIdx.y : head, u.begin, first, smem.end_block);
-      first = walk.now().block;
-    }
-    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : kToSecondStage<T>, head, first);
+    block = smem.first_block;
+    if (has_block_mask)
+      block = walk.begin(p.block_mask, listed, u.batch, T::kOwnsQueries ? blockIdx.y : head, u.begin, block,
+                         smem.end_block);
+    StreamCopy<T> copy(a, u, smem, to_next > 0 ? 0 : kToSecondStage<T>, head, block);
     if (head == first_head) copy.zero_columns();
-    copy.issue(a, smem, to_next, first < smem.end_block ? u.num_streamed - first * T::kStreamed : 0);
+    copy.issue(a, smem, to_next, block < smem.end_block ? u.num_streamed - block * T::kStreamed : 0);
     ptx::cp_async_commit();
     return copy;
   };
@@ -78,26 +77,30 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   do {
     const int head = T::kOwnsQueries ? blockIdx.y : streamed_head;
     if (!T::kOwnsQueries && streamed_head > first_head) copy = copy_of(streamed_head);
-    int block = has_block_mask ? walk.now().block : smem.first_block;
 
-    // One block. With kGeneral it modifies, masks and may skip.
-    auto step = [&]<bool kGeneral>() {
-      const int first_streamed = block * T::kStreamed;
-      // What the warp's line of the block mask sees of the block, and the block that comes next.
-      int tile_idx = kWhole, next = block + 1;
-      if (kGeneral && has_block_mask) {
-        tile_idx = walk.now().tiles[line_of_warp<T>(p.block_mask, smem.unit)];
-        next = walk.next().block;
-        walk.advance(p.block_mask, listed);
-      }
+    // Rows that are streamed from a block on; 0 past the last block.
+    const auto rows_from = [&](int first) {
+      return first < smem.end_block ? kept.num_streamed - first * T::kStreamed : 0;
+    };
+    // One block. With kGeneral it modifies, masks and may skip, and goes on to the next one; else no place of the block is
+    // asked for, and `rows_ahead` tells which rows the next one has.
+    auto step = [&]<bool kGeneral>(int rows_ahead) {
+      const int first_streamed = kGeneral ? block * T::kStreamed : 0;
       bool nonfinite = false;
       ptx::cp_async_wait<0>();
       if constexpr (kGeneral) nonfinite = __syncthreads_or(copy.has_nonfinite(-to_next));
       else __syncthreads();
       // B1: every warp sees block[i] and what it owns, and has read block[i-1]
+      // What the warp's line of the block mask sees of the block, and the block that comes next.
+      int tile_idx = kWhole, next = kGeneral ? block + 1 : 0;
+      if (kGeneral && has_block_mask) {
+        tile_idx = walk.now().tiles[line_of_warp<T>(p.block_mask, smem.unit)];
+        next = walk.next().block;
+        walk.advance(p.block_mask, listed);
+      }
       const auto issue_next = [&] {
         if (kGeneral && has_block_mask) copy.skip(a, next - block - 1);
-        copy.issue(a, smem, -to_next, next < smem.end_block ? kept.num_streamed - next * T::kStreamed : 0);
+        copy.issue(a, smem, -to_next, kGeneral ? rows_from(next) : rows_ahead);
         ptx::cp_async_commit();
       };
       if constexpr (T::kStages > 1) issue_next();
@@ -152,19 +155,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
       }
       at.turn(to_next);
       to_next = -to_next;
-      block = next;
+      if constexpr (kGeneral) block = next;
     };
 
     const auto is_plain = [&] { return T::kHasPlainLoop && smem.plain.begin <= block && block < smem.plain.end; };
     while (block < smem.end_block) {
       if constexpr (T::kHasPlainLoop) {
         if (is_plain()) {
-          do step.template operator()<false>();
-          while (block < smem.plain.end);
+          // The rows ahead, of which the last plain block has at most one block's and every other one more than that: one
+          // register tells both where the loop ends and what is copied.
+          constexpr int kBlock = T::kStreamed;
+          int rows_ahead = 2 * kBlock * (smem.plain.end - 1 - block) + min(rows_from(smem.plain.end), kBlock);
+          do step.template operator()<false>(rows_ahead);
+          while ((rows_ahead -= 2 * kBlock) >= 0);
+          block = smem.plain.end;
           continue;
         }
       }
-      do step.template operator()<true>();
+      do step.template operator()<true>(0);
       while (block < smem.end_block && !is_plain());
     }
   } while (!T::kOwnsQueries && ++streamed_head < first_head + a.group);

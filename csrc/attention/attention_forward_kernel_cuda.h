@@ -54,13 +54,12 @@ __device__ __forceinline__ void run_tile(const Args& a) {
   auto& walk = smem.walks[warp];
   if (has_block_mask) {
     const BlockMaskView& m = p.block_mask;
-    walk.begin(m, m.rows, blockIdx.z, blockIdx.y, query_of(u, u.row_begin), block, first_block - 1);
-    block = walk.now().block;
+    block = walk.begin(m, m.rows, blockIdx.z, blockIdx.y, query_of(u, u.row_begin), block, first_block - 1);
   }
   const uint32_t copy_to = pinned(ptx::smem_address(smem.kv) + BlockCopy<T, false>::thread_offset());
   {
-    BlockCopy<T, false> keys(p.k, a, u, p.head_dim, copy_to, block);
-    BlockCopy<T, true> values(p.v, a, u, p.v_head_dim, copy_to, block);
+    BlockCopy<T, false> keys(a, u, copy_to, block);
+    BlockCopy<T, true> values(a, u, copy_to, block);
     keys.zero_columns();
     values.zero_columns();
     if (first_block <= block) keys.issue_ragged(u.seq_k - block * T::kKeys);
@@ -86,11 +85,12 @@ __device__ __forceinline__ void run_tile(const Args& a) {
         [&]<int step>() { load_q<T, step>(q.kept[step], {Addresses<T>::of_q(smem)}); });
   }
 
-  // One block. With kGeneral it modifies, masks and may skip.
-  auto step = [&]<bool kGeneral>(Addresses<T>& at) {
+  // One block. With kGeneral it modifies, masks and may skip, and goes on to the next one; else no place of the block is
+  // asked for, and `is_followed` tells whether there is a next one.
+  auto step = [&]<bool kGeneral>(Addresses<T>& at, bool is_followed) {
     Scores<T> s;
-    const int first_key = block * T::kKeys;
-    uint64_t kept = 0;
+    const int first_key = kGeneral ? block * T::kKeys : 0;
+    KeptBits<T> kept = 0;
     if (kGeneral && p.dropout_threshold != 0) kept = kept_of_block<T>(p, smem.unit, first_key);
 
     ptx::cp_async_wait<0>();
@@ -98,7 +98,7 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     const RowsVisible mine = kGeneral ? smem.visible[warp] : RowsVisible{};
     bool works = !kGeneral || (first_key < mine.any.end && first_key + T::kKeys > mine.any.begin);
     // What the lines of the block mask see of the block, and the block that comes next.
-    int tiles[kLines] = {kWhole, kWhole}, below = block - 1;
+    int tiles[kLines] = {kWhole, kWhole}, below = kGeneral ? block - 1 : 0;
     if (kGeneral && has_block_mask) {
       const auto visit = walk.now();
       for (int i = 0; i < kLines; ++i) tiles[i] = visit.tiles[i];
@@ -126,13 +126,13 @@ __device__ __forceinline__ void run_tile(const Args& a) {
     if constexpr (kGeneral) nonfinite = __syncthreads_or(at.copy_values.template has_nonfinite<Element>());
     else __syncthreads();
     // B2: every warp sees v[block], and has read k[block]
-    if constexpr (kGeneral)
-      BlockCopy<T, false>(p.k, a, smem.unit, p.head_dim, copy_to, below).issue(below >= smem.first_block, a.passes);
-    else at.copy_keys.issue(block > smem.first_block, a.passes);
+    if constexpr (kGeneral) {
+      BlockCopy<T, false>(a, smem.unit, copy_to, below).issue(below >= smem.first_block, a.passes);
+    } else at.copy_keys.issue(is_followed, a.passes);
     ptx::cp_async_commit();
     if (works) {
       softmax<T>(w, s, scale);
-      if (kGeneral && p.dropout_threshold != 0) drop_weights(s, kept, kept_bit);
+      if (kGeneral && p.dropout_threshold != 0) drop_weights(s, kept, kept_bit<T>);
     }
     if (kGeneral && nonfinite) {
       if (works) add_nonfinite<T>(w, &smem.kv[1][0][0], p, smem.unit, first_key, tiles);
@@ -141,22 +141,25 @@ __device__ __forceinline__ void run_tile(const Args& a) {
       __syncthreads();  // every warp sees zeros in its place
     }
     if (works) add_product<T, 0>(w.o, s, at.v);  // o += p v
-    block = kGeneral ? below : block - 1;
+    if constexpr (kGeneral) block = below;
   };
 
   const auto is_plain = [&] { return T::kHasPlainLoop && smem.plain.begin <= block && block < smem.plain.end; };
   while (block >= smem.first_block) {
     if constexpr (T::kHasPlainLoop) {
       if (is_plain()) {
+        // Twice the plain blocks that come after this one, and one more where others follow: a register for both ends.
+        int ahead = 2 * (block - smem.plain.begin) + (smem.plain.begin > smem.first_block);
         Addresses<T> at = addresses();
-        do step.template operator()<false>(at);
-        while (block >= smem.plain.begin);
+        do step.template operator()<false>(at, ahead > 0);
+        while ((ahead -= 2) >= 0);
+        block = smem.plain.begin - 1;
         continue;
       }
     }
     do {
       Addresses<T> at = addresses();
-      step.template operator()<true>(at);
+      step.template operator()<true>(at, false);
     } while (block >= smem.first_block && !is_plain());
   }
   store_results<T>(w, smem, a, smem.unit);
@@ -204,6 +207,8 @@ __global__ void __launch_bounds__(128) attention_merge_chunks_kernel(const __gri
 template <class T>
 void launch_with(Args a, int64_t units, cudaStream_t stream) {
   a.passes.back = -T::kKeys / T::kPassRows;
+  a.chunks[0] = static_cast<int>(a.p.head_dim / T::kChunkElements);
+  a.chunks[1] = static_cast<int>(a.p.v_head_dim / T::kChunkElements);
   launch("attention_forward", attention_forward_kernel<T>, dim3(units, a.partials.heads, a.p.batch), T::kThreads,
          sizeof(Smem<T>), stream, a);
 }
@@ -231,6 +236,7 @@ void launch_forward(const AttentionForwardCall& call, cudaStream_t stream) {
          false,
          Divisor(static_cast<int32_t>(heads_of_tile(call.p))),
          Divisor(static_cast<int32_t>(partials.heads / call.p.kv_heads)),
+         {},
          {}};
   AttentionForwardParams& p = a.p;
   check_launch("attention_forward", p, partials.heads == p.kv_heads ? "kv_heads" : "heads", partials.heads,

@@ -44,7 +44,8 @@ __device__ __forceinline__ int tile_of_block(const BlockMaskView& m, const Block
 // ---- walks ----------------------------------------------------------------------------------------------------------
 
 // The streamed blocks that a tile visits, up (kStep 1) or down (-1), and what its lines see of each. In shared memory, one
-// for each warp, whose lanes call together. After the last block comes `past`.
+// for each warp, whose lanes call together. After the last block comes `past`. What begin() and advance() write the lanes
+// see after a barrier that follows.
 template <int kStreamed, int kStep>
 class BlockWalk {
  public:
@@ -56,10 +57,11 @@ class BlockWalk {
   __device__ __forceinline__ const Visit& now() const { return visits_[0]; }
   __device__ __forceinline__ const Visit& next() const { return visits_[1]; }
 
-  // To the first visit from block `from` on; the first line is that of position `first_owned`. No lane reads the walk
-  // before any more.
-  __device__ __forceinline__ void begin(const BlockMaskView& m, const BlockList& list, int batch, int64_t head,
-                                        int first_owned, int from, int past) {
+  // To the first visit from block `from` on, whose block it returns; the first line is that of position `first_owned`. No
+  // lane has read the walk since it advanced last.
+  __device__ __forceinline__ int begin(const BlockMaskView& m, const BlockList& list, int batch, int64_t head,
+                                       int first_owned, int from, int past) {
+    int first = past;
     if (threadIdx.x % kWarp == 0) {
       past_ = past;
 #pragma unroll
@@ -71,8 +73,9 @@ class BlockWalk {
       }
       visits_[0] = find(m, list, from);
       visits_[1] = find(m, list, visits_[0].block + kStep);
+      first = visits_[0].block;
     }
-    __syncwarp();  // every lane sees the visits
+    return __shfl_sync(ptx::kAllLanes, first, 0);
   }
   __device__ __noinline__ void advance(const BlockMaskView& m, const BlockList& list) {
     __syncwarp();  // every lane has read the visits
@@ -80,7 +83,6 @@ class BlockWalk {
       visits_[0] = visits_[1];
       visits_[1] = find(m, list, visits_[0].block + kStep);
     }
-    __syncwarp();  // every lane sees the visits
   }
 
  private:

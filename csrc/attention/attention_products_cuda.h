@@ -92,8 +92,8 @@ __device__ __forceinline__ void add_part(float (&x)[T::kRowTiles][kTiles][4], fl
         for (int i = 0; i < 4; ++i) x[m][n][i] += part[m][n][i], part[m][n][i] = 0.0f;
       }
     }
-    __syncwarp();  // no load of the next steps comes earlier: what it holds would be spilled
   }
+  if constexpr (step % 2 == 1) __syncwarp();  // no load of the next steps comes earlier: what it holds would be spilled
 }
 
 // The accumulators of kStepRows columns as the left operand of a product, rounded where elements are half.
@@ -141,7 +141,7 @@ __device__ __forceinline__ void add_product(float (&sum)[T::kRowTiles][T::kColum
       for (int m = 0; m < T::kRowTiles; ++m) {
         for (int i = 0; i < 8; ++i) sum[m][2 * pair + i / 4][i % 4] += of_block[m][i / 4][i % 4];
       }
-      if constexpr (pair % 2 == 1) __syncwarp();  // as in add_part
+      __syncwarp();  // as in add_part
     });
   } else {
     static_for<kSteps>([&]<int step>() {

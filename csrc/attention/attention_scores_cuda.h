@@ -148,15 +148,20 @@ __device__ __forceinline__ void mask_block(Scores<T>& s, const BlockMaskView& m,
   }
 }
 
-// Which keys of a block the lane's rows keep.
+// Which keys of a block the lane's rows keep: as many bits for each row as it has accumulators.
+template <class T>
+constexpr int kKeptOfRow = T::kKeyTiles * 2;
+template <class T>
+using KeptBits = std::conditional_t<T::kRowTiles * 2 * kKeptOfRow<T> <= 32, uint32_t, uint64_t>;
+template <class T>
 __device__ __forceinline__ constexpr int kept_bit(int m, int half, int n, int e) {
-  return 16 * (2 * m + half) + 2 * n + e;
+  return kKeptOfRow<T> * (2 * m + half) + 2 * n + e;
 }
 template <class T>
-__device__ __forceinline__ uint64_t kept_of_block(const AttentionForwardParams& p, const Unit& u, int first_key) {
+__device__ __forceinline__ KeptBits<T> kept_of_block(const AttentionForwardParams& p, const Unit& u, int first_key) {
   constexpr int kCalls = (T::kKeys + 16) / kDropoutGroup;  // a block may begin in the middle of a group
   const int first_row = row_of<T>(u, 0, 0);
-  uint64_t kept = 0;
+  KeptBits<T> kept = 0;
 #pragma unroll 1
   for (int i = T::kRowTiles * 2 - 1; i >= 0; --i) {
     const int row = first_row + 8 * i;
@@ -165,7 +170,8 @@ __device__ __forceinline__ uint64_t kept_of_block(const AttentionForwardParams& 
     for (int call = kCalls - 1; call >= 0; --call)
       of_row = of_row << kCallBits | kept_of_call(p, blockIdx.z, head_of(u, row), query_of(u, row),
                                                   first_key / kDropoutGroup + call, threadIdx.x % 4);
-    kept = kept << 16 | (of_row >> (first_key % kDropoutGroup / 8 * 2) & 0xffff);
+    of_row = of_row >> (first_key % kDropoutGroup / 8 * 2) & ~(~0u << kKeptOfRow<T>);
+    kept = kept << kKeptOfRow<T> | of_row;
   }
   return kept;
 }

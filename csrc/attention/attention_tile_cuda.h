@@ -91,6 +91,7 @@ struct Args {
   Divisor group;     // query heads whose rows share a tile
   Divisor kv_share;  // neighbours in the grid that share a kv head: 1, or as many as it has query heads
   Passes passes;
+  int chunks[2];  // of 16 bytes in a row of k, of v
 };
 
 // ---- geometry -------------------------------------------------------------------------------------------------------

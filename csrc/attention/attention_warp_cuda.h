@@ -18,15 +18,15 @@ struct BlockCopy {
   int columns;    // 16-byte chunks that the tensor has from this thread's first column on
 
   // The first block to come is `block`; each is the one before the last.
-  __device__ __forceinline__ BlockCopy(const TokenView& view, const Args& a, const Unit& u, int64_t dim,
-                                       uint32_t offset, int block) {
+  __device__ __forceinline__ BlockCopy(const Args& a, const Unit& u, uint32_t offset, int block) {
+    const TokenView& view = kValues ? a.p.v : a.p.k;
     const int row = threadIdx.x / T::kRowThreads, chunk = threadIdx.x % T::kRowThreads;
     next = static_cast<const char*>(view.data) + chunk * 16 +
            T::kElementBytes * (blockIdx.z * view.batch_stride + kv_head_of(a) * view.head_stride +
                                (u.k_start + static_cast<int64_t>(block) * T::kKeys + row) * view.token_stride);
     pass_bytes = static_cast<int>(pinned(static_cast<int>(view.token_stride) * T::kPassRows * T::kElementBytes));
     smem = offset;
-    columns = static_cast<int>(dim / T::kChunkElements) - chunk;
+    columns = a.chunks[kValues] - chunk;
   }
 
   // Of this thread's row in the first pass over the keys, at its first column.
@@ -219,8 +219,8 @@ struct Addresses {
     return ptx::smem_address(smem.q[threadIdx.x / kWarp * T::kWarpRows]) + lane_offset<T>(true);
   }
   __device__ __forceinline__ Addresses(const Args& a, const Unit& u, const Smem<T>& smem, int block, uint32_t copy_to)
-      : copy_keys(a.p.k, a, u, a.p.head_dim, copy_to, block - 1),
-        copy_values(a.p.v, a, u, a.p.v_head_dim, copy_to, block),
+      : copy_keys(a, u, copy_to, block - 1),
+        copy_values(a, u, copy_to, block),
         q{of_q(smem)},
         v{pinned(ptx::smem_address(smem.kv[1]) + transposed_offset<T>())} {
     const uint32_t first = ptx::smem_address(smem.kv[0]) + lane_offset<T>(false);
