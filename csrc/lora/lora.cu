@@ -83,22 +83,27 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(ExpandKernelParam
   const int lane = threadIdx.x % kWarp;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kWarp;
   if (first >= p.out_features) return;
+  constexpr int kSteps = kVec == 1 ? kMaxRank / kWarp : 1;  // of a group along a row: 32 vectors are any row
   const int64_t feature = first + lane, rank = p.adapters.rank;
   const int features_a_turn = kWarp / p.group, in_group = lane % p.group;
 
   for (int64_t token = blockIdx.y; token < p.adapters.num_tokens; token += gridDim.y) {
     const int32_t adapter = adapter_of(p.adapters, token);
+    float h[kSteps][kVec];  // the columns of this lane
+    for (int i = 0; i < kSteps; ++i) {
+      const int64_t r = (i * p.group + in_group) * kVec;
+      for (int j = 0; j < kVec; ++j) h[i][j] = adapter >= 0 && r < rank ? p.h[token * p.h_stride + r + j] : 0.0f;
+    }
     float delta = 0.0f;
     for (int turn = 0; adapter >= 0 && turn < p.group; ++turn) {
       const int64_t n = first + turn * features_a_turn + lane / p.group;
+      const T* b = static_cast<const T*>(p.b) + adapter * p.b_stride[0] + n * p.b_stride[1];
       float sum = 0.0f;
-      if (n < p.out_features) {
-        const T* b = static_cast<const T*>(p.b) + adapter * p.b_stride[0] + n * p.b_stride[1];
-        const float* h = p.h + token * p.h_stride;
-        for (int64_t r = in_group * kVec; r < rank; r += p.group * kVec) {
-          const auto row = load_floats<T, kVec>(b + r);
-          for (int i = 0; i < kVec; ++i) sum += row.lane[i] * __ldg(h + r + i);
-        }
+      for (int i = 0; i < kSteps; ++i) {
+        const int64_t r = (i * p.group + in_group) * kVec;
+        if (n >= p.out_features || r >= rank) continue;
+        const auto row = load_floats<T, kVec>(b + r);
+        for (int j = 0; j < kVec; ++j) sum += row.lane[j] * h[i][j];
       }
       for (int step = p.group / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ptx::kAllLanes, sum, step);
       // Every lane of a group has its sum: lane i keeps that of feature i when its turn comes.
