@@ -21,9 +21,8 @@ SMALL = [(1536, 576), (576, 1536), (576, 576)]  # a layer of a model of 135 M pa
 
 
 def weights(size: tuple[int, int], form: str, count: int) -> list[QuantizedWeight]:
-    out_features, in_features = size
     generator = torch.Generator().manual_seed(0)
-    first = quantize_weight(torch.randn(size, generator=generator) * in_features**-0.5, **FORMATS[form])
+    first = quantize_weight(torch.randn(size, generator=generator) * size[1] ** -0.5, **FORMATS[form])
     q, scales, zeros = first.integers()
     form_of = {"bits": first.bits, "group_size": first.group_size}
     # Rows in another order: other values in other memory, cheaper than to quantise anew.
@@ -35,7 +34,7 @@ def _rolled(i: int, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def contenders(size, form, num_rows, device, cache_bytes, dtype=torch.float32):
-    """Ours, and the dense layer of the same values; sets of both are rotated where the dense one is beyond the cache."""
+    """Ours, and the dense layer of the same values; sets are rotated where the dense one is beyond the cache."""
     dense_bytes = size[0] * size[1] * 4
     count = min(num_sets(dense_bytes // 8, cache_bytes), 16) if dense_bytes > cache_bytes else 1
     packed = [w.to(device) for w in weights(size, form, count)]

@@ -52,4 +52,8 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "quantized_linear_dequantize(Tensor values, Tensor scales, Tensor? zeros, int bits, int group_size, "
       "int out_features, int in_features, ScalarType dtype) -> Tensor");
+
+  // lora: x [tokens, in], a [adapters, rank, in], h [tokens, rank], b [adapters, out, rank], idx [tokens], scale [adapters]
+  m.def("lora_shrink(Tensor x, Tensor a, Tensor idx) -> Tensor");
+  m.def("lora_expand(Tensor base, Tensor b, Tensor h, Tensor idx, Tensor? scale) -> Tensor");
 }

@@ -5,6 +5,7 @@ from . import nn
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
+from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
 from .quantized_linear import dequantize_weight, quantized_linear
@@ -19,6 +20,9 @@ __all__ = [
     "create_block_mask",
     "dequantize_weight",
     "layer_norm",
+    "lora",
+    "lora_expand",
+    "lora_shrink",
     "merge_attention",
     "nn",
     "quantize_weight",

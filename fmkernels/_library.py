@@ -66,6 +66,8 @@ class Ops:
     norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     quantized_linear_forward: Callable[..., Tensor]
     quantized_linear_dequantize: Callable[..., Tensor]
+    lora_shrink: Callable[..., Tensor]
+    lora_expand: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

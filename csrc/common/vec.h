@@ -133,9 +133,7 @@ FM_INLINE VecF join_lanes(const VecF* x, Join&& join) {
   return join(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 #else
   VecF column[kLanes];
-  for (int c = 0; c < kLanes; ++c) {
-    for (int i = 0; i < kLanes; ++i) column[c][i] = x[i][c];
-  }
+  for (int c = 0; c < kLanes; ++c) column[c] = VecF{x[0][c], x[1][c], x[2][c], x[3][c]};
   return join(join(column[0], column[1]), join(column[2], column[3]));
 #endif
 }

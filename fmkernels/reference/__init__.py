@@ -3,6 +3,7 @@
 
 from .attention import attention, attention_scores, attention_varlen
 from .dropout import dropout_factors, philox
+from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
 from .quantized_linear import dequantize_weight, quantize_weight, quantized_linear
@@ -14,6 +15,9 @@ __all__ = [
     "dequantize_weight",
     "dropout_factors",
     "layer_norm",
+    "lora",
+    "lora_expand",
+    "lora_shrink",
     "merge_attention",
     "philox",
     "quantize_weight",
