@@ -45,4 +45,12 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "norm_backward(Tensor grad_y, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor? bias, float eps, "
       "bool centred, bool weight_grad) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+
+  // rope: q, k [batch, tokens, heads, head_dim] or [tokens, heads, head_dim]; cos_sin [positions, rotary_dim]
+  m.def(
+      "rope_forward(Tensor q, Tensor? k, Tensor positions, Tensor cos_sin, bool interleaved, bool inverse) -> "
+      "(Tensor q_out, Tensor k_out)");
+  m.def(
+      "rope_forward_out(Tensor q, Tensor? k, Tensor positions, Tensor cos_sin, bool interleaved, bool inverse, "
+      "Tensor(a!) q_out, Tensor(b!)? k_out) -> ()");
 }

@@ -7,6 +7,8 @@ from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
+from .rope import rope
+from .rope_cache import rope_cache
 
 __all__ = [
     "BlockMask",
@@ -18,4 +20,6 @@ __all__ = [
     "merge_attention",
     "nn",
     "rms_norm",
+    "rope",
+    "rope_cache",
 ]

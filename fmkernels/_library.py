@@ -64,6 +64,8 @@ class Ops:
     norm_forward: Callable[..., tuple[Tensor, Tensor]]
     norm_forward_out: Callable[..., None]
     norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rope_forward: Callable[..., tuple[Tensor, Tensor]]
+    rope_forward_out: Callable[..., None]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

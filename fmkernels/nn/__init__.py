@@ -4,5 +4,6 @@
 from .attention import Attention
 from .checkpoint import checkpoint_policy
 from .norm import LayerNorm, RMSNorm
+from .rope import RotaryEmbedding
 
-__all__ = ["Attention", "LayerNorm", "RMSNorm", "checkpoint_policy"]
+__all__ = ["Attention", "LayerNorm", "RMSNorm", "RotaryEmbedding", "checkpoint_policy"]

@@ -5,6 +5,7 @@ from .attention import attention, attention_scores, attention_varlen
 from .dropout import dropout_factors, philox
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
+from .rope import rope
 
 __all__ = [
     "attention",
@@ -15,4 +16,5 @@ __all__ = [
     "merge_attention",
     "philox",
     "rms_norm",
+    "rope",
 ]
