@@ -56,4 +56,12 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   // lora: x [tokens, in], a [adapters, rank, in], h [tokens, rank], b [adapters, out, rank], idx [tokens], scale [adapters]
   m.def("lora_shrink(Tensor x, Tensor a, Tensor idx) -> Tensor");
   m.def("lora_expand(Tensor base, Tensor b, Tensor h, Tensor idx, Tensor? scale) -> Tensor");
+
+  // rope: q, k [batch, tokens, heads, head_dim] or [tokens, heads, head_dim]; cos_sin [positions, rotary_dim]
+  m.def(
+      "rope_forward(Tensor q, Tensor? k, Tensor positions, Tensor cos_sin, bool interleaved, bool inverse) -> "
+      "(Tensor q_out, Tensor k_out)");
+  m.def(
+      "rope_forward_out(Tensor q, Tensor? k, Tensor positions, Tensor cos_sin, bool interleaved, bool inverse, "
+      "Tensor(a!) q_out, Tensor(b!)? k_out) -> ()");
 }

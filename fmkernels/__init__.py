@@ -10,6 +10,8 @@ from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
 from .quantized_linear import dequantize_weight, quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
+from .rope import rope
+from .rope_cache import rope_cache
 
 __all__ = [
     "BlockMask",
@@ -28,4 +30,6 @@ __all__ = [
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
+    "rope",
+    "rope_cache",
 ]

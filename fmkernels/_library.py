@@ -68,6 +68,8 @@ class Ops:
     quantized_linear_dequantize: Callable[..., Tensor]
     lora_shrink: Callable[..., Tensor]
     lora_expand: Callable[..., Tensor]
+    rope_forward: Callable[..., tuple[Tensor, Tensor]]
+    rope_forward_out: Callable[..., None]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

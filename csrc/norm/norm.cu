@@ -147,6 +147,32 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_forward_kernel(NormForwar
   for_rest<kHeld, kVec>(team, p.hidden, [&](int64_t column) { finish(load_vector<T, kVec>(stored + column), column); });
 }
 
+// Sums of kVec columns. The 32 bytes of eight stand as two times 16 at a distance, so that the 16 bytes of neighbouring
+// threads are neighbours: of the 256 columns of a warp the first four of every eight come first, then the others.
+constexpr int kSplitDistance = kSumsBlock / 2;
+__device__ __forceinline__ int64_t split_column(int64_t column) {
+  return column / kSumsBlock * kSumsBlock + column % 8 / 4 * kSplitDistance + column % kSumsBlock / 8 * 4 + column % 4;
+}
+template <int kVec>
+__device__ __forceinline__ void load_sums(const float* sums, int64_t column, float (&to)[kVec]) {
+  constexpr int kPart = kVec < 4 ? kVec : 4;
+  const float* from = sums + (kVec == 8 ? split_column(column) : column);
+  for (int part = 0; part < kVec / kPart; ++part) {
+    const auto vector = load_vector<float, kPart>(from + part * kSplitDistance);
+    for (int k = 0; k < kPart; ++k) to[part * kPart + k] = vector.lane[k];
+  }
+}
+template <int kVec>
+__device__ __forceinline__ void store_sums(float* sums, int64_t column, const float (&from)[kVec]) {
+  constexpr int kPart = kVec < 4 ? kVec : 4;
+  float* to = sums + (kVec == 8 ? split_column(column) : column);
+  for (int part = 0; part < kVec / kPart; ++part) {
+    Vector<float, kPart> vector;
+    for (int k = 0; k < kPart; ++k) vector.lane[k] = from[part * kPart + k];
+    store_vector<float, kPart>(to + part * kSplitDistance, vector);
+  }
+}
+
 template <class T, class W, int kVec>
 __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(NormBackwardParams p) {
   using Vec = Vector<T, kVec>;
@@ -156,8 +182,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(NormBackward
   const int64_t end = begin + p.rows_per_chunk < p.rows.count ? begin + p.rows_per_chunk : p.rows.count;
   const float n = static_cast<float>(p.hidden);
   const bool adds = p.grad_summed.data != nullptr;
-  float* weight_sums = p.weight_sums == nullptr ? nullptr : p.weight_sums + team.index * p.hidden;
-  float* bias_sums = p.bias_sums == nullptr ? nullptr : p.bias_sums + team.index * p.hidden;
+  float* weight_sums = p.weight_sums == nullptr ? nullptr : p.weight_sums + team.index * p.sums_stride;
+  float* bias_sums = p.bias_sums == nullptr ? nullptr : p.bias_sums + team.index * p.sums_stride;
   float weight_sum[kHeldBackward][kVec] = {}, bias_sum[kHeldBackward][kVec] = {};
   int turn = 0;
 
@@ -224,28 +250,25 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(NormBackward
     for_held<kHeldBackward, kVec>(
         team, p.hidden, [&](int i, int64_t column) { finish(s[i], grad[i], column, weight_sum[i], bias_sum[i]); });
     for_rest<kHeldBackward, kVec>(team, p.hidden, [&](int64_t column) {
-      Vector<float, kVec> for_weight{}, for_bias{};
-      if (row > begin && weight_sums != nullptr) for_weight = load_vector<float, kVec>(weight_sums + column);
-      if (row > begin && bias_sums != nullptr) for_bias = load_vector<float, kVec>(bias_sums + column);
-      finish(load_vector<T, kVec>(s_row + column), load_vector<T, kVec>(grad_row + column), column, for_weight.lane,
-             for_bias.lane);
-      if (weight_sums != nullptr) store_vector<float, kVec>(weight_sums + column, for_weight);
-      if (bias_sums != nullptr) store_vector<float, kVec>(bias_sums + column, for_bias);
+      float for_weight[kVec] = {}, for_bias[kVec] = {};
+      if (row > begin && weight_sums != nullptr) load_sums(weight_sums, column, for_weight);
+      if (row > begin && bias_sums != nullptr) load_sums(bias_sums, column, for_bias);
+      finish(load_vector<T, kVec>(s_row + column), load_vector<T, kVec>(grad_row + column), column, for_weight,
+             for_bias);
+      if (weight_sums != nullptr) store_sums(weight_sums, column, for_weight);
+      if (bias_sums != nullptr) store_sums(bias_sums, column, for_bias);
     });
   }
 
   for_held<kHeldBackward, kVec>(team, p.hidden, [&](int i, int64_t column) {
-    Vector<float, kVec> out;
-    for (int k = 0; k < kVec; ++k) out.lane[k] = weight_sum[i][k];
-    if (weight_sums != nullptr) store_vector<float, kVec>(weight_sums + column, out);
-    for (int k = 0; k < kVec; ++k) out.lane[k] = bias_sum[i][k];
-    if (bias_sums != nullptr) store_vector<float, kVec>(bias_sums + column, out);
+    if (weight_sums != nullptr) store_sums(weight_sums, column, weight_sum[i]);
+    if (bias_sums != nullptr) store_sums(bias_sums, column, bias_sum[i]);
   });
 }
 
 // Sums over the chunks, of dweight in the blocks with y = 0 and of dbias in those with y = 1. A thread adds every
 // kColumnLanes-th chunk of one column, in their order; the lanes of a column are added in theirs.
-template <class W>
+template <class W, bool kSplit>
 __global__ void __launch_bounds__(kColumns* kColumnLanes) norm_chunks_kernel(NormBackwardParams p) {
   __shared__ float sSums[kColumnLanes][kColumns];
   const float* sums = blockIdx.y == 0 ? p.weight_sums : p.bias_sums;
@@ -255,7 +278,7 @@ __global__ void __launch_bounds__(kColumns* kColumnLanes) norm_chunks_kernel(Nor
   float sum = 0.0f;
   if (column < p.hidden) {
     for (int64_t chunk = threadIdx.y; chunk < p.num_chunks; chunk += kColumnLanes) {
-      sum += sums[chunk * p.hidden + column];
+      sum += sums[chunk * p.sums_stride + (kSplit ? split_column(column) : column)];
     }
   }
   sSums[threadIdx.y][threadIdx.x] = sum;
@@ -320,7 +343,7 @@ void launch_norm_backward(const NormBackwardParams& p, cudaStream_t stream) {
            stream, p);
     if (p.grad_weight == nullptr && p.grad_bias == nullptr) return;
     const dim3 grid(grid_of("norm_backward", p.hidden, kColumns).x, 2);
-    launch("norm_backward", norm_chunks_kernel<W>, grid, dim3(kColumns, kColumnLanes), 0, stream, p);
+    launch("norm_backward", norm_chunks_kernel<W, kVec == 8>, grid, dim3(kColumns, kColumnLanes), 0, stream, p);
   });
 }
 

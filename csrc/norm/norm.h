@@ -46,9 +46,12 @@ struct NormBackwardParams {
   const void* weight;                   // [hidden] or null
   RowView grad_x;                       // written
   void *grad_weight, *grad_bias;        // written; [hidden] of weight_dtype, or null where they are not wanted
-  float *weight_sums, *bias_sums;       // written; [num_chunks, hidden] or null, as grad_weight and grad_bias
+  float *weight_sums, *bias_sums;       // written; [num_chunks, sums_stride] or null, as grad_weight and grad_bias
+  int64_t sums_stride;                  // hidden, rounded up to kSumsBlock
   int64_t rows_per_chunk, num_chunks;
 };
+
+constexpr int64_t kSumsBlock = 256;  // columns among which a kernel may choose the order of its sums
 
 // Chunks depend on the sizes alone, and so do the bits of dweight and dbias. More of them where rows are short.
 constexpr int64_t rows_per_chunk_of(int64_t num_rows, int64_t hidden) {

@@ -150,11 +150,11 @@ void norm_rows_backward(const NormBackwardParams& p, int64_t first, float* weigh
 
 // grad[c] = the sum over the chunks of sums[chunk][c], in their order.
 template <class W>
-void add_chunks(const float* sums, int64_t num_chunks, int64_t hidden, void* grad) {
-  for_each_pair(hidden, [&](int64_t c, int count, int) __attribute__((always_inline)) {
+void add_chunks(const NormBackwardParams& p, const float* sums, void* grad) {
+  for_each_pair(p.hidden, [&](int64_t c, int count, int) __attribute__((always_inline)) {
     VecPair total{};
-    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-      total = total + load_pair_as<W>(sums + chunk * hidden + c, count);
+    for (int64_t chunk = 0; chunk < p.num_chunks; ++chunk) {
+      total = total + load_pair_as<W>(sums + chunk * p.sums_stride + c, count);
     }
     store_pair(static_cast<W*>(grad) + c, total, count);
   });
@@ -184,8 +184,8 @@ void run_norm_backward<kIsa>(const NormBackwardParams& p) {
   const int workers = workers_for(p.rows.count * p.hidden * element_bytes(p.dtype) * 3);
   dispatch_types(p.dtype, p.weight_dtype, [&]<class T, class W>() {
     parallel_for(p.num_chunks, workers, [&](int64_t chunk, int) {
-      float* weight_sums = p.weight_sums == nullptr ? nullptr : p.weight_sums + chunk * p.hidden;
-      float* bias_sums = p.bias_sums == nullptr ? nullptr : p.bias_sums + chunk * p.hidden;
+      float* weight_sums = p.weight_sums == nullptr ? nullptr : p.weight_sums + chunk * p.sums_stride;
+      float* bias_sums = p.bias_sums == nullptr ? nullptr : p.bias_sums + chunk * p.sums_stride;
       for (float* sums : {weight_sums, bias_sums}) {
         if (sums != nullptr) memset(sums, 0, static_cast<size_t>(p.hidden) * sizeof(float));
       }
@@ -196,8 +196,8 @@ void run_norm_backward<kIsa>(const NormBackwardParams& p) {
       }
       for (; row < end; ++row) norm_rows_backward<1, T, W>(p, row, weight_sums, bias_sums);
     });
-    if (p.grad_weight != nullptr) add_chunks<W>(p.weight_sums, p.num_chunks, p.hidden, p.grad_weight);
-    if (p.grad_bias != nullptr) add_chunks<W>(p.bias_sums, p.num_chunks, p.hidden, p.grad_bias);
+    if (p.grad_weight != nullptr) add_chunks<W>(p, p.weight_sums, p.grad_weight);
+    if (p.grad_bias != nullptr) add_chunks<W>(p, p.bias_sums, p.grad_bias);
   });
 }
 

@@ -90,6 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_y, const std
   check_hidden("grad_y", &grad_y, p.hidden);
   check_hidden("grad_summed", pointer_to(grad_summed), p.hidden);
   p.rows_per_chunk = rows_per_chunk_of(p.rows.count, p.hidden);
+  p.sums_stride = (p.hidden + kSumsBlock - 1) / kSumsBlock * kSumsBlock;
   p.num_chunks = (p.rows.count + p.rows_per_chunk - 1) / p.rows_per_chunk;
 
   // An output and its sums of chunks; empty tensors where no gradient is wanted.
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_y, const std
     const Tensor& like = of.has_value() ? *of : summed;
     Tensor output = p.rows.count > 0 ? torch::stable::new_empty(like, {wanted ? p.hidden : 0})
                                      : torch::stable::new_zeros(like, {wanted ? p.hidden : 0});
-    Tensor partial = torch::stable::new_empty(summed, {wanted ? p.num_chunks : 0, p.hidden}, ScalarType::Float);
+    Tensor partial = torch::stable::new_empty(summed, {wanted ? p.num_chunks : 0, p.sums_stride}, ScalarType::Float);
     if (wanted) {
       grad = data_of(output);
       sums = static_cast<float*>(data_of(partial));

@@ -13,3 +13,6 @@ __all__ = [
     "RMSNorm",
     "checkpoint_policy",
 ]
+from .rope import RotaryEmbedding
+
+__all__ = ["Attention", "LayerNorm", "RMSNorm", "RotaryEmbedding", "checkpoint_policy"]

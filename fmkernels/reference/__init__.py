@@ -7,6 +7,7 @@ from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
 from .quantized_linear import dequantize_weight, quantize_weight, quantized_linear
+from .rope import rope
 
 __all__ = [
     "attention",
@@ -23,4 +24,5 @@ __all__ = [
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
+    "rope",
 ]
