@@ -34,4 +34,15 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "merge_attention_backward(Tensor grad_o, Tensor? grad_lse, Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b) "
       "-> "
       "(Tensor grad_o_a, Tensor grad_lse_a, Tensor grad_o_b, Tensor grad_lse_b)");
+
+  // cross_entropy: logits [tokens, vocab] or [batch, tokens, vocab]; the others without vocab
+  m.def(
+      "cross_entropy_forward(Tensor logits, Tensor target, int ignore_index, float label_smoothing, float z_loss, "
+      "float softcap) -> (Tensor loss, Tensor max, Tensor sum_exp)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor max, Tensor sum_exp, "
+      "int ignore_index, float label_smoothing, float z_loss, float softcap) -> Tensor grad_logits");
+  m.def(
+      "cross_entropy_gradient_(Tensor(a!) logits, Tensor grad_loss, Tensor target, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap) -> Tensor loss");
 }

@@ -61,6 +61,9 @@ class Ops:
     attention_varlen_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     merge_attention_forward: Callable[..., tuple[Tensor, Tensor]]
     merge_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    cross_entropy_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    cross_entropy_backward: Callable[..., Tensor]
+    cross_entropy_gradient_: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-tests of the ops over a vocabulary, for `doctor`: one small case each against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._library import ops
+from .cross_entropy import cross_entropy
+from .testing import Backend, assert_as_good_as_torch
+
+
+def _logits(backend: Backend) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.tensor([5, -100, 300])
+    return (torch.randn(3, 301, generator=generator) * 3).to(backend.device), target.to(backend.device)
+
+
+def _loss_gradient(function: Callable[..., Tensor], logits: Tensor, target: Tensor) -> Tensor:
+    leaf = logits.detach().requires_grad_()
+    return torch.autograd.grad(function(leaf, target, reduction="sum"), leaf)[0]
+
+
+def _test_cross_entropy(backend: Backend) -> None:
+    assert_as_good_as_torch(cross_entropy(*_logits(backend)), reference.cross_entropy, *_logits(backend))
+
+
+def _test_cross_entropy_backward(backend: Backend) -> None:
+    actual = _loss_gradient(cross_entropy, *_logits(backend))
+    assert_as_good_as_torch(actual, lambda *inputs: _loss_gradient(reference.cross_entropy, *inputs), *_logits(backend))
+
+
+def _test_cross_entropy_gradient(backend: Backend) -> None:
+    logits, target = _logits(backend)
+    overwritten = logits.clone()
+    loss = ops.cross_entropy_gradient_(overwritten, torch.ones_like(logits[:, 0]), target, -100, 0.0, 0.0, 0.0)
+
+    def expected(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = _loss_gradient(reference.cross_entropy, logits, target)
+        return reference.cross_entropy(logits, target, reduction="none"), gradient
+
+    assert_as_good_as_torch((loss, overwritten), expected, logits, target)
+
+
+SELF_TESTS: dict[str, Callable[[Backend], None]] = {
+    "cross_entropy_forward": _test_cross_entropy,
+    "cross_entropy_backward": _test_cross_entropy_backward,
+    "cross_entropy_gradient_": _test_cross_entropy_gradient,
+}
