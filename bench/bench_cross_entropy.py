@@ -23,7 +23,7 @@ def training(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in args[:-1]]
             value = loss(*leaves, args[-1])
-        return value.detach().float(), *torch.autograd.grad(value, leaves)
+        return value.detach().to(leaves[0].dtype), *torch.autograd.grad(value, leaves)
 
     return run
 

@@ -4,7 +4,7 @@
 // Contract   see cross_entropy.h. kVec elements are read at a time where every row begins on a 16-byte boundary, else one.
 // Work       Loss, and both at once: a block owns a row. Gradient alone: a block owns kGradientChunk of a row.
 // Shared     struct Smem: what each warp knows of the row.
-// Pipeline   kLoads vectors in flight a thread | maximum of them, then their sum | shuffles | one barrier | the partial
+// Pipeline   A few vectors in flight a thread | maximum of them, then their sum | shuffles | one barrier | the partial
 //            results of the warps, joined by every thread in one order. Both at once then reads the row again, from L2.
 // Numerics   float32. Every order is fixed: deterministic, and a row knows nothing of the others.
 // Cost       Bound by memory: one row for the loss, two for the gradient, three for both at once.
@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int kLoads = 4;
 constexpr int64_t kGradientChunk = 16384;
 constexpr int64_t kMaxRows = 0x7fffffff;  // of a grid in x
 
@@ -69,7 +68,12 @@ __device__ __forceinline__ Part join(const Part& a, const Part& b) {
   return {max, a.sum * expf(a.max - shift) + b.sum * expf(b.max - shift), a.above + b.above};
 }
 
-// Adds kCount values; those that are not there are -infinity, and `above` must not count them.
+template <int kCount>
+__device__ __forceinline__ float tree_sum(const float* x) {
+  if constexpr (kCount == 1) return x[0];
+  else return tree_sum<kCount / 2>(x) + tree_sum<kCount - kCount / 2>(x + kCount / 2);
+}
+
 template <int kCount>
 __device__ __forceinline__ void add(Part& part, const float (&s)[kCount]) {
   float max = part.max;
@@ -82,43 +86,41 @@ __device__ __forceinline__ void add(Part& part, const float (&s)[kCount]) {
   float e[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) e[i] = expf(s[i] - shift);
+  part.sum += tree_sum<kCount>(e);
+}
+
+// The vectors at v, v + step, ..., all of which are there.
+template <class T, int kVec, int kCount>
+__device__ __forceinline__ void add_vectors(const CrossEntropyParams& p, Part& part, const T* x, int64_t step,
+                                            float anchor) {
+  Vector<T, kVec> loaded[kCount];
 #pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2) {
+  for (int n = 0; n < kCount; ++n) loaded[n] = load_vector<T, kVec>(x + n * step);
+  float s[kCount * kVec];
 #pragma unroll
-    for (int i = 0; i < half; ++i) e[i] += e[i + half];
+  for (int i = 0; i < kCount * kVec; ++i) s[i] = to_float(loaded[i / kVec].lane[i % kVec]);
+  if (p.softcap != 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kCount * kVec; ++i) s[i] = capped(p, s[i]);
   }
-  part.sum += e[0];
+  if (p.label_smoothing != 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kCount * kVec; ++i) part.above += s[i] - anchor;
+  }
+  add(part, s);
 }
 
 // All threads hold the result; its `above` counts only where labels are smoothed.
 template <class T, int kVec>
 __device__ __forceinline__ Part part_of_row(const CrossEntropyParams& p, const T* x, float anchor, Smem& smem) {
+  constexpr int kLoads = kVec == 8 ? 2 : 4;
+  constexpr int64_t kStep = int64_t{kThreads} * kVec;
   Part part{-INFINITY, 0.0f, 0.0f};
-  const int64_t step = int64_t{kThreads} * kVec;
-  for (int64_t begin = int64_t{threadIdx.x} * kVec; begin < p.vocab; begin += kLoads * step) {
-    Vector<T, kVec> loaded[kLoads] = {};
-#pragma unroll
-    for (int n = 0; n < kLoads; ++n) {
-      if (begin + n * step < p.vocab) loaded[n] = load_vector<T, kVec>(x + begin + n * step);
-    }
-    float s[kLoads * kVec];
-#pragma unroll
-    for (int n = 0; n < kLoads; ++n) {
-      const bool is_there = begin + n * step < p.vocab;
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) s[n * kVec + i] = is_there ? to_float(loaded[n].lane[i]) : -INFINITY;
-      if (!is_there) continue;
-      if (p.softcap != 0.0f) {
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) s[n * kVec + i] = capped(p, s[n * kVec + i]);
-      }
-      if (p.label_smoothing != 0.0f) {
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) part.above += s[n * kVec + i] - anchor;
-      }
-    }
-    add(part, s);
+  int64_t v = int64_t{threadIdx.x} * kVec;
+  for (; v + (kLoads - 1) * kStep < p.vocab; v += kLoads * kStep) {
+    add_vectors<T, kVec, kLoads>(p, part, x + v, kStep, anchor);
   }
+  for (; v < p.vocab; v += kStep) add_vectors<T, kVec, 1>(p, part, x + v, kStep, anchor);
 #pragma unroll
   for (int lane_step = kWarp / 2; lane_step > 0; lane_step /= 2) {
     const Part other{__shfl_xor_sync(ptx::kAllLanes, part.max, lane_step),
