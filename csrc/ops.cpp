@@ -45,4 +45,10 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "cross_entropy_gradient_(Tensor(a!) logits, Tensor grad_loss, Tensor target, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap) -> Tensor loss");
+
+  // sampling: logits [batch, vocab], options [batch]
+  m.def(
+      "sampling_tokens(Tensor logits, Tensor seed, Tensor offset, Tensor? temperature, Tensor? top_k, Tensor? top_p, "
+      "Tensor? min_p, Tensor? repetition_penalty, Tensor? frequency_penalty, Tensor? presence_penalty, "
+      "Tensor? output_counts, Tensor? prompt_mask, bool return_logprobs) -> (Tensor tokens, Tensor logprobs)");
 }

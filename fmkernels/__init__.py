@@ -8,6 +8,7 @@ from .block_mask import BlockMask, create_block_mask
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .merge_attention import merge_attention
+from .sampling import sample
 
 __all__ = [
     "BlockMask",
@@ -19,4 +20,5 @@ __all__ = [
     "linear_cross_entropy",
     "merge_attention",
     "nn",
+    "sample",
 ]

@@ -64,6 +64,7 @@ class Ops:
     cross_entropy_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     cross_entropy_backward: Callable[..., Tensor]
     cross_entropy_gradient_: Callable[..., Tensor]
+    sampling_tokens: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from ._library import ops
 from .cross_entropy import cross_entropy
+from .sampling import sample
 from .testing import Backend, assert_as_good_as_torch
 
 
@@ -46,8 +47,21 @@ def _test_cross_entropy_gradient(backend: Backend) -> None:
     assert_as_good_as_torch((loss, overwritten), expected, logits, target)
 
 
+def _assert_tokens(actual: Tensor, expected: Tensor) -> None:
+    wrong = int((actual != expected).sum())
+    assert wrong == 0, f"output 0: error in {wrong} tokens of {expected.numel()}"
+
+
+def _test_sampling(backend: Backend) -> None:
+    logits, numbers = _logits(backend)[0], torch.arange(3, device=backend.device)
+    options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.001}
+    expected = reference.sample(logits, seed=numbers, offset=numbers, **options)
+    _assert_tokens(sample(logits, seed=numbers, offset=numbers, **options), expected)
+
+
 SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "cross_entropy_forward": _test_cross_entropy,
     "cross_entropy_backward": _test_cross_entropy_backward,
     "cross_entropy_gradient_": _test_cross_entropy_gradient,
+    "sampling_tokens": _test_sampling,
 }

@@ -5,6 +5,7 @@ from .attention import attention, attention_scores, attention_varlen
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dropout import dropout_factors, philox
 from .merge_attention import merge_attention
+from .sampling import sample, sampling_weights
 
 __all__ = [
     "attention",
@@ -15,4 +16,6 @@ __all__ = [
     "linear_cross_entropy",
     "merge_attention",
     "philox",
+    "sample",
+    "sampling_weights",
 ]
