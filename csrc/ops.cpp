@@ -51,4 +51,10 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "sampling_tokens(Tensor logits, Tensor seed, Tensor offset, Tensor? temperature, Tensor? top_k, Tensor? top_p, "
       "Tensor? min_p, Tensor? repetition_penalty, Tensor? frequency_penalty, Tensor? presence_penalty, "
       "Tensor? output_counts, Tensor? prompt_mask, bool return_logprobs) -> (Tensor tokens, Tensor logprobs)");
+
+  // speculative: draft_tokens, parents [batch, nodes], target_probs [batch, nodes + 1, vocab], draft_probs [batch, nodes,
+  // vocab]
+  m.def(
+      "speculative_verify(Tensor draft_tokens, Tensor target_probs, Tensor seed, Tensor offset, Tensor? draft_probs, "
+      "Tensor? parents) -> (Tensor tokens, Tensor num_accepted, Tensor nodes)");
 }

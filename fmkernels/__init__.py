@@ -9,6 +9,7 @@ from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .merge_attention import merge_attention
 from .sampling import sample
+from .speculative import verify_chain, verify_tree
 
 __all__ = [
     "BlockMask",
@@ -21,4 +22,6 @@ __all__ = [
     "merge_attention",
     "nn",
     "sample",
+    "verify_chain",
+    "verify_tree",
 ]

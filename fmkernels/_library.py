@@ -65,6 +65,7 @@ class Ops:
     cross_entropy_backward: Callable[..., Tensor]
     cross_entropy_gradient_: Callable[..., Tensor]
     sampling_tokens: Callable[..., tuple[Tensor, Tensor]]
+    speculative_verify: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

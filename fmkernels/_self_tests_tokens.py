@@ -12,6 +12,7 @@ from . import reference
 from ._library import ops
 from .cross_entropy import cross_entropy
 from .sampling import sample
+from .speculative import verify_chain
 from .testing import Backend, assert_as_good_as_torch
 
 
@@ -59,9 +60,19 @@ def _test_sampling(backend: Backend) -> None:
     _assert_tokens(sample(logits, seed=numbers, offset=numbers, **options), expected)
 
 
+def _test_speculative(backend: Backend) -> None:
+    logits, numbers = _logits(backend)[0], torch.arange(3, device=backend.device)
+    target = torch.softmax(torch.stack([logits, logits.flip(0), logits.flip(1)], 1), -1)
+    draft = torch.softmax(torch.stack([logits * 0.9, logits], 1), -1)
+    tokens = torch.stack([logits.argmax(-1), logits.argmin(-1)], 1)
+    args, randoms = (tokens, target), {"seed": numbers, "offset": numbers, "draft_probs": draft}
+    _assert_tokens(verify_chain(*args, **randoms)[0], reference.verify_chain(*args, **randoms)[0])
+
+
 SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "cross_entropy_forward": _test_cross_entropy,
     "cross_entropy_backward": _test_cross_entropy_backward,
     "cross_entropy_gradient_": _test_cross_entropy_gradient,
     "sampling_tokens": _test_sampling,
+    "speculative_verify": _test_speculative,
 }

@@ -217,7 +217,7 @@ def test_a_gpu_clamps_options_out_of_their_range(backend, monkeypatch):
         tokens = backend.run(sample, logits, **randoms, **per_row(wrong, 5, backend.device))
         assert torch.equal(tokens, backend.run(sample, logits, **randoms, **right))
     monkeypatch.setattr(_library, "check_values", True)  # as FMKERNELS_CHECK=1
-    with pytest.raises(ValueError, match="top_p must be from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"top_p must be from 0 to 1, got 1\.5"):
         backend.run(sample, logits, **randoms, **per_row({"top_p": 1.5}, 5, backend.device))
 
 

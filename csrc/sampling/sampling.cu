@@ -11,6 +11,7 @@
 
 #include "sampling.h"
 
+#include "../common/block_sum_cuda.h"
 #include "../common/dispatch.h"
 #include "../common/launch.h"
 #include "../common/ptx.h"
@@ -19,14 +20,13 @@ namespace fmkernels {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
 constexpr int64_t kMaxRows = 0x7fffffff;  // of a grid in x
 
 struct Smem {
-  uint64_t warp[kWarps];       // partial results of the warps
+  BlockSum<kWarps> block;
   uint64_t warp_ties[kWarps];  // members with the last key, in the warp's part of the row
   uint64_t digit_weight[kDigits];
   uint32_t digit_count[kDigits];
@@ -63,40 +63,6 @@ struct RowView {
   __device__ __forceinline__ uint64_t weight(float x) const { return sampling_weight(x, max, options.temperature); }
 };
 
-// ---- reductions -----------------------------------------------------------------------------------------------------
-
-struct Add {
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
-};
-struct Largest {
-  __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a > b ? a : b; }
-};
-__device__ __forceinline__ uint64_t shuffle_xor(uint64_t x, int step) {
-  return static_cast<uint64_t>(__shfl_xor_sync(ptx::kAllLanes, static_cast<unsigned long long>(x), step));
-}
-
-// Every thread holds the result.
-template <class Join>
-__device__ __forceinline__ uint64_t block_reduce(uint64_t x, Smem& smem, Join join) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x = join(x, shuffle_xor(x, step));
-  __syncthreads();  // the results of the last reduction have been read
-  if (threadIdx.x % kWarp == 0) smem.warp[threadIdx.x / kWarp] = x;
-  __syncthreads();  // every warp has written
-  x = smem.warp[0];
-  for (int warp = 1; warp < kWarps; ++warp) x = join(x, smem.warp[warp]);
-  return x;
-}
-
-// Sum of x over the lanes up to this one.
-__device__ __forceinline__ uint64_t warp_scan(uint64_t x) {
-  const int lane = threadIdx.x % kWarp;
-  for (int step = 1; step < kWarp; step *= 2) {
-    const auto before = __shfl_up_sync(ptx::kAllLanes, static_cast<unsigned long long>(x), step);
-    if (lane >= step) x += before;
-  }
-  return x;
-}
-
 // ---- the filters ----------------------------------------------------------------------------------------------------
 
 // By one warp: the highest digit at which the sum from the highest down reaches `wanted`.
@@ -121,12 +87,14 @@ template <class T>
 __device__ Cut select(const RowView<T>& row, const Cut& within, bool by_weight, uint64_t wanted, Smem& smem) {
   uint32_t prefix = 0, mask = 0;
   uint64_t sum = 0;
+#pragma unroll 1
   for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
     for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) {
       smem.digit_count[digit] = 0;
       smem.digit_weight[digit] = 0;
     }
     __syncthreads();  // the digits are cleared
+#pragma unroll 2
     for (int64_t v = threadIdx.x; v < row.vocab; v += kThreads) {
       const float x = row.x(v);
       const uint32_t key = key_of(x);
@@ -168,7 +136,7 @@ __device__ uint64_t sum_of(const RowView<T>& row, const Cut& cut, Smem& smem) {
     const uint64_t weight = row.weight(x);
     if (key_of(x) > cut.key && weight >= row.options.min_weight) sum += weight;
   }
-  return block_reduce(sum, smem, Add{}) + cut.ties * row.weight(x_of(cut.key));
+  return block_reduce(sum, smem.block, Add{}) + cut.ties * row.weight(x_of(cut.key));
 }
 
 // ---- the draw -------------------------------------------------------------------------------------------------------
@@ -204,7 +172,7 @@ __device__ void draw(const RowView<T>& row, const Cut& cut, uint64_t number, Sme
   }
   __syncthreads();  // the results of the last reduction have been read
   if (lane == 0) {
-    smem.warp[warp] = sum;
+    smem.block.warp[warp] = sum;
     smem.warp_ties[warp] = ties;
   }
   __syncthreads();  // every warp has summed its part
@@ -212,10 +180,10 @@ __device__ void draw(const RowView<T>& row, const Cut& cut, uint64_t number, Sme
   uint64_t before = 0, ties_left = cut.ties;
   for (int w = 0; w < warp; ++w) {
     const uint64_t taken = min(ties_left, smem.warp_ties[w]);
-    before += smem.warp[w] + taken * tie_weight;
+    before += smem.block.warp[w] + taken * tie_weight;
     ties_left -= taken;
   }
-  const uint64_t own = smem.warp[warp] + min(ties_left, smem.warp_ties[warp]) * tie_weight;
+  const uint64_t own = smem.block.warp[warp] + min(ties_left, smem.warp_ties[warp]) * tie_weight;
   if (number < before || number - before >= own) return;  // whole warps
   for (int64_t v = begin + lane; v - lane < end; v += kWarp) {
     bool is_tie;
@@ -240,15 +208,15 @@ __device__ float logprob_of(const T* logits, int64_t vocab, int64_t token, Smem&
   for (int64_t v = threadIdx.x; v < vocab; v += kThreads) {
     largest_key = max(largest_key, uint64_t{key_of(to_float(logits[v]) + 0.0f)});
   }
-  const float largest = x_of(static_cast<uint32_t>(block_reduce(largest_key, smem, Largest{})));
+  const float largest = x_of(static_cast<uint32_t>(block_reduce(largest_key, smem.block, Largest{})));
   float sum = 0.0f;
   for (int64_t v = threadIdx.x; v < vocab; v += kThreads) sum += expf(to_float(logits[v]) - largest);
   for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ptx::kAllLanes, sum, step);
   __syncthreads();  // the results of the last reduction have been read
-  if (threadIdx.x % kWarp == 0) smem.warp[threadIdx.x / kWarp] = float_bits(sum);
+  if (threadIdx.x % kWarp == 0) smem.block.warp[threadIdx.x / kWarp] = float_bits(sum);
   __syncthreads();  // every warp has written
   sum = 0.0f;
-  for (int warp = 0; warp < kWarps; ++warp) sum += float_from_bits(static_cast<uint32_t>(smem.warp[warp]));
+  for (int warp = 0; warp < kWarps; ++warp) sum += float_from_bits(static_cast<uint32_t>(smem.block.warp[warp]));
   return (to_float(logits[token]) - largest) - logf(sum);
 }
 
@@ -264,7 +232,7 @@ __device__ int64_t token_of(const SamplingParams& p, int64_t index, const Sampli
     if (x != x) smem.is_nan = 1;
     best = max(best, uint64_t{key_of(x)} << 32 | (0xffffffffu - static_cast<uint32_t>(v)));
   }
-  best = block_reduce(best, smem, Largest{});
+  best = block_reduce(best, smem.block, Largest{});
   row.max = x_of(static_cast<uint32_t>(best >> 32));
   if (smem.is_nan != 0 || row.max == -INFINITY) return -1;
   if (options.temperature == 0.0f) return static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(best));
@@ -276,9 +244,9 @@ __device__ int64_t token_of(const SamplingParams& p, int64_t index, const Sampli
     sum += weight;
     ++count;
   }
-  Cut cut{0, 0, block_reduce(sum, smem, Add{})};  // no x has the key 0
+  Cut cut{0, 0, block_reduce(sum, smem.block, Add{})};  // no x has the key 0
   if (options.top_k < p.vocab) {
-    count = block_reduce(count, smem, Add{});
+    count = block_reduce(count, smem.block, Add{});
     if (static_cast<uint64_t>(options.top_k) < count) {
       cut = select(row, cut, false, static_cast<uint64_t>(options.top_k), smem);
       cut.total = sum_of(row, cut, smem);

@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "../common/dispatch.h"
+#include "../common/fixed_weight_cpu.h"
 #include "../common/parallel.h"
 #include "../common/vec.h"
 
@@ -94,9 +95,7 @@ int64_t first_of(const float* x, int64_t vocab, float value) {
 }
 
 #ifdef __AVX2__
-// The operations of exp_bits and weight_of, eight tokens at a time.
-typedef int64_t VecL __attribute__((vector_size(32)));
-
+// The operations of exp_bits, eight tokens at a time.
 FM_INLINE __m256 exp_bits(__m256 x) {
   const auto all = [](float value) { return _mm256_set1_ps(value); };
   const __m256 shifter = all(0x1.8p23f + 127.0f);
@@ -107,10 +106,6 @@ FM_INLINE __m256 exp_bits(__m256 x) {
   for (float term : {4.166822557e-2f, 1.666642017e-1f, 4.999999208e-1f, 1.0f, 1.0f})
     p = _mm256_fmadd_ps(p, r, all(term));
   return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
-}
-FM_INLINE __m256i weights_of(__m128i mantissa, __m128i shift) {
-  return _mm256_srlv_epi64(_mm256_slli_epi64(_mm256_cvtepu32_epi64(mantissa), kWeightBits - 23),
-                           _mm256_cvtepu32_epi64(shift));
 }
 #endif
 
@@ -123,17 +118,10 @@ uint64_t fill_weights(const float* x, int64_t vocab, float max, float temperatur
     const __m256 lanes = _mm256_loadu_ps(x + v), largest = _mm256_set1_ps(max);
     const __m256 below = _mm256_div_ps(_mm256_sub_ps(lanes, largest), _mm256_set1_ps(temperature));
     const __m256 is_largest = _mm256_cmp_ps(lanes, largest, _CMP_EQ_OQ);
-    const __m256i bits = _mm256_castps_si256(exp_bits(_mm256_andnot_ps(is_largest, below)));
-    const __m256i fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
-    const __m256i mantissa = _mm256_or_si256(fraction, _mm256_set1_epi32(0x800000));
-    const __m256i shift = _mm256_sub_epi32(_mm256_set1_epi32(127), _mm256_srli_epi32(bits, 23));
-    const __m256i low = weights_of(_mm256_castsi256_si128(mantissa), _mm256_castsi256_si128(shift));
-    const __m256i high = weights_of(_mm256_extracti128_si256(mantissa, 1), _mm256_extracti128_si256(shift, 1));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + v), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + v + 4), high);
-    sum = _mm256_add_epi64(sum, _mm256_add_epi64(low, high));
+    const Weights8 weights = weights_of(exp_bits(_mm256_andnot_ps(is_largest, below)));
+    sum = _mm256_add_epi64(sum, store_weights(weight + v, weights));
   }
-  for (int i = 0; i < 4; ++i) total += static_cast<uint64_t>(((VecL)sum)[i]);
+  total = sum_of_lanes(sum);
 #endif
   for (; v < vocab; ++v) {
     weight[v] = sampling_weight(x[v], max, temperature);

@@ -6,6 +6,7 @@ from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dropout import dropout_factors, philox
 from .merge_attention import merge_attention
 from .sampling import sample, sampling_weights
+from .speculative import verify_chain, verify_tree
 
 __all__ = [
     "attention",
@@ -18,4 +19,6 @@ __all__ = [
     "philox",
     "sample",
     "sampling_weights",
+    "verify_chain",
+    "verify_tree",
 ]
