@@ -64,4 +64,26 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "rope_forward_out(Tensor q, Tensor? k, Tensor positions, Tensor cos_sin, bool interleaved, bool inverse, "
       "Tensor(a!) q_out, Tensor(b!)? k_out) -> ()");
+  // cross_entropy: logits [tokens, vocab] or [batch, tokens, vocab]; the others without vocab
+  m.def(
+      "cross_entropy_forward(Tensor logits, Tensor target, int ignore_index, float label_smoothing, float z_loss, "
+      "float softcap) -> (Tensor loss, Tensor max, Tensor sum_exp)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor max, Tensor sum_exp, "
+      "int ignore_index, float label_smoothing, float z_loss, float softcap) -> Tensor grad_logits");
+  m.def(
+      "cross_entropy_gradient_(Tensor(a!) logits, Tensor grad_loss, Tensor target, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap) -> Tensor loss");
+
+  // sampling: logits [batch, vocab], options [batch]
+  m.def(
+      "sampling_tokens(Tensor logits, Tensor seed, Tensor offset, Tensor? temperature, Tensor? top_k, Tensor? top_p, "
+      "Tensor? min_p, Tensor? repetition_penalty, Tensor? frequency_penalty, Tensor? presence_penalty, "
+      "Tensor? output_counts, Tensor? prompt_mask, bool return_logprobs) -> (Tensor tokens, Tensor logprobs)");
+
+  // speculative: draft_tokens, parents [batch, nodes], target_probs [batch, nodes + 1, vocab], draft_probs [batch, nodes,
+  // vocab]
+  m.def(
+      "speculative_verify(Tensor draft_tokens, Tensor target_probs, Tensor seed, Tensor offset, Tensor? draft_probs, "
+      "Tensor? parents) -> (Tensor tokens, Tensor num_accepted, Tensor nodes)");
 }

@@ -5,6 +5,8 @@ from . import nn
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
+from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
@@ -12,6 +14,8 @@ from .quantized_linear import dequantize_weight, quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 from .rope import rope
 from .rope_cache import rope_cache
+from .sampling import sample
+from .speculative import verify_chain, verify_tree
 
 __all__ = [
     "BlockMask",
@@ -20,8 +24,10 @@ __all__ = [
     "attention",
     "attention_varlen",
     "create_block_mask",
+    "cross_entropy",
     "dequantize_weight",
     "layer_norm",
+    "linear_cross_entropy",
     "lora",
     "lora_expand",
     "lora_shrink",
@@ -32,4 +38,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_cache",
+    "sample",
+    "verify_chain",
+    "verify_tree",
 ]

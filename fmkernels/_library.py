@@ -70,6 +70,11 @@ class Ops:
     lora_expand: Callable[..., Tensor]
     rope_forward: Callable[..., tuple[Tensor, Tensor]]
     rope_forward_out: Callable[..., None]
+    cross_entropy_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    cross_entropy_backward: Callable[..., Tensor]
+    cross_entropy_gradient_: Callable[..., Tensor]
+    sampling_tokens: Callable[..., tuple[Tensor, Tensor]]
+    speculative_verify: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

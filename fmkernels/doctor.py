@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import _library, reference
+from . import _library, _self_tests_tokens, reference
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
@@ -236,5 +236,6 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "attention_varlen_backward": _test_attention_varlen_backward,
     "merge_attention_forward": _test_merge_attention,
     "merge_attention_backward": _test_merge_attention_backward,
+    **_self_tests_tokens.SELF_TESTS,
 }
 """One small case for each op, on the given backend, against the reference in float64."""

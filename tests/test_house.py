@@ -128,7 +128,9 @@ def test_every_cuda_op_is_tested_on_the_emulator(op):
 
 @pytest.mark.parametrize("name", operations())
 def test_every_operation_compiles_to_one_graph(name):
-    assert f"torch.compile({name}, fullgraph=True" in text_of_tests(room_of(name))
+    assert any(
+        f"torch.compile({name}, fullgraph=True" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")
+    )
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -78,21 +78,6 @@ float query_scale(const AttentionForwardParams& p) {
   return p.softcap != 0.0f ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2E;
 }
 
-// tanh to a few units in the last place everywhere: an odd polynomial near zero, where the formula over exp cancels.
-FM_INLINE VecF tanh(VecF x) {
-  const VecF magnitude = (VecF)((VecI)x & 0x7fffffff);
-  const VecF e = exp2_nonpositive(magnitude * (-2.0f * kLog2E));
-  const VecF sign = (VecF)((VecI)x & (VecI)broadcast(-0.0f));
-  const VecF far = (VecF)((VecI)((1.0f - e) / (1.0f + e)) | (VecI)sign);
-  const VecF u = x * x;
-  VecF near = u * -5.602740497e-3f + 2.053993824e-2f;
-  near = near * u - 5.370532051e-2f;
-  near = near * u + 1.333093216e-1f;
-  near = near * u - 3.333325220e-1f;
-  near = near * u + 1.0f;
-  return magnitude < 0.625f ? near * x : far;
-}
-
 template <class B>
 FM_INLINE VecF load_bias(const B* bias, int64_t stride, int count) {
   if (stride == 1 && count >= kLanes) return load(bias);

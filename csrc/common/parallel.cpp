@@ -7,6 +7,11 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
@@ -57,7 +62,22 @@ struct KeptBuffer {
 };
 thread_local KeptBuffer kept;
 
+constexpr int64_t kMinHugeBytes =
+    8 << 20;  // four huge pages; smaller blocks are often handed out again, with their pages
+
 }  // namespace
+
+void prefer_huge_pages(void* data, int64_t num_bytes) {
+#ifdef MADV_HUGEPAGE
+  if (num_bytes < kMinHugeBytes) return;
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(num_bytes)) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: where it fails, pages are small
+#else
+  (void)data, (void)num_bytes;
+#endif
+}
 
 Workspace::Workspace(int64_t num_bytes) {
   if (kept.num_bytes >= num_bytes) {

@@ -42,6 +42,10 @@ class Workspace {
   int64_t num_bytes_;
 };
 
+// Tells the system that the pages of a new and large result may be huge ones: to make its first writes find a page each
+// takes longer than many a kernel. Nothing where the system has none, or the result is small.
+void prefer_huge_pages(void* data, int64_t num_bytes);
+
 // Hands out 64-byte aligned arrays of a block of memory, one after another.
 class Arena {
  public:

@@ -48,8 +48,14 @@ FM_INLINE void store(BFloat16* p, VecF x) {
   const VecU bits = (VecU)x;
   VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = x != x ? VecU{} + 0x7fffu : rounded;
+#ifdef __AVX2__  // the generic form below becomes two shuffles and more
+  const __m256i bits32 = (__m256i)rounded;
+  const __m128i low = _mm256_castsi256_si128(bits32), high = _mm256_extracti128_si256(bits32, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+#else
   const VecU16 narrow = __builtin_convertvector(rounded, VecU16);
   memcpy(p, &narrow, sizeof narrow);
+#endif
 }
 
 FM_INLINE VecF load(const Half* p) {
@@ -170,6 +176,37 @@ FM_INLINE VecF exp2_nonpositive(VecF x) {
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.0f;
   return p * (VecF)((VecU)shifted << 23);
+}
+
+// e^x for x <= 0 (and a little above): as exact for a large x as for a small one, where exp2 of a product would round the
+// product. 0 below -87.6, -infinity included; NaN stays NaN. x = n log(2) + r, of which log(2) is taken in two parts.
+FM_INLINE VecF exp_nonpositive(VecF x) {
+  const float shifter = 0x1.8p23f + 127.0f;
+  x = max(broadcast(-88.02f), x);
+  const VecF shifted = x * 1.442695041f + shifter;
+  const VecF n = shifted - shifter;
+  const VecF r = (x - n * 0.693359375f) - n * -2.121944401e-04f;
+  VecF p = r * 1.383684614e-03f + 8.374815799e-03f;
+  p = p * r + 4.166822557e-02f;
+  p = p * r + 1.666642017e-01f;
+  p = p * r + 4.999999208e-01f;
+  p = p * r + 1.000000036e+00f;
+  p = p * r + 1.0f;
+  return p * (VecF)((VecU)shifted << 23);
+}
+
+// tanh to a few units in the last place everywhere: an odd polynomial near zero, where the formula over exp cancels.
+FM_INLINE VecF tanh(VecF x) {
+  const VecF magnitude = (VecF)((VecI)x & 0x7fffffff);
+  const VecF e = exp2_nonpositive(magnitude * (-2.8853900818f));
+  const VecF sign = (VecF)((VecI)x & (VecI)broadcast(-0.0f));
+  const VecF far = (VecF)((VecI)((1.0f - e) / (1.0f + e)) | (VecI)sign);
+  const VecF u = x * x;
+  VecF near = u * -5.602740497e-3f + 2.053993824e-2f;
+  near = near * u - 5.370532051e-2f;
+  near = near * u + 1.333093216e-1f;
+  near = near * u - 3.333325220e-1f;
+  return magnitude < 0.625f ? near * u * x + x : far;
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "dtype.h"
 
@@ -14,6 +15,12 @@ template <class T, int kVec>
 struct alignas(sizeof(T) * kVec <= 16 ? sizeof(T) * kVec : 16) Vector {
   T lane[kVec];
 };
+
+// Whether rows of kVec-element vectors begin on 16-byte boundaries: the base, both strides and the length in elements.
+inline bool is_aligned_16(const void* base, int64_t stride_a, int64_t stride_b, int64_t row, int64_t element_bytes) {
+  const int64_t vec = 16 / element_bytes;
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride_a % vec == 0 && stride_b % vec == 0 && row % vec == 0;
+}
 
 #ifdef __CUDACC__
 

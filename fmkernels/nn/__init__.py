@@ -5,14 +5,13 @@ from .attention import Attention
 from .checkpoint import checkpoint_policy
 from .norm import LayerNorm, RMSNorm
 from .quantized_linear import QuantizedLinear
+from .rope import RotaryEmbedding
 
 __all__ = [
     "Attention",
     "LayerNorm",
     "QuantizedLinear",
     "RMSNorm",
+    "RotaryEmbedding",
     "checkpoint_policy",
 ]
-from .rope import RotaryEmbedding
-
-__all__ = ["Attention", "LayerNorm", "RMSNorm", "RotaryEmbedding", "checkpoint_policy"]

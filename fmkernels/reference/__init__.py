@@ -2,20 +2,25 @@
 """The definition of each op in plain torch: slow on purpose, exact in float64, differentiable by autograd."""
 
 from .attention import attention, attention_scores, attention_varlen
+from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dropout import dropout_factors, philox
 from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
 from .quantized_linear import dequantize_weight, quantize_weight, quantized_linear
 from .rope import rope
+from .sampling import sample, sampling_weights
+from .speculative import verify_chain, verify_tree
 
 __all__ = [
     "attention",
     "attention_scores",
     "attention_varlen",
+    "cross_entropy",
     "dequantize_weight",
     "dropout_factors",
     "layer_norm",
+    "linear_cross_entropy",
     "lora",
     "lora_expand",
     "lora_shrink",
@@ -25,4 +30,8 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "sample",
+    "sampling_weights",
+    "verify_chain",
+    "verify_tree",
 ]
