@@ -134,10 +134,10 @@ class PagePool:
         self._expect("reserve", sequence)
         check.integer("PagePool.reserve", "num_tokens", num_tokens, 0)
         book, pages = self._book, sequence._pages
-        index, offset = divmod(sequence.num_tokens, self.page_size)
+        index, offset = divmod(len(sequence._tokens), self.page_size)
         writes_last = num_tokens > 0 and offset > 0  # the page of the last token, which others may have or find
         is_shared = writes_last and book.num_references[pages[index]] > 1
-        num_new = max(0, self._pages_for(sequence.num_tokens + num_tokens) - len(pages))
+        num_new = max(0, self._pages_for(len(sequence._tokens) + num_tokens) - len(pages))
         book.require("PagePool.reserve", num_new + is_shared)
         copies = []
         if is_shared:
@@ -180,7 +180,7 @@ class PagePool:
 
     def finish(self, sequence: PagedSequence) -> None:
         """The end of a sequence, complete or aborted, running or preempted. Its full pages stay cached."""
-        self._expect("finish", sequence, "running", "preempted")
+        self._expect("finish", sequence, ("running", "preempted"))
         self._release(sequence, 0)
         sequence._state = "finished"
 
@@ -203,7 +203,7 @@ class PagePool:
             The pages that the host's copy goes to. They are the last ones of the sequence and belong to as many of the
             last ones that `preempt` returned.
         """
-        self._expect("resume", sequence, "preempted")
+        self._expect("resume", sequence, ("preempted",))
         num_pages = self._pages_for(sequence.num_tokens)
         prefixes: list[Hashable] = [(sequence._key,)]
         found = self._find(prefixes, sequence._tokens, sequence.num_tokens // self.page_size)
@@ -267,13 +267,12 @@ class PagePool:
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def _expect(self, method: str, sequence: Any, *states: str) -> None:
-        """Raises unless it is a sequence of this pool in one of the states; by default running."""
+    def _expect(self, method: str, sequence: Any, states: tuple[str, ...] = ("running",)) -> None:
+        """Raises unless it is a sequence of this pool in one of the states."""
         if not isinstance(sequence, PagedSequence):
             raise TypeError(f"PagePool.{method}: sequence must be a PagedSequence, got {type(sequence).__name__}.")
         if sequence._pool is not self:
             raise ValueError(f"PagePool.{method}: sequence must be of this pool, got another's.")
-        states = states or ("running",)
         if sequence._state not in states:
             expected = " or ".join(states)
             raise ValueError(f"PagePool.{method}: sequence must be {expected}, got one that is {sequence._state}.")
@@ -282,9 +281,10 @@ class PagePool:
 def _int64(op: str, tokens: Any) -> array[int]:
     if isinstance(tokens, Tensor):
         tokens = tokens.tolist()
-    if isinstance(tokens, str | bytes | bytearray | memoryview) or not isinstance(tokens, Iterable):
-        raise TypeError(f"{op}: tokens must be a list of integers, got {type(tokens).__name__}.")
-    tokens = list(tokens)
+    if type(tokens) is not list:
+        if isinstance(tokens, str | bytes | bytearray | memoryview) or not isinstance(tokens, Iterable):
+            raise TypeError(f"{op}: tokens must be a list of integers, got {type(tokens).__name__}.")
+        tokens = list(tokens)
     try:
         return array("q", tokens)
     except TypeError:
