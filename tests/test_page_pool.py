@@ -129,6 +129,17 @@ def test_beams_copy_the_last_page_when_they_write():
     assert [beam.tokens[-2:] for beam in beams] == [[5, 0], [5, 1], [5, 2]]
 
 
+def test_a_copy_needs_a_page_too():
+    pool = PagePool(2, 4)
+    parent = started(pool, range(6))
+    beam = pool.fork(parent)
+    with pytest.raises(OutOfPages, match="reserve: needs 1 more pages, got 0 free and 0 cached ones"):
+        pool.reserve(beam, 1)
+    assert (parent.pages, beam.pages, beam.num_reserved) == ([0, 1], [0, 1], 0)
+    pool.finish(parent)
+    assert pool.reserve(beam, 1) == []
+
+
 def test_a_page_that_others_may_find_is_not_written_in_place():
     """A full page becomes the last page by truncation; another sequence finds it; the first one goes on elsewhere."""
     pool = PagePool(8, 4)
