@@ -56,13 +56,12 @@ class Pages:
 
     def publish(self, page: int, prefix: Hashable, content: bytes) -> int:
         """The prefix that ends with this content. The page is found from now on, unless another one is."""
-        if self._contents[page] is None:
-            place = self._places.setdefault((prefix, content), page)
-            if place == page:
-                self._contents[page] = (prefix, content)
-                self._prefixes[page] = next(self._next_prefix)
-            page = place
-        return self._prefixes[page]
+        place = self._places.setdefault((prefix, content), page)
+        if place == page and self._contents[page] != (prefix, content):
+            self.unpublish(page)  # it may be known after a prefix of the same tokens that was lost since
+            self._contents[page] = (prefix, content)
+            self._prefixes[page] = next(self._next_prefix)
+        return self._prefixes[place]
 
     def unpublish(self, page: int) -> None:
         """The page is not found any more, as another content comes into it."""

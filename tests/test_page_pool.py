@@ -188,6 +188,30 @@ def test_a_preempted_sequence_copies_back_what_the_cache_lost():
     assert pool.add(range(9)).num_tokens == 8
 
 
+def test_a_page_is_found_after_one_prefix_alone():
+    """What precedes it is computed twice and lost once: the page moves to the prefix that is there."""
+    pool = PagePool(6, 1)
+    first = started(pool, [1, 2, 3])
+    pool.preempt(first)
+    hog = pool.add([])
+    pool.reserve(hog, 6)
+    pool.finish(hog)
+    pages = pool.resume(first)
+    second = pool.fork(first)
+    again = started(pool, [1])
+    pool.extend(first, [])  # the first page is that of `again`, the others follow it
+    found = pool.add([1, 2, 3, 4])
+    assert found.pages == [*again.pages, *pages[1:]]
+    pool.finish(found)
+    pool.finish(again)
+    hog = pool.add([])
+    pool.reserve(hog, 3)
+    assert pool.add([1, 2, 3, 4]).pages == []
+    pool.extend(second, [])
+    assert pool.add([1, 2, 3, 4]).pages == pages
+    assert sorted(pool._book._places.values()) == sorted(pages)
+
+
 def test_reserving_replaces_the_number_and_keeps_the_pages():
     pool = PagePool(4, 2)
     sequence = started(pool, range(3))

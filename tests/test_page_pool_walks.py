@@ -344,9 +344,7 @@ class Engine(RuleBasedStateMachine):
     @invariant()
     def every_page_that_can_be_found_holds_what_is_looked_for(self):
         book = self.pool._book
-        assert {page: content for page, content in enumerate(book._contents) if content is not None} == {
-            page: content for content, page in book._places.items()
-        }
+        assert {content: page for page, content in enumerate(book._contents) if content is not None} == book._places
         for (_, content), page in book._places.items():
             whole = self.slots[page, self.page_size - 1]
             assert np.frombuffer(content, np.int64).tolist() == list(whole[-self.page_size :])
