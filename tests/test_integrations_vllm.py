@@ -8,6 +8,7 @@ from fmkernels import attention_varlen, reference
 
 pytest.importorskip("fmkernels.paged_kv", reason="this build has no paged_kv")
 pytest.importorskip("fmkernels.norm", reason="this build has no norm")
+pytest.importorskip("fmkernels.rope", reason="this build has no rope")
 
 from fmkernels.integrations import vllm
 from fmkernels.testing import assert_as_good_as_torch
@@ -118,6 +119,33 @@ def test_norms(dtype):
     assert torch.equal(normed, out)
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3)])
+@pytest.mark.parametrize("is_neox", [False, True])
+def test_rotary_embedding(is_neox, shape):
+    """In place, on parts of a fused projection; heads of 16 columns, of which 3 to 10 are rotated."""
+    qkv = torch.randn(*shape, (HEADS + KV_HEADS) * HEAD_DIM)
+    query, key = qkv.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], -1)
+    positions, angles = torch.randint(0, 50, shape), torch.randn(50, 4)
+    cache = torch.cat([angles.cos(), angles.sin()], -1)
+
+    def expected(x):
+        x = x.unflatten(-1, (-1, HEAD_DIM)).clone()
+        cos, sin = cache[positions].to(x.dtype)[..., None, :].chunk(2, -1)
+        first = slice(3, 7) if is_neox else slice(3, 11, 2)
+        second = slice(7, 11) if is_neox else slice(4, 11, 2)
+        u, v = x[..., first].clone(), x[..., second].clone()
+        x[..., first], x[..., second] = u * cos - v * sin, v * cos + u * sin
+        return x.flatten(-2)
+
+    before = query.clone(), key.clone()
+    vllm.rotary_embedding(positions, query, key, HEAD_DIM, cache, is_neox, 3)
+    for actual, x in zip((query, key), before, strict=True):
+        assert_as_good_as_torch(actual, expected, x)
+    whole = query.unflatten(-1, (HEADS, HEAD_DIM)).clone()
+    vllm.rotary_embedding(positions, whole, None, HEAD_DIM, cache, is_neox, 3, True)
+    torch.testing.assert_close(whole.flatten(-2), before[0])
+
+
 @pytest.mark.parametrize("num_with_context", [None, 4])
 def test_merge(num_with_context):
     """+inf is what an empty prefix has there, and tokens after the last one with context have none."""
@@ -164,6 +192,8 @@ def test_what_the_others_refuse():
         vllm.reshape_and_cache_flash(x, x, cache, cache, slots, "fp8_e5m2", None, None)
     with pytest.raises(TypeError, match="reshape_and_cache_flash: key must be a tensor, got NoneType"):
         vllm.reshape_and_cache_flash(None, x, cache, cache, slots, "auto", None, None)
+    with pytest.raises(ValueError, match=r"rotary_embedding: query must be \[..., heads \* head_size\] for positions"):
+        vllm.rotary_embedding(slots, x, None, 12, torch.zeros(1, 4), True)
     lse = torch.zeros(KV_HEADS, 1)
     with pytest.raises(ValueError, match="merge_attn_states: output_scale must be None: it is not supported"):
         vllm.merge_attn_states(x, x, lse, x, lse, None, None, torch.ones(1))

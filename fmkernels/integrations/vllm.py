@@ -19,6 +19,7 @@ from ..attention import attention_varlen
 from ..merge_attention import merge_attention
 from ..norm import rms_norm as _rms_norm
 from ..paged_kv import append, attend
+from ..rope import rope
 
 _CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
 
@@ -193,6 +194,52 @@ def rms_norm(out: Tensor, input: Tensor, weight: Tensor | None, epsilon: float) 
 def fused_add_rms_norm(input: Tensor, residual: Tensor, weight: Tensor | None, epsilon: float) -> None:
     """residual becomes input + residual, and input its RMSNorm, as in vLLM; one pass of `fmkernels.rms_norm`."""
     _rms_norm(input, weight, epsilon, residual, out=input, residual_out=residual)
+
+
+def rotary_embedding(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    rope_dim_offset: int = 0,
+    inverse: bool = False,
+) -> None:
+    """`fmkernels.rope` in place, under the name and with the arguments of vLLM.
+
+    Args:
+        positions: [num_tokens] or [batch, seq], int64 or int32.
+        query: [..., heads * head_size] or [..., heads, head_size], the leading dimensions those of positions. Written.
+        key: the same with heads of its own, or None. Written.
+        head_size: columns of a head.
+        cos_sin_cache: [max_position, rotary_dim], cosines and then sines, float32 or the dtype of query.
+        is_neox: pairs are columns (c, c + rotary_dim / 2), else (2 c, 2 c + 1).
+        rope_dim_offset: the first column of a head that is rotated.
+        inverse: rotates back.
+
+    Raises:
+        ValueError, TypeError: one sentence with the argument, its rule and what came.
+    """
+    op = "rotary_embedding"
+    check.integer(op, "head_size", head_size, 1)
+    check.integer(op, "rope_dim_offset", rope_dim_offset, 0)
+    check.flag(op, "is_neox", is_neox)
+    check.is_tensor(op, "positions", positions)
+    heads = [None, None]
+    for index, (name, t) in enumerate((("query", query), ("key", key))):
+        if t is None and name == "key":
+            continue
+        check.is_tensor(op, name, t)
+        leading = list(positions.shape)
+        columns = t.shape[len(leading) :].numel()
+        if list(t.shape[: len(leading)]) != leading or t.dim() == len(leading) or columns % head_size != 0:
+            raise ValueError(
+                f"{op}: {name} must be [..., heads * head_size] for positions {leading} and head_size {head_size}, "
+                f"got {list(t.shape)}."
+            )
+        heads[index] = t.view(*leading, columns // head_size, head_size)[..., rope_dim_offset:]
+    rope(*heads, positions, cos_sin_cache, interleaved=not is_neox, inverse=inverse, out=tuple(heads))
 
 
 def _as_float8(cache: Any) -> Any:
