@@ -9,6 +9,7 @@ from fmkernels import attention_varlen, reference
 pytest.importorskip("fmkernels.paged_kv", reason="this build has no paged_kv")
 pytest.importorskip("fmkernels.norm", reason="this build has no norm")
 pytest.importorskip("fmkernels.rope", reason="this build has no rope")
+pytest.importorskip("fmkernels.glu", reason="this build has no glu")
 
 from fmkernels.integrations import vllm
 from fmkernels.testing import assert_as_good_as_torch
@@ -117,6 +118,20 @@ def test_norms(dtype):
     assert torch.equal(summed, x + residual)
     vllm.rms_norm(out, summed, weight, 1e-5)
     assert torch.equal(normed, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("silu_and_mul", torch.nn.functional.silu),
+        ("gelu_and_mul", torch.nn.functional.gelu),
+        ("gelu_tanh_and_mul", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+    ],
+)
+def test_gated_units(name, activation):
+    x, out = torch.randn(5, 2 * 24), torch.empty(5, 24)
+    assert getattr(vllm, name)(out, x) is None
+    assert_as_good_as_torch(out, lambda x: activation(x[:, :24]) * x[:, 24:], x)
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3)])

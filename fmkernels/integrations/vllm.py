@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _check as check
 from ..attention import attention_varlen
+from ..glu import geglu, swiglu
 from ..merge_attention import merge_attention
 from ..norm import rms_norm as _rms_norm
 from ..paged_kv import append, attend
@@ -194,6 +195,21 @@ def rms_norm(out: Tensor, input: Tensor, weight: Tensor | None, epsilon: float) 
 def fused_add_rms_norm(input: Tensor, residual: Tensor, weight: Tensor | None, epsilon: float) -> None:
     """residual becomes input + residual, and input its RMSNorm, as in vLLM; one pass of `fmkernels.rms_norm`."""
     _rms_norm(input, weight, epsilon, residual, out=input, residual_out=residual)
+
+
+def silu_and_mul(out: Tensor, input: Tensor) -> None:
+    """`fmkernels.swiglu` of input [..., 2 * width], gate then up, written to out [..., width], as in vLLM."""
+    swiglu(input, out=out)
+
+
+def gelu_and_mul(out: Tensor, input: Tensor) -> None:
+    """`fmkernels.geglu` of input [..., 2 * width], gate then up, written to out [..., width], as in vLLM."""
+    geglu(input, out=out)
+
+
+def gelu_tanh_and_mul(out: Tensor, input: Tensor) -> None:
+    """`gelu_and_mul` with the approximation by tanh."""
+    geglu(input, approximate="tanh", out=out)
 
 
 def rotary_embedding(
