@@ -20,6 +20,12 @@ from .speculative import verify_chain, verify_tree
 __all__ = [
     "BlockMask",
     "QuantizedWeight",
+from .page_pool import OutOfPages, PagePool
+
+__all__ = [
+    "BlockMask",
+    "OutOfPages",
+    "PagePool",
     "__version__",
     "attention",
     "attention_varlen",
@@ -41,4 +47,6 @@ __all__ = [
     "sample",
     "verify_chain",
     "verify_tree",
+    "merge_attention",
+    "nn",
 ]
