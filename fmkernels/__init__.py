@@ -10,6 +10,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
+from .page_pool import OutOfPages, PagePool
 from .quantized_linear import dequantize_weight, quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 from .rope import rope
@@ -19,13 +20,9 @@ from .speculative import verify_chain, verify_tree
 
 __all__ = [
     "BlockMask",
-    "QuantizedWeight",
-from .page_pool import OutOfPages, PagePool
-
-__all__ = [
-    "BlockMask",
     "OutOfPages",
     "PagePool",
+    "QuantizedWeight",
     "__version__",
     "attention",
     "attention_varlen",
@@ -47,6 +44,4 @@ __all__ = [
     "sample",
     "verify_chain",
     "verify_tree",
-    "merge_attention",
-    "nn",
 ]
