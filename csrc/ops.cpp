@@ -53,4 +53,9 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "rope_forward_out(Tensor q, Tensor? k, Tensor positions, Tensor cos_sin, bool interleaved, bool inverse, "
       "Tensor(a!) q_out, Tensor(b!)? k_out) -> ()");
+
+  // glu: act(gate) * up, of two tensors or of the halves of gate; activation 0 silu, 1 gelu, 2 gelu_tanh
+  m.def("glu_forward(Tensor gate, Tensor? up, int activation) -> Tensor");
+  m.def("glu_forward_out(Tensor gate, Tensor? up, int activation, Tensor(a!) out) -> ()");
+  m.def("glu_backward(Tensor grad, Tensor gate, Tensor? up, int activation) -> (Tensor grad_gate, Tensor grad_up)");
 }

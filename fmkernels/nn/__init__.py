@@ -3,7 +3,8 @@
 
 from .attention import Attention
 from .checkpoint import checkpoint_policy
+from .glu import SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .rope import RotaryEmbedding
 
-__all__ = ["Attention", "LayerNorm", "RMSNorm", "RotaryEmbedding", "checkpoint_policy"]
+__all__ = ["Attention", "LayerNorm", "RMSNorm", "RotaryEmbedding", "SwiGLU", "checkpoint_policy"]

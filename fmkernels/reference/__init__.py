@@ -3,6 +3,7 @@
 
 from .attention import attention, attention_scores, attention_varlen
 from .dropout import dropout_factors, philox
+from .glu import geglu, swiglu
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
 from .rope import rope
@@ -12,9 +13,11 @@ __all__ = [
     "attention_scores",
     "attention_varlen",
     "dropout_factors",
+    "geglu",
     "layer_norm",
     "merge_attention",
     "philox",
     "rms_norm",
     "rope",
+    "swiglu",
 ]
