@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`swiglu` and `geglu` beside torch's two ops, eager and compiled, and the ops of vLLM, where it is installed.
 
-Of packed rows, as a fused projection gives them. Those who can write into memory that they are given, so that an output of
-many megabytes in fresh pages does not measure the operating system.
+Of packed rows, as a fused projection gives them. Those who can write into memory that they are given: an output of
+many megabytes in fresh pages would measure the operating system.
 """
 
 from __future__ import annotations
