@@ -78,7 +78,7 @@ def test_rms_norm(compare, device, cache_bytes, name, shape, dtype):
 @EACH_DTYPE
 @EACH_SHAPE
 def test_add_rms_norm(compare, device, cache_bytes, name, shape, dtype):
-    """(norm(x + residual), x + residual), in place but for torch's eager ops."""
+    """(norm(x + residual), x + residual), in place but for torch, whose compiler fails at the text in place."""
     weight = normal(shape[-1:], dtype, device, 1)
     num_bytes = 4 * normal(shape, dtype, device, 0).nbytes
     sets = [
@@ -93,14 +93,10 @@ def test_add_rms_norm(compare, device, cache_bytes, name, shape, dtype):
         residual = x + residual
         return F.rms_norm(residual, shape[-1:], weight, EPS), residual
 
-    def composed(x, residual):
-        residual += x
-        return x.copy_(F.rms_norm(residual, shape[-1:], weight, EPS)), residual
-
     torch.compiler.reset()
     peers = [
         Contender("torch", eager, sets),
-        Contender("torch.compile", torch.compile(composed, dynamic=False), own(sets)),
+        Contender("torch.compile", torch.compile(eager, dynamic=False), sets),
     ]
     theirs = peers_vllm.op("fused_add_rms_norm")
     if theirs is not None:

@@ -86,4 +86,9 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "speculative_verify(Tensor draft_tokens, Tensor target_probs, Tensor seed, Tensor offset, Tensor? draft_probs, "
       "Tensor? parents) -> (Tensor tokens, Tensor num_accepted, Tensor nodes)");
+
+  // glu: act(gate) * up, of two tensors or of the halves of gate; activation 0 silu, 1 gelu, 2 gelu_tanh
+  m.def("glu_forward(Tensor gate, Tensor? up, int activation) -> Tensor");
+  m.def("glu_forward_out(Tensor gate, Tensor? up, int activation, Tensor(a!) out) -> ()");
+  m.def("glu_backward(Tensor grad, Tensor gate, Tensor? up, int activation) -> (Tensor grad_gate, Tensor grad_up)");
 }

@@ -6,6 +6,7 @@ from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
 from .cross_entropy import cross_entropy
+from .glu import geglu, swiglu
 from .linear_cross_entropy import linear_cross_entropy
 from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
@@ -29,6 +30,7 @@ __all__ = [
     "create_block_mask",
     "cross_entropy",
     "dequantize_weight",
+    "geglu",
     "layer_norm",
     "linear_cross_entropy",
     "lora",
@@ -42,6 +44,7 @@ __all__ = [
     "rope",
     "rope_cache",
     "sample",
+    "swiglu",
     "verify_chain",
     "verify_tree",
 ]

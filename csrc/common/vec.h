@@ -209,5 +209,22 @@ FM_INLINE VecF tanh(VecF x) {
   return magnitude < 0.625f ? near * u * x + x : far;
 }
 
+// e^x: relative error below 3e-7, 0 below -87.7, infinity above 88.4, NaN stays NaN. As exp2_nonpositive, but the integer
+// is taken from x * log2(e) before that is rounded.
+FM_INLINE VecF exp(VecF x) {
+  const float shifter = 0x1.8p23f + 127.0f, log2_e = 1.442695041f;
+  x = max(broadcast(-88.0f), x);
+  x = x > 88.8f ? broadcast(88.8f) : x;  // 2^128 in the exponent bits is infinity
+  const VecF shifted = x * log2_e + shifter;
+  const VecF f = x * log2_e - (shifted - shifter);
+  VecF p = f * 1.534581216e-4f + 1.339993121e-3f;
+  p = p * f + 9.618488957e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  p = p * f + 1.0f;
+  return p * (VecF)((VecU)shifted << 23);
+}
+
 }  // namespace
 }  // namespace fmkernels

@@ -47,17 +47,22 @@ struct Walk {
   __device__ bool is_idle() const { return head >= heads_at_once; }
 };
 
-// f(in, out) of every head of q and k that this thread walks.
+// f(in, out) of every head of q and k that this thread walks. Two calls and no loop over pointers to q and k, which would
+// copy the parameters to local memory.
+template <class T, class F>
+__device__ __forceinline__ void for_each_head(const RopeSide& side, const Walk& walk, int64_t batch, int64_t token,
+                                              F&& f) {
+  const Heads<T> heads = heads_of<T>(side, batch, token);
+#pragma unroll 1
+  for (int64_t head = walk.head; head < side.num_heads; head += walk.heads_at_once) {
+    f(heads.in + head * side.in_stride[2], heads.out + head * side.out_stride[2]);
+  }
+}
 template <class T, class F>
 __device__ __forceinline__ void for_each_head(const RopeParams& p, const Walk& walk, int64_t batch, int64_t token,
                                               F&& f) {
-  for (const RopeSide* side : {&p.q, &p.k}) {
-    const Heads<T> heads = heads_of<T>(*side, batch, token);
-#pragma unroll 2
-    for (int64_t head = walk.head; head < side->num_heads; head += walk.heads_at_once) {
-      f(heads.in + head * side->in_stride[2], heads.out + head * side->out_stride[2]);
-    }
-  }
+  for_each_head<T>(p.q, walk, batch, token, f);
+  for_each_head<T>(p.k, walk, batch, token, f);
 }
 
 template <class W, int kCount>

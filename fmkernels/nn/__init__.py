@@ -3,6 +3,7 @@
 
 from .attention import Attention
 from .checkpoint import checkpoint_policy
+from .glu import SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .quantized_linear import QuantizedLinear
 from .rope import RotaryEmbedding
@@ -13,5 +14,6 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
+    "SwiGLU",
     "checkpoint_policy",
 ]

@@ -4,6 +4,7 @@
 from .attention import attention, attention_scores, attention_varlen
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dropout import dropout_factors, philox
+from .glu import geglu, swiglu
 from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
@@ -19,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "dequantize_weight",
     "dropout_factors",
+    "geglu",
     "layer_norm",
     "linear_cross_entropy",
     "lora",
@@ -32,6 +34,7 @@ __all__ = [
     "rope",
     "sample",
     "sampling_weights",
+    "swiglu",
     "verify_chain",
     "verify_tree",
 ]

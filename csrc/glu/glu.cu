@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// glu.cu: the CUDA kernels of the gated linear units, forward and backward.
+//
+// Contract   see glu.h. kVec elements are read at a time where every row, and the second half of packed ones, begins on a
+//            16-byte boundary, else one.
+// Work       A thread owns one vector of a row, so a block covers kThreads consecutive vectors.
+// Shared     none.
+// Numerics   float32. Deterministic.
+// Cost       3 elements of memory an element forward, 5 backward: bound by memory on every GPU.
+
+#include "glu.h"
+
+#include "../common/dispatch.h"
+#include "../common/launch.h"
+#include "../common/ptx.h"
+#include "../common/vector_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid in x
+constexpr float kLog2E = 1.4426950409f;
+
+// act(g) / g, and act'(g).
+struct Gate {
+  float factor, derivative;
+};
+
+// sigmoid(x) and 1 - sigmoid(x), neither by a difference.
+__device__ __forceinline__ Gate sigmoid(float x) {
+  const float e = ptx::ex2(-fabsf(x) * kLog2E), large = ptx::rcp(1.0f + e), small = e * large;
+  return x > 0.0f ? Gate{large, small} : Gate{small, large};
+}
+
+template <GluActivation activation>
+__device__ __forceinline__ Gate gate_of(float g) {
+  if constexpr (activation == GluActivation::kSilu) {
+    const Gate s = sigmoid(g);
+    return {s.factor, s.factor * (1.0f + g * s.derivative)};
+  } else if constexpr (activation == GluActivation::kGelu) {
+    const float distribution = 0.5f * erfcf(g * -0.70710678f);
+    return {distribution, distribution + g * (kInverseSqrt2Pi * ptx::ex2(g * g * (-0.5f * kLog2E)))};
+  } else {
+    const Gate s = sigmoid(g * (kTanhLinear + kTanhCubic * (g * g)));
+    const float slope = kTanhLinear + 3.0f * kTanhCubic * fminf(g * g, kLargeSquare);
+    return {s.factor, s.factor + g * (s.factor * s.derivative) * slope};
+  }
+}
+
+// f(activation as a constant), chosen once a vector: the memory of a vector takes longer than the choice.
+template <class F>
+__device__ __forceinline__ void with_activation(GluActivation activation, F&& f) {
+  switch (activation) {
+    case GluActivation::kSilu: return f.template operator()<GluActivation::kSilu>();
+    case GluActivation::kGelu: return f.template operator()<GluActivation::kGelu>();
+    case GluActivation::kGeluTanh: return f.template operator()<GluActivation::kGeluTanh>();
+  }
+}
+
+// The row and first column of this thread's vector; false where there is none.
+template <int kVec>
+__device__ __forceinline__ bool find_vector(const Rows& rows, int64_t width, RowPlace& place, int64_t& column) {
+  const int64_t vectors = width / kVec, index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const bool is_small = rows.count * vectors >> 31 == 0;
+  const int64_t row = is_small ? static_cast<uint32_t>(index) / static_cast<uint32_t>(vectors) : index / vectors;
+  if (row >= rows.count) return false;
+  place = place_of(rows, row);
+  column = (index - row * vectors) * kVec;
+  return true;
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads) glu_forward_kernel(GluForwardParams p) {
+  RowPlace place;
+  int64_t column;
+  if (!find_vector<kVec>(p.rows, p.width, place, column)) return;
+  const auto gate = load_vector<T, kVec>(row_of<T>(p.gate, place) + column);
+  const auto up = load_vector<T, kVec>(row_of<T>(p.up, place) + column);
+  Vector<T, kVec> out;
+  with_activation(p.activation, [&]<GluActivation activation>() {
+    for (int i = 0; i < kVec; ++i) {
+      const float g = to_float(gate.lane[i]);
+      out.lane[i] = from_float<T>(g * gate_of<activation>(g).factor * to_float(up.lane[i]));
+    }
+  });
+  store_vector<T, kVec>(row_of<T>(p.out, place) + column, out);
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads) glu_backward_kernel(GluBackwardParams p) {
+  RowPlace place;
+  int64_t column;
+  if (!find_vector<kVec>(p.rows, p.width, place, column)) return;
+  const auto grad = load_vector<T, kVec>(row_of<T>(p.grad, place) + column);
+  const auto gate = load_vector<T, kVec>(row_of<T>(p.gate, place) + column);
+  const auto up = load_vector<T, kVec>(row_of<T>(p.up, place) + column);
+  Vector<T, kVec> grad_gate, grad_up;
+  with_activation(p.activation, [&]<GluActivation activation>() {
+    for (int i = 0; i < kVec; ++i) {
+      const float g = to_float(gate.lane[i]), dy = to_float(grad.lane[i]);
+      const Gate a = gate_of<activation>(g);
+      grad_gate.lane[i] = from_float<T>(dy * to_float(up.lane[i]) * a.derivative);
+      grad_up.lane[i] = from_float<T>(dy * (g * a.factor));
+    }
+  });
+  store_vector<T, kVec>(row_of<T>(p.grad_gate, place) + column, grad_gate);
+  store_vector<T, kVec>(row_of<T>(p.grad_up, place) + column, grad_up);
+}
+
+// Calls f.template operator()<T, kVec>() with the widest vectors that the width and the alignment of all rows allow.
+template <class F>
+void dispatch_vector(DType dtype, int64_t width, std::initializer_list<const RowView*> views, F&& f) {
+  bool aligned = true;
+  for (const RowView* view : views) aligned = aligned && rows_are_aligned(*view, element_bytes(dtype), 16);
+  dispatch_dtype(dtype, [&]<class T>() {
+    constexpr int kVec = 16 / sizeof(T);
+    if (aligned && width % kVec == 0) f.template operator()<T, kVec>();
+    else f.template operator()<T, 1>();
+  });
+}
+
+dim3 grid_of(const char* name, int64_t num_vectors) {
+  const int64_t num_blocks = (num_vectors + kThreads - 1) / kThreads;
+  FM_CHECK(num_blocks <= kMaxBlocks, name, ": ", num_blocks, " blocks are more than a grid holds");
+  return dim3(static_cast<unsigned>(num_blocks));
+}
+
+}  // namespace
+
+void launch_glu_forward(const GluForwardParams& p, cudaStream_t stream) {
+  dispatch_vector(p.dtype, p.width, {&p.gate, &p.up, &p.out}, [&]<class T, int kVec>() {
+    launch("glu_forward", glu_forward_kernel<T, kVec>, grid_of("glu_forward", p.rows.count * (p.width / kVec)),
+           kThreads, 0, stream, p);
+  });
+}
+
+void launch_glu_backward(const GluBackwardParams& p, cudaStream_t stream) {
+  dispatch_vector(p.dtype, p.width, {&p.grad, &p.gate, &p.up, &p.grad_gate, &p.grad_up}, [&]<class T, int kVec>() {
+    launch("glu_backward", glu_backward_kernel<T, kVec>, grid_of("glu_backward", p.rows.count * (p.width / kVec)),
+           kThreads, 0, stream, p);
+  });
+}
+
+}  // namespace fmkernels
