@@ -7,4 +7,13 @@ from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
 from .merge_attention import merge_attention
 
-__all__ = ["BlockMask", "__version__", "attention", "attention_varlen", "create_block_mask", "merge_attention", "nn", "paged_kv"]
+__all__ = [
+    "BlockMask",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "create_block_mask",
+    "merge_attention",
+    "nn",
+    "paged_kv",
+]

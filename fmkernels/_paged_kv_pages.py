@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from . import _paged_kv_checks as checks
+from . import _paged_kv_page_checks as checks
 from ._library import call, ops, register_fake
+from ._paged_kv_checks import before
 
 
 def gather(
@@ -46,7 +47,7 @@ def gather(
     elif dtype not in check.FLOAT_DTYPES:
         raise ValueError(f"{op}: dtype must be {check.dtype_names(check.FLOAT_DTYPES)}, got {dtype}.")
     args = (cache, block_table, cu_seqlens, num_tokens, scale, dtype)
-    checks.before(checks.check_gather, args)
+    before(checks.check_gather, args)
     return call(ops.paged_kv_gather, args, checks.check_gather)
 
 
@@ -67,7 +68,7 @@ def copy_pages(cache: Tensor, src: Tensor, dst: Tensor) -> None:
             CUDA under FMKERNELS_CHECK=1; without it a copy with an id out of range does not happen.
     """
     args = (cache, src, dst)
-    checks.before(checks.check_copy_pages, args)
+    before(checks.check_copy_pages, args)
     call(ops.paged_kv_copy_pages, args, checks.check_copy_pages)
 
 
@@ -87,7 +88,7 @@ def swap_out(cache: Tensor, pages: Tensor, host_buffer: Tensor) -> None:
         ValueError, TypeError: as `copy_pages`.
     """
     args = (cache, pages, host_buffer)
-    checks.before(checks.check_swap, args, "swap_out")
+    before(checks.check_swap, args, "swap_out")
     call(ops.paged_kv_swap_out, args, lambda *a: checks.check_swap(*a, "swap_out"))
 
 
@@ -106,7 +107,7 @@ def swap_in(cache: Tensor, pages: Tensor, host_buffer: Tensor) -> None:
         ValueError, TypeError: as `copy_pages`.
     """
     args = (cache, pages, host_buffer)
-    checks.before(checks.check_swap, args, "swap_in")
+    before(checks.check_swap, args, "swap_in")
     call(ops.paged_kv_swap_in, args, lambda *a: checks.check_swap(*a, "swap_in"))
 
 
@@ -126,7 +127,7 @@ def compact(cache: Tensor, keep: Tensor) -> None:
         ValueError, TypeError: as `copy_pages`.
     """
     args = (cache, keep)
-    checks.before(checks.check_compact, args)
+    before(checks.check_compact, args)
     call(ops.paged_kv_compact, args, checks.check_compact)
 
 
@@ -149,7 +150,7 @@ def page_table_from_csr(indptr: Tensor, indices: Tensor, *, max_pages: int) -> T
     """
     check.integer("paged_kv.page_table_from_csr", "max_pages", max_pages, 0)
     args = (indptr, indices, max_pages)
-    checks.before(checks.check_page_table, args)
+    before(checks.check_page_table, args)
     return call(ops.paged_kv_page_table_from_csr, args, checks.check_page_table)
 
 

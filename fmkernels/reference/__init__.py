@@ -6,4 +6,12 @@ from .attention import attention, attention_scores, attention_varlen
 from .dropout import dropout_factors, philox
 from .merge_attention import merge_attention
 
-__all__ = ["attention", "attention_scores", "attention_varlen", "dropout_factors", "merge_attention", "paged_kv", "philox"]
+__all__ = [
+    "attention",
+    "attention_scores",
+    "attention_varlen",
+    "dropout_factors",
+    "merge_attention",
+    "paged_kv",
+    "philox",
+]

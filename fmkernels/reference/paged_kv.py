@@ -168,9 +168,7 @@ def attend_shared_prefix(
     prefix = attend(
         q, k_cache, v_cache, prefix_pages[None], prefix_seqlen, cu_seqlens_q=everyone, causal=False, **scales
     )
-    return merge_attention(
-        *prefix, *attend(q, k_cache, v_cache, block_table, cache_seqlens, sinks=sinks, **kwargs)
-    )
+    return merge_attention(*prefix, *attend(q, k_cache, v_cache, block_table, cache_seqlens, sinks=sinks, **kwargs))
 
 
 def gather(
