@@ -72,7 +72,8 @@ void check_attend_values(const PagedAttendParams& p, const TableView& table) {
 void execute(const PagedAttendParams& p, [[maybe_unused]] const Tensor& q) {
 #ifdef FM_CUDA
   Tensor workspace = torch::stable::new_empty(q, {paged_kv_attend_workspace_floats(p)}, ScalarType::Float);
-  FM_EXECUTE(paged_kv_attend, (PagedAttendCall{p, static_cast<float*>(data_of(workspace))}), q);
+  const PagedAttendCall call{p, static_cast<float*>(data_of(workspace))};  // its address is taken before the launch
+  FM_EXECUTE(paged_kv_attend, call, q);
 #else
   FM_EXECUTE(paged_kv_attend, p, q);
 #endif
@@ -84,8 +85,8 @@ std::tuple<Tensor, Tensor> paged_kv_attend(const Tensor& q, const Tensor& k_cach
                                            const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
                                            const std::optional<Tensor>& alibi_slopes,
                                            const std::optional<Tensor>& sinks, const std::optional<Tensor>& tree_mask,
-                                           bool causal, int64_t window_left, int64_t window_right,
-                                           double softmax_scale, double softcap) {
+                                           bool causal, int64_t window_left, int64_t window_right, double softmax_scale,
+                                           double softcap) {
   PagedAttendParams p{};
   check_rank("q", q, 3);
   check_last_dim_contiguous("q", q);
