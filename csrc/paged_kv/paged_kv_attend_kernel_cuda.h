@@ -35,18 +35,27 @@ struct KeptQueries {
 };
 
 template <class T>
-__device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArgs& a, const Unit& u) {
+__device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArgs& a, const Unit& unit) {
   const PagedAttendParams& p = a.p;
-  // Keys that any row of the tile sees, and keys that all of them see, but for a tree mask.
-  const int first_query = query_of(a, u.row_begin),
-            last_query = query_of(a, min(u.row_begin + T::kRows, u.num_rows) - 1);
-  Range any = keys_of_queries(p, u.request, first_query, last_query);
-  const Range all{keys_of_query(p, u.request, last_query).begin, keys_of_query(p, u.request, first_query).end};
-  if (u.slot >= 0) any = {max(any.begin, u.chunk * kChunkTokens), min(any.end, (u.chunk + 1) * kChunkTokens)};
+  const int first_query = query_of(a, unit.row_begin);
+  const int last_query = query_of(a, min(unit.row_begin + T::kRows, unit.num_rows) - 1);
+  Range any = keys_of_queries(p, unit.request, first_query, last_query);
+  const Range all{keys_of_query(p, unit.request, last_query).begin, keys_of_query(p, unit.request, first_query).end};
+  if (unit.slot >= 0) any = {max(any.begin, unit.chunk * kChunkTokens), min(any.end, (unit.chunk + 1) * kChunkTokens)};
   any.end = max(any.begin, any.end);
   const int first_block = any.begin / kBlockKeys, end_block = (any.end + kBlockKeys - 1) / kBlockKeys;
-  const int tree_begin = p.tree_mask == nullptr ? 1 << 30 : u.request.seq_k - u.request.seq_q;
-  const bool has_blocks = any.begin < any.end;
+  // Blocks whose keys some row sees, and blocks whose keys all rows see.
+  const int whole_begin = (any.begin + kBlockKeys - 1) / kBlockKeys, num_whole = any.end / kBlockKeys - whole_begin;
+  const int plain_begin = max(whole_begin, (all.begin + kBlockKeys - 1) / kBlockKeys);
+  const int plain_end = min(min(any.end, all.end), tree_begin(p, unit.request)) / kBlockKeys;
+  if (threadIdx.x == 0) {
+    smem.unit = unit;
+    smem.any = any;
+    smem.all = all;
+    smem.plain = {plain_begin, plain_end};
+  }
+  __syncthreads();  // every thread sees the unit
+  const Unit& u = smem.unit;
 
   // Scales of products.
   float scale = p.softmax_scale, scale_log2 = a.scale_log2;
@@ -58,28 +67,32 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
     modifies = modifies || !(scale > 0.0f);
   }
 
-  const PageCopy<T, false> keys(a);
-  const PageCopy<T, true> values(a);
-  const uint32_t copy_to = ptx::smem_address(smem.kv) + PageCopy<T, false>::thread_offset();
+  const PageCopy<T, false> keys(smem, a);
+  const PageCopy<T, true> values(smem, a);
+  const uint32_t copy_to = kept<T>(ptx::smem_address(smem.kv) + PageCopy<T, false>::thread_offset());
   const uint32_t q_at = ptx::smem_address(smem.q[row_warp<T>() * 16]) + lane_of_queries<T>();
-  const uint32_t k_at = ptx::smem_address(smem.kv) + lane_of_keys<T>();
-  const uint32_t v_at = ptx::smem_address(smem.kv) + lane_of_values<T>();
-  const auto stage_bytes = [](int block) { return T::kStages == 1 ? 0 : block % T::kStages * T::kBlockBytes; };
-  const auto copy_keys = [&](int block) {
-    if (block < end_block) keys.issue(smem, a, block, any, copy_to + stage_bytes(block));
+  const uint32_t k_at = kept<T>(ptx::smem_address(smem.kv) + lane_of_keys<T>());
+  const uint32_t v_at = kept<T>(ptx::smem_address(smem.kv) + lane_of_values<T>());
+  const uint32_t stored_at = kept<T>(ptx::smem_address(smem.weights) + lane_of_stored_weights<T>());
+  const uint32_t loaded_at = kept<T>(ptx::smem_address(smem.weights) + lane_of_loaded_weights<T>());
+  const auto stage_bytes = [](int block) { return stage_of<T>(block) * T::kBlockBytes; };
+  // Blocks that are copied without a look at each row and column: none where a page is missing, or columns are.
+  int num_easy = p.cache.head_dim == T::kDim && p.cache.v_head_dim == T::kDim ? max(num_whole, 0) : 0;
+  const auto copy = [&](const auto& part, int block) {
+    if (static_cast<uint32_t>(block - whole_begin) < static_cast<uint32_t>(num_easy))
+      part.issue(a, block, copy_to + stage_bytes(block));
+    else if (block < end_block) part.issue_ragged(a, block, smem.any, copy_to + stage_bytes(block));
     ptx::cp_async_commit();
   };
-  const auto copy_values = [&](int block) {
-    if (block < end_block) values.issue(smem, a, block, any, copy_to + stage_bytes(block));
-    ptx::cp_async_commit();
-  };
+  const auto copy_keys = [&](int block) { copy(keys, block); };
+  const auto copy_values = [&](int block) { copy(values, block); };
 
   KeptQueries<T> q;
-  if (has_blocks) {
-    locate_rows<T>(smem, a, u, any, first_block / kChunkBlocks);
-    locate_rows<T>(smem, a, u, any, first_block / kChunkBlocks + 1);
+  if (first_block < end_block) {
+    bool is_missing = locate_rows<T>(smem, a, first_block / kChunkBlocks);
+    if (locate_rows<T>(smem, a, first_block / kChunkBlocks + 1)) is_missing = true;
     copy_queries<T>(smem, a, u);
-    __syncthreads();  // every thread sees where the rows begin
+    if (__syncthreads_or(is_missing)) num_easy = 0;  // every thread sees where the rows begin
     copy_keys(first_block);
     for (int stage = 1; stage < T::kStages; ++stage)
       copy_values(first_block + stage - 1), copy_keys(first_block + stage);
@@ -98,11 +111,15 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
 
 #pragma unroll 1
   for (int block = first_block; block < end_block; ++block) {
-    const int first_key = block * kBlockKeys, chunk = block / kChunkBlocks;
+    const int first_key = block * kBlockKeys;
     ptx::cp_async_wait<2 * (T::kStages - 1)>();
     __syncthreads();  // B1: every warp sees the keys, and has read the values of the block before
     copy_values(block + T::kStages - 1);
-    if (block % kChunkBlocks == 0 && block != first_block) locate_rows<T>(smem, a, u, any, chunk + 1);
+    const int block_of_chunk = static_cast<uint32_t>(block) % kChunkBlocks;
+    if (block_of_chunk == 0 && block != first_block) {
+      // Every thread sees where the rows begin.
+      if (__syncthreads_or(locate_rows<T>(smem, a, block / kChunkBlocks + 1))) num_easy = 0;
+    }
 
     BlockScores<T> s;
     multiply_block<T>(s, q, q_at, k_at + stage_bytes(block));
@@ -115,12 +132,14 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
     }
     float to_log2_units = scale_log2;
     if (modifies) modify<T>(s, a, u, first_key, scale), to_log2_units = 1.0f;
-    const bool by_tree = first_key + kBlockKeys > tree_begin;
-    const bool masks = by_tree || first_key < all.begin || first_key + kBlockKeys > all.end;
-    if (masks) hide<T>(s, a, u, first_key, by_tree);
-    // Whether a row sees a key of the block that another does not.
-    const bool differs = by_tree || max(first_key, any.begin) != max(first_key, all.begin) ||
-                         min(first_key + kBlockKeys, any.end) != min(first_key + kBlockKeys, all.end);
+    // Whether a tree mask holds in the block, and whether a row sees a key of it that another does not.
+    bool by_tree = false, differs = false;
+    if (block < smem.plain.begin || block >= smem.plain.end) {
+      const int end_key = first_key + kBlockKeys;
+      by_tree = end_key > tree_begin(p, u.request);
+      differs = by_tree || max(first_key, smem.any.begin) < smem.all.begin || min(end_key, smem.any.end) > smem.all.end;
+      hide<T>(s, a, u, first_key, by_tree);
+    }
 
     bool grown = grows<T>(w, s, to_log2_units);
     if constexpr (T::kColumnWarps > 1) grown = __syncthreads_or(grown);
@@ -136,7 +155,7 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
         });
       }
     }
-    if constexpr (T::kColumnWarps > 1) store_weights<T>(smem, s);
+    if constexpr (T::kColumnWarps > 1) store_weights<T>(s, stored_at);
 
     ptx::cp_async_wait<2 * (T::kStages - 1)>();
     bool nonfinite = false;
@@ -144,19 +163,20 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
     else __syncthreads();  // B2: every warp sees the values and the weights, and has read the keys
     copy_keys(block + T::kStages);
     if (__builtin_expect(nonfinite, 0)) {
-      add_nonfinite<T>(w, smem.kv[1][T::kStages == 1 ? 0 : block % T::kStages][0], a, u, first_key, by_tree);
+      add_nonfinite<T>(w, smem.kv[1][stage_of<T>(block)][0], a, u, first_key, by_tree);
       __syncthreads();  // every warp has read what is not finite
       values.zero_nonfinite(copy_to + stage_bytes(block));
       __syncthreads();  // every warp sees zeros in its place
     }
     static_for<kBlockKeys / 16>([&]<int step>() {
       Weights<T> weights;
-      if constexpr (T::kColumnWarps > 1) load_weights<T, step>(weights, smem);
+      if constexpr (T::kColumnWarps > 1) load_weights<T, step>(weights, loaded_at);
       else pack_weights<T>(weights, s[2 * step], s[2 * step + 1]);
       add_values<T, step>(w.o, weights, v_at + stage_bytes(block));
+      if constexpr (!T::kKeepsAddresses) __syncwarp();  // no load of the next step comes earlier: it would be spilled
     });
 
-    if (block % kChunkBlocks == kChunkBlocks - 1 || block == end_block - 1) {
+    if (block_of_chunk == kChunkBlocks - 1 || block == end_block - 1) {
       RowTotal of_chunk[2];
       total_of_chunk<T>(of_chunk, w, smem);
       if (u.slot >= 0) {
@@ -181,17 +201,19 @@ __global__ void __launch_bounds__(kAttendThreads, T::kBlocksPerSm)
   auto& smem = dynamic_smem<AttendSmem<T>>();
   Work<T::kRows, T::kTall> work(a, smem.work);
   Unit unit;
+  int number = blockIdx.y;
+  if (!work.find(a, number, unit)) return;
 #pragma unroll 1
-  for (int number = blockIdx.y; work.find(a, number, unit); number += gridDim.y) {
+  do {
     attend_unit<T>(smem, a, unit);
     ptx::cp_async_wait<0>();
     __syncthreads();  // every warp is done with the unit
-  }
+    number += gridDim.y;
+  } while (work.find(a, number, unit));
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-constexpr int kShortRows = 16;
 constexpr int64_t kMaxWorkspaceBytes = 64 << 20;
 
 // What shapes alone tell of the tiles of one height.
@@ -217,12 +239,12 @@ inline AttendShape shape_of(const PagedAttendParams& p, bool tall) {
   if (max_rows < fewest || (!tall && group > kShortRows)) return {0, 0, 0};
   const int64_t requests = std::min(p.batch, p.total_q * group / std::max(fewest, group));
   const int64_t max_chunks = (p.max_pages * p.cache.page_size + kChunkTokens - 1) / kChunkTokens;
-  AttendShape shape{requests + p.total_q * group / tile_rows, 0, std::min(max_rows, tile_rows)};
+  AttendShape shape{requests + (tall ? p.total_q * group / tile_rows : 0), 0, std::min(max_rows, tile_rows)};
   if (group <= tile_rows && max_chunks > 1) {
     const int64_t slot_bytes =
         AttendShape{0, 1, shape.slot_rows}.workspace_floats(p) * static_cast<int64_t>(sizeof(float));
     shape.num_slots = std::min(requests * max_chunks, kMaxWorkspaceBytes / slot_bytes);
-    shape.max_units += shape.num_slots;
+    shape.max_units = std::min(shape.max_units + shape.num_slots, shape.max_units * max_chunks);
   }
   return shape;
 }

@@ -99,7 +99,7 @@ __device__ __forceinline__ void add_nonfinite(RowState<T>& w, const typename T::
       for (int n = 0; n < T::kColumnTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int column = column_warp<T>() * T::kWarpColumns + column_of_pair<T>(n) + e;
+          const int column = column_warp<T>() * T::kWarpColumns + first_column<T>() + to_column<T>(n) + e;
           const int place = swizzled<Cache>(key, column / Cache::kChunkElements) / Cache::kElementBytes +
                             column % Cache::kChunkElements;
           const float v = to_float(values[place]);
@@ -156,7 +156,7 @@ __device__ __forceinline__ float value_scale(const AttendArgs& a) {
 template <class T>
 __device__ __forceinline__ void store_chunk(const RowState<T>& w, const RowTotal (&totals)[2], const AttendArgs& a,
                                             const Unit& u) {
-  const int64_t v_head_dim = a.p.cache.v_head_dim;
+  const int v_head_dim = static_cast<int>(a.p.cache.v_head_dim);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_of<T>(u, half);
@@ -164,11 +164,12 @@ __device__ __forceinline__ void store_chunk(const RowState<T>& w, const RowTotal
     const int64_t place = (u.slot * static_cast<int64_t>(gridDim.x) + blockIdx.x) * a.partials.rows + row;
     if (column_warp<T>() == 0 && threadIdx.x % 4 == 0)
       *reinterpret_cast<float2*>(a.partials.stats + place * 2) = make_float2(totals[half].largest, totals[half].sum);
+    const int column = column_warp<T>() * T::kWarpColumns + first_column<T>();
+    float* to = a.partials.o + place * v_head_dim + column;
 #pragma unroll
     for (int n = 0; n < T::kColumnTiles; ++n) {
-      const int column = column_warp<T>() * T::kWarpColumns + column_of_pair<T>(n);
-      if (column < v_head_dim)
-        *reinterpret_cast<float2*>(a.partials.o + place * v_head_dim + column) = pair_of<T>(w.o, n, half);
+      if (to_column<T>(n) < v_head_dim - column)
+        *reinterpret_cast<float2*>(to + to_column<T>(n)) = pair_of<T>(w.o, n, half);
     }
   }
 }
@@ -192,7 +193,7 @@ __device__ __forceinline__ void store_results(const float (&o)[T::kColumnTiles][
 #pragma unroll
     for (int n = 0; n < T::kColumnTiles; ++n) {
       const float2 pair = pair_of<T>(o, n, half);
-      const int column = column_warp<T>() * T::kWarpColumns + column_of_pair<T>(n);
+      const int column = column_warp<T>() * T::kWarpColumns + first_column<T>() + to_column<T>(n);
       const uint32_t to = ptx::smem_address(smem.q) + swizzled<T>(row_of_tile, column / T::kChunkElements) +
                           column % T::kChunkElements * T::kElementBytes;
       store_pair<T>(to, __fmul_rn(pair.x, factor), __fmul_rn(pair.y, factor));

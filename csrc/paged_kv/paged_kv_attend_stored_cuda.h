@@ -121,18 +121,20 @@ __device__ __forceinline__ void add_values(float (&o)[T::kColumnTiles][4], const
   });
 }
 
-// Of the lane's accumulators of o of a row, numbers 2n and 2n+1 in the order of their columns, and where the first of them
-// stands among the columns of the warp.
+// Of the lane's accumulators of o of a row, numbers 2n and 2n+1 in the order of their columns, and where they stand among the
+// columns of the warp.
 template <class T>
 __device__ __forceinline__ float2 pair_of(const float (&o)[T::kColumnTiles][4], int n, int half) {
   if constexpr (T::kQuantized) return {o[n & ~1][2 * half + n % 2], o[n | 1][2 * half + n % 2]};
   else return {o[n][2 * half], o[n][2 * half + 1]};
 }
 template <class T>
-__device__ __forceinline__ int column_of_pair(int n) {
-  const int t = threadIdx.x % 4;
-  if constexpr (T::kQuantized) return n / 2 * 16 + t * 4 + n % 2 * 2;
-  else return n * 8 + t * 2;
+__device__ __forceinline__ int first_column() {
+  return threadIdx.x % 4 * (T::kQuantized ? 4 : 2);
+}
+template <class T>
+constexpr int to_column(int n) {  // from the first to that of pair n
+  return T::kQuantized ? n / 2 * 16 + n % 2 * 2 : n * 8;
 }
 
 // ---- not finite -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ constexpr int kBlockKeys = 64;  // keys that are multiplied at a time
 constexpr int kChunkBlocks = kChunkTokens / kBlockKeys;
 constexpr int kGroupRows = 16;  // rows of a page that one entry of Smem::rows may stand for
 constexpr int kClassKeys = 16, kClasses = kBlockKeys / kClassKeys;  // keys of a block whose weights are summed together
+constexpr int kShortRows = 16;                                      // of a short tile
 constexpr uint32_t kNoRow = 0xffffffffu;
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ struct AttendTraits : RowTraits<Element_, kDim_> {
   static constexpr bool kTall = kTall_, kQuantized = kIsQuantized<Stored>;
   static constexpr int kDim = kDim_;
   static constexpr int kColumnWarps = !kTall ? 4 : kDim == 256 ? 2 : 1, kRowWarps = kAttendWarps / kColumnWarps;
-  static constexpr int kRows = 16 * kRowWarps, kRowTiles = 1;
+  static constexpr int kRows = kShortRows * kRowWarps, kRowTiles = 1;
   static constexpr int kWarpKeys = kBlockKeys / kColumnWarps, kKeyTiles = kWarpKeys / 8;
   static constexpr int kWarpClasses = kClasses / kColumnWarps;
   static constexpr int kWarpColumns = kDim / kColumnWarps, kColumnTiles = kWarpColumns / 8;
@@ -36,6 +37,8 @@ struct AttendTraits : RowTraits<Element_, kDim_> {
   using Weight = std::conditional_t<kQuantized, BFloat16, Element_>;
   static constexpr int kWeightTerms = std::is_same_v<Weight, Element_> ? 1 : 2;
   static constexpr bool kKeepsQ = !kTall;  // fragments of q stay in registers
+  // Whether addresses stay in registers. Of the widest rows accumulators leave no room for them.
+  static constexpr bool kKeepsAddresses = !(kTall && kDim == 256);
   // Blocks of keys, and of values, in shared memory. 99 KiB hold all of it (sm_86, 89, 120).
   static constexpr int kStages = Cache::kRowBytes * (kTall ? 2 : 1) <= 256 ? 2 : 1;
   static constexpr int kBlockBytes = kBlockKeys * Cache::kRowBytes;
@@ -90,6 +93,10 @@ __device__ __forceinline__ Range keys_of_query(const PagedAttendParams& p, const
   return {p.window_left < 0 ? 0 : max(0, position - static_cast<int>(p.window_left)),
           p.window_right < 0 ? r.seq_k : clamp(position + static_cast<int>(p.window_right) + 1, 0, r.seq_k)};
 }
+// The first key that a tree mask may hide.
+__device__ __forceinline__ int tree_begin(const PagedAttendParams& p, const Request& r) {
+  return p.tree_mask == nullptr ? 1 << 30 : r.seq_k - r.seq_q;
+}
 // From the first key of the first of some queries to the last of the last one.
 __device__ __forceinline__ Range keys_of_queries(const PagedAttendParams& p, const Request& r, int first, int last) {
   return {keys_of_query(p, r, first).begin, keys_of_query(p, r, last).end};
@@ -111,19 +118,23 @@ struct WorkList {
   };
   Entry entries[kAttendThreads];  // of as many requests from `first` on
   int warp_sums[2][kAttendWarps];
+  int first, units_before, slots_end;  // slots: after the entries
 };
 
 // Sums of x over the threads up to this one. All threads together.
 __device__ __forceinline__ int inclusive_sum(int x, int (&warp_sums)[kAttendWarps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (__any_sync(ptx::kAllLanes, x != 0)) {
 #pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int below = __shfl_up_sync(ptx::kAllLanes, x, distance);
-    if (lane >= distance) x += below;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int below = __shfl_up_sync(ptx::kAllLanes, x, distance);
+      if (lane >= distance) x += below;
+    }
   }
   if (lane == kWarp - 1) warp_sums[warp] = x;
   __syncthreads();  // every thread sees the sums of the warps
-  for (int w = 0; w < warp; ++w) x += warp_sums[w];
+#pragma unroll
+  for (int w = 0; w < kAttendWarps - 1; ++w) x += w < warp ? warp_sums[w] : 0;
   return x;
 }
 
@@ -134,11 +145,11 @@ __device__ __forceinline__ Range chunks_of(const AttendArgs& a, const Request& r
 }
 
 // The units of the requests that this kernel is for, numbered request by request; a block takes some of them in ascending
-// order. Every thread calls together.
+// order. Every thread calls together. All state is in shared memory: the products leave no register for it.
 template <int kRows, bool kTall>
 class Work {
  public:
-  __device__ __forceinline__ Work(const AttendArgs& a, WorkList& list) : list_(list) { load(a); }
+  __device__ __forceinline__ Work(const AttendArgs& a, WorkList& list) : list_(list) { load(a, 0, 0, 0); }
 
   // Whether there is such a unit.
   __device__ __forceinline__ bool find(const AttendArgs& a, int number, Unit& unit) {
@@ -152,52 +163,54 @@ class Work {
       before += __popc(__ballot_sync(ptx::kAllLanes, is_before));
     }
     const WorkList::Entry entry = list_.entries[before];
-    const int index = number - (before == 0 ? units_before_ : list_.entries[before - 1].unit_end);
+    const int b = list_.first + before,
+              index = number - (before == 0 ? list_.units_before : list_.entries[before - 1].unit_end);
     const bool is_split = entry.slot_begin >= 0;
-    const Request r = request_of(a, first_ + before);
-    unit = {r, first_ + before, is_split ? 0 : index * kRows, r.seq_q * a.group.value(), 0, -1};
+    const Request r = request_of(a, b);
+    unit = {r, b, is_split ? 0 : index * kRows, r.seq_q * a.group.value(), 0, -1};
     if (is_split) unit.chunk = chunks_of(a, r).begin + index, unit.slot = entry.slot_begin + index;
     return true;
   }
   // The entry of a request.
   __device__ __forceinline__ const WorkList::Entry& entry_of(const AttendArgs& a, int b) {
-    while (b >= first_ + kAttendThreads) next(a);
-    return list_.entries[b - first_];
+    while (b >= list_.first + kAttendThreads) next(a);
+    return list_.entries[b - list_.first];
   }
 
  private:
   __device__ __forceinline__ bool next(const AttendArgs& a) {
-    if (first_ + kAttendThreads >= static_cast<int>(a.p.batch)) return false;
-    units_before_ = list_.entries[kAttendThreads - 1].unit_end;
-    slots_before_ = slots_end_;
-    first_ += kAttendThreads;
-    __syncthreads();  // every thread has read the entries
-    load(a);
+    const int first = list_.first + kAttendThreads;
+    if (first >= static_cast<int>(a.p.batch)) return false;
+    const int units = list_.entries[kAttendThreads - 1].unit_end, slots = list_.slots_end;
+    __syncthreads();  // every thread has read the list
+    load(a, first, units, slots);
     return true;
   }
-  __device__ __forceinline__ void load(const AttendArgs& a) {
-    const int b = first_ + threadIdx.x;
+  __device__ __forceinline__ void load(const AttendArgs& a, int first, int units_before, int slots_before) {
+    const int b = first + threadIdx.x;
     Request r{0, 0, 0};
     if (b < static_cast<int>(a.p.batch)) r = request_of(a, b);
     const int num_rows = r.seq_q * a.group.value();
-    const bool is_mine = num_rows > 0 && (num_rows > 16) == kTall;
+    const bool is_mine = num_rows > 0 && (num_rows > kShortRows) == kTall;
     int units = 0, slots = 0;
     if (is_mine) {
       const Range chunks = chunks_of(a, r);
       units = (num_rows + kRows - 1) / kRows;
       if (units == 1 && chunks.end - chunks.begin > 1) slots = chunks.end - chunks.begin;
     }
-    const int slot_end = slots_before_ + inclusive_sum(slots, list_.warp_sums[0]);
+    const int slot_end = slots_before + inclusive_sum(slots, list_.warp_sums[0]);
     const bool is_split = slots > 0 && slot_end <= a.partials.num_slots;
-    const int unit_end = units_before_ + inclusive_sum(is_split ? slots : units, list_.warp_sums[1]);
+    const int unit_end = units_before + inclusive_sum(is_split ? slots : units, list_.warp_sums[1]);
     list_.entries[threadIdx.x] = {unit_end, is_split ? slot_end - slots : -1};
-    slots_end_ = slots_before_;
-    for (int sum : list_.warp_sums[0]) slots_end_ += sum;
-    __syncthreads();  // every thread sees the entries
+    if (threadIdx.x == kAttendThreads - 1) {
+      list_.first = first;
+      list_.units_before = units_before;
+      list_.slots_end = slot_end;
+    }
+    __syncthreads();  // every thread sees the list
   }
 
   WorkList& list_;
-  int first_ = 0, units_before_ = 0, slots_before_ = 0, slots_end_ = 0;
 };
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
@@ -216,6 +229,10 @@ struct AttendSmem {
   RowOffsets rows[2 * kChunkTokens];  // [key of two chunks, by groups of 2^row_shift]
   float scales[T::kQuantized ? 2 : 1][T::kQuantized ? 2 * kChunkTokens : 1];  // [keys or values, key of two chunks]
   float of_warps[T::kColumnWarps][T::kRows], of_classes[kClasses][T::kRows];  // maxima in a block, sums of a chunk
+  // What only masks, ragged copies and results ask for.
+  Unit unit;
+  Range any, all;  // keys that any row of the tile sees, and keys that all of them see, but for a tree mask
+  Range plain;     // blocks whose keys all rows see
   WorkList work;
 };
 

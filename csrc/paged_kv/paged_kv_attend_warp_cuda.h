@@ -12,6 +12,17 @@ namespace {
 constexpr float kGrowthLog2 = 8.0f;        // of a maximum, in log2 units, from which on o is rescaled
 constexpr float kNoShift = 3.4028235e38f;  // of a row that has seen no finite score: larger than any growth
 
+// An address that the compiler keeps in a register instead of computing it again in the loop, where there is one for it.
+template <class T>
+__device__ __forceinline__ uint32_t kept(uint32_t x) {
+  return T::kKeepsAddresses ? pinned(x) : x;
+}
+template <class T>
+__device__ __forceinline__ const char* kept(const char* x) {
+  const auto bits = reinterpret_cast<unsigned long long>(x);
+  return T::kKeepsAddresses ? reinterpret_cast<const char*>(__shfl_sync(ptx::kAllLanes, bits, threadIdx.x % kWarp)) : x;
+}
+
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // The scales of the tokens of a chunk, where each has its own.
@@ -31,13 +42,15 @@ __device__ __forceinline__ void locate_scales(AttendSmem<T>& smem, const ScaleVi
   }
 }
 
-// Works out where the rows of a chunk begin; the block table is read here alone. Rows outside `keys`, which no row of the
-// tile sees, and rows of pages that do not exist become zeros.
+// Works out where the rows of a chunk begin; the block table is read here alone. Whether this thread has found a page that
+// does not exist: its rows, and rows that no row of the tile sees, become zeros.
 template <class T>
-__device__ __forceinline__ void locate_rows(AttendSmem<T>& smem, const AttendArgs& a, const Unit& u, Range keys,
-                                            int chunk) {
+__device__ __forceinline__ bool locate_rows(AttendSmem<T>& smem, const AttendArgs& a, int chunk) {
   const PagedCache& cache = a.p.cache;
-  const int32_t* table = a.p.block_table + u.b * a.p.table_stride;
+  const int32_t* table = a.p.block_table + smem.unit.b * a.p.table_stride;
+  const Range keys = smem.any;
+  bool is_missing = false;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kChunkTokens >> a.row_shift; i += kAttendThreads) {
     const int key = chunk * kChunkTokens + (i << a.row_shift);
     RowOffsets at{kNoRow, kNoRow};
@@ -47,6 +60,8 @@ __device__ __forceinline__ void locate_rows(AttendSmem<T>& smem, const AttendArg
         constexpr int kChunk = T::Cache::kChunkElements;
         at.k = static_cast<uint32_t>((page * cache.k.page_stride + slot * cache.k.slot_stride) / kChunk);
         at.v = static_cast<uint32_t>((page * cache.v.page_stride + slot * cache.v.slot_stride) / kChunk);
+      } else {
+        is_missing = true;
       }
     }
     smem.rows[key % (2 * kChunkTokens) >> a.row_shift] = at;
@@ -55,22 +70,24 @@ __device__ __forceinline__ void locate_rows(AttendSmem<T>& smem, const AttendArg
     locate_scales<T>(smem, cache.k_scale, 0, a, table, keys, chunk);
     locate_scales<T>(smem, cache.v_scale, 1, a, table, keys, chunk);
   }
+  return is_missing;
 }
 
 // The part of a block of keys or values that a thread copies.
 template <class T, bool kValues>
 struct PageCopy {
   using Cache = typename T::Cache;
+  static constexpr int kPasses = kBlockKeys / T::kPassRows;
   const char* first;  // the thread's columns of the kv head in page 0, in its row of a group
-  int columns;        // 16-byte chunks that the tensor has from this thread's first column on
+  uint32_t rows;      // where smem.rows has the thread's row of the first pass over the first block
 
-  __device__ __forceinline__ PageCopy(const AttendArgs& a) {
+  __device__ __forceinline__ PageCopy(const AttendSmem<T>& smem, const AttendArgs& a) {
     const int row = threadIdx.x / Cache::kRowThreads, chunk = threadIdx.x % Cache::kRowThreads;
     const PagesView& view = kValues ? a.p.cache.v : a.p.cache.k;
     const int64_t row_of_group = a.row_shift == 0 ? 0 : row % kGroupRows;
-    first = static_cast<const char*>(view.data) + chunk * 16 +
-            Cache::kElementBytes * (blockIdx.x * view.head_stride + row_of_group * view.slot_stride);
-    columns = static_cast<int>(kValues ? a.p.cache.v_head_dim : a.p.cache.head_dim) / Cache::kChunkElements - chunk;
+    first = kept<T>(static_cast<const char*>(view.data) + chunk * 16 +
+                    Cache::kElementBytes * (blockIdx.x * view.head_stride + row_of_group * view.slot_stride));
+    rows = kept<T>(ptx::smem_address(smem.rows + (row >> a.row_shift)) + (kValues ? offsetof(RowOffsets, v) : 0));
   }
   static __device__ __forceinline__ uint32_t thread_offset() {
     return swizzled<Cache>(threadIdx.x / Cache::kRowThreads, threadIdx.x % Cache::kRowThreads);
@@ -79,22 +96,43 @@ struct PageCopy {
     return (kValues ? T::kStages * T::kBlockBytes : 0) + pass * T::kPassRows * Cache::kRowBytes +
            c * Cache::kRowThreads * 16;
   }
-  // `to`: where the thread's part of a block of keys begins.
-  __device__ __forceinline__ void issue(const AttendSmem<T>& smem, const AttendArgs& a, int block, Range keys,
-                                        uint32_t to) const {
-    const int first_key = block * kBlockKeys + threadIdx.x / Cache::kRowThreads;
-    const RowOffsets* rows = smem.rows + (first_key % (2 * kChunkTokens) >> a.row_shift);
-    static_for<kBlockKeys / T::kPassRows>([&]<int pass>() {
-      const RowOffsets at = rows[pass * T::kPassRows >> a.row_shift];
-      const uint32_t offset = kValues ? at.v : at.k;
-      const bool exists = offset != kNoRow && static_cast<uint32_t>(first_key + pass * T::kPassRows - keys.begin) <
-                                                  static_cast<uint32_t>(keys.end - keys.begin);
+  __device__ __forceinline__ uint32_t rows_of(const AttendArgs& a, int block) const {
+    constexpr uint32_t kBytes = sizeof(RowOffsets) * kBlockKeys;
+    return rows + (static_cast<uint32_t>(block) % (2 * kChunkBlocks) * kBytes >> a.row_shift);
+  }
+
+  // A block all of whose rows and columns exist and are wanted; `to`: where the thread's part of a block of keys begins.
+  __device__ __forceinline__ void issue(const AttendArgs& a, int block, uint32_t to) const {
+    const uint32_t of_block = rows_of(a, block);
+    if (a.row_shift != 0) issue_passes<T::kPassRows / kGroupRows>(of_block, to);
+    else issue_passes<T::kPassRows>(of_block, to);
+  }
+  template <int kStep>
+  __device__ __forceinline__ void issue_passes(uint32_t rows, uint32_t to) const {
+    static_for<kPasses>([&]<int pass>() {
+      const uint32_t offset = ptx::ld_shared<pass * kStep* static_cast<int>(sizeof(RowOffsets))>(rows);
       const char* from = first + static_cast<uint64_t>(offset) * 16;
-      static_for<Cache::kColumnPasses>([&]<int c>() {
-        ptx::cp_async_16_or_zero(to + smem_bytes(pass, c), from + c * Cache::kRowThreads * 16,
-                                 exists && c * Cache::kRowThreads < columns);
-      });
+      static_for<Cache::kColumnPasses>(
+          [&]<int c>() { ptx::cp_async_16<smem_bytes(pass, c), c * Cache::kRowThreads * 16>(to, from); });
     });
+  }
+  // Any other block.
+  __device__ __forceinline__ void issue_ragged(const AttendArgs& a, int block, Range keys, uint32_t to) const {
+    const int columns = static_cast<int>(kValues ? a.p.cache.v_head_dim : a.p.cache.head_dim) / Cache::kChunkElements;
+    const int chunk = threadIdx.x % Cache::kRowThreads;
+    const uint32_t step = static_cast<uint32_t>(sizeof(RowOffsets)) * (T::kPassRows >> a.row_shift);
+    uint32_t at = rows_of(a, block);
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass, at += step) {
+      const int key = block * kBlockKeys + threadIdx.x / Cache::kRowThreads + pass * T::kPassRows;
+      const uint32_t offset = ptx::ld_shared(at);
+      const bool exists = offset != kNoRow && keys.begin <= key && key < keys.end;
+      const char* from = first + static_cast<uint64_t>(offset) * 16;
+      for (int c = 0; c < Cache::kColumnPasses; ++c) {
+        ptx::cp_async_16_or_zero(to + smem_bytes(pass, c), from + c * Cache::kRowThreads * 16,
+                                 exists && chunk + c * Cache::kRowThreads < columns);
+      }
+    }
   }
   // Whether any of this thread's chunks of a block holds an element that is not finite: its product with zero is NaN.
   __device__ __forceinline__ bool has_nonfinite(uint32_t to) const {
@@ -118,6 +156,11 @@ struct PageCopy {
 // ---- one warp -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
+// Which of the blocks in shared memory is that of some keys.
+template <class T>
+__device__ __forceinline__ int stage_of(int block) {
+  return static_cast<int>(static_cast<uint32_t>(block) % T::kStages);
+}
 template <class T>
 __device__ __forceinline__ int row_warp() {
   return warp_of_thread() / T::kColumnWarps;
@@ -259,29 +302,35 @@ __device__ __forceinline__ void exponentiate(RowState<T>& w, BlockScores<T>& s, 
 // Weights on their way from the warps that have their keys to those that have the columns of values.
 template <class T>
 using WeightRows = RowTraits<typename T::Weight, kBlockKeys>;
+// The lane's places in the weights of its first keys, and in the first fragment of all of them.
 template <class T>
-__device__ __forceinline__ void store_weights(AttendSmem<T>& smem, const BlockScores<T>& s) {
-  using Rows = WeightRows<T>;
+__device__ __forceinline__ uint32_t lane_of_stored_weights() {
   const int lane = threadIdx.x % kWarp;
+  return row_warp<T>() * 16 * WeightRows<T>::kRowBytes +
+         swizzled<WeightRows<T>>(lane / 4, column_warp<T>() * T::kKeyTiles) + lane % 4 * 4;
+}
+template <class T>
+__device__ __forceinline__ uint32_t lane_of_loaded_weights() {
+  return row_warp<T>() * 16 * WeightRows<T>::kRowBytes + lane_offset<WeightRows<T>>(true);
+}
+template <class T>
+__device__ __forceinline__ void store_weights(const BlockScores<T>& s, uint32_t at) {
+  constexpr int kRowBytes = WeightRows<T>::kRowBytes;
   static_for<T::kKeyTiles / 2>([&]<int pair>() {
     Weights<T> p;
     pack_weights<T>(p, s[2 * pair], s[2 * pair + 1]);
     static_for<T::kWeightTerms>([&]<int term>() {
-      const uint32_t rows = ptx::smem_address(smem.weights[term][row_warp<T>() * 16]) + lane % 4 * 4;
-      static_for<4>([&]<int i>() {  // rows g and g + 8, first of the left tile
-        const int chunk = column_warp<T>() * T::kKeyTiles + 2 * pair + i / 2;
-        *static_cast<uint32_t*>(__cvta_shared_to_generic(rows + swizzled<Rows>(lane / 4 + i % 2 * 8, chunk))) =
-            p[term][i];
+      static_for<4>([&]<int i>() {  // rows g and g + 8 of the left tile, then of the right one
+        ptx::st_shared<term * T::kRows * kRowBytes + i % 2 * 8 * kRowBytes>(at ^ ((2 * pair + i / 2) * 16), p[term][i]);
       });
     });
   });
 }
 template <class T, int step>
-__device__ __forceinline__ void load_weights(Weights<T>& p, const AttendSmem<T>& smem) {
-  using Rows = WeightRows<T>;
+__device__ __forceinline__ void load_weights(Weights<T>& p, uint32_t at) {
   static_for<T::kWeightTerms>([&]<int term>() {
-    const uint32_t at = ptx::smem_address(smem.weights[term][row_warp<T>() * 16]) + lane_offset<Rows>(true);
-    load_fragment<Rows, 0, step>(p[term], Columns<Rows, false>{at});
+    load_fragment<WeightRows<T>, 0, step>(
+        p[term], Columns<WeightRows<T>, false>{at + term * T::kRows * WeightRows<T>::kRowBytes});
   });
 }
 
