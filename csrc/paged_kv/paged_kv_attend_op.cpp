@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor> paged_kv_attend(const Tensor& q, const Tensor& k_cach
                                            const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
                                            const std::optional<Tensor>& alibi_slopes,
                                            const std::optional<Tensor>& sinks, const std::optional<Tensor>& tree_mask,
-                                           bool causal, int64_t window_left, int64_t window_right,
-                                           double softmax_scale, double softcap) {
+                                           bool causal, int64_t window_left, int64_t window_right, double softmax_scale,
+                                           double softcap) {
   PagedAttendParams p{};
   check_rank("q", q, 3);
   check_last_dim_contiguous("q", q);
