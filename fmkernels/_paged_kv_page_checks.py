@@ -84,7 +84,8 @@ def check_swap(cache, pages, host_buffer, name) -> None:
     check.is_tensor(op, "host_buffer", host_buffer)
     if host_buffer.dim() != cache.dim() or host_buffer.shape[1:] != cache.shape[1:]:
         raise ValueError(
-            f"{op}: host_buffer must have pages as those of cache, {list(cache.shape[1:])}, got {list(host_buffer.shape)}."
+            f"{op}: host_buffer must have pages as those of cache, {list(cache.shape[1:])}, "
+            f"got {list(host_buffer.shape)}."
         )
     check.same_dtype(op, "host_buffer", host_buffer, "cache", cache)
     check.last_dim_contiguous(op, "host_buffer", host_buffer)

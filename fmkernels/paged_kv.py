@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache of keys and values in pages: append to it, attend over it, gather from it, move its pages.
 
-A cache is a pair of tensors [num_pages, page_size, kv_heads, dim] with any strides and a contiguous last dimension: NHD
-as it stands, HND as `torch.empty(num_pages, kv_heads, page_size, dim).transpose(1, 2)`. The token t of request b lies in
-row t % page_size of page block_table[b, t // page_size]; the slot of that row is page * page_size + row.
+A cache is a pair of tensors [num_pages, page_size, kv_heads, dim] with any strides and a contiguous last dimension:
+NHD as it stands, HND as `torch.empty(num_pages, kv_heads, page_size, dim).transpose(1, 2)`. The token t of request b
+lies in row t % page_size of page block_table[b, t // page_size]; the slot of that row is page * page_size + row.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def append(
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came. Slots and positions out of range
-            are refused on the CPU, on CUDA under FMKERNELS_CHECK=1; without it nothing is written, or rotated, for them.
+            are refused on the CPU, on CUDA under FMKERNELS_CHECK=1; without it nothing is written, or rotated, there.
 
-    int8 has no NaN: with a scale that is given it stores 0 for one. Where scales are per token, a row that is not finite
-    gets the scale NaN. CPU and CUDA (sm_80 and later); not differentiable. Deterministic.
+    int8 has no NaN: with a scale that is given it stores 0 for one. Where scales are per token, a row that is not
+    finite gets the scale NaN. CPU and CUDA (sm_80 and later); not differentiable. Deterministic.
     """
     checks.check_no_grad("paged_kv.append", k=k, v=v, q=q)
     check.flag("paged_kv.append", "interleaved", interleaved)
@@ -119,9 +119,9 @@ def attend(
         softcap: softcap * tanh(score / softcap), 0 for none.
         alibi_slopes: [heads] or [batch, heads], float32: slope * distance is subtracted.
         sinks: [heads], float32, one more logit in the denominator.
-        tree_mask: [total_q, num_words], int32. Of the last seq_q keys of its request, which are the queries' own, a query
-            sees number t < 32 * num_words only where bit t % 32 of word t // 32 of its row is set, besides what causal
-            and window say. -1 hides nothing.
+        tree_mask: [total_q, num_words], int32. Of the last seq_q keys of its request, which are the queries' own, a
+            query sees number t < 32 * num_words only where bit t % 32 of word t // 32 of its row is set, besides what
+            causal and window say. -1 hides nothing.
         k_scale, v_scale: as in `append`; value = stored * scale.
         return_lse: also return the logarithm of the denominator.
 

@@ -80,7 +80,7 @@ struct PagedAppendParams {
   int64_t num_tokens, heads;
   RowsView k, v, q;  // q.data: null for none
   PagedCache cache;
-  const int64_t* slot_mapping;           // [num_tokens]; page * page_size + row of the page; negative: skipped, q is not
+  const int64_t* slot_mapping;  // [num_tokens]; page * page_size + row of the page; negative: skipped, q is not
   const float *rotary_cos, *rotary_sin;  // [max_position, rotary_dim / 2], contiguous columns; null: no rotation
   int64_t rotary_stride, rotary_dim, max_position;
   const int64_t* positions;  // [num_tokens]; on CUDA rows of positions out of range are not rotated
@@ -133,7 +133,8 @@ struct PagedCopyParams {
   PageBytes from, to;
   const int32_t *from_pages, *to_pages;  // [count]
   int64_t count, size[3], run_bytes;
-  bool in_order;  // compact: from and to are one cache, from_pages ascends, so that no page is written before it was read
+  bool
+      in_order;  // compact: from and to are one cache, from_pages ascends, so that no page is written before it was read
 };
 
 // table[b][i] = indices[indptr[b] + i], -1 past the pages of the request.

@@ -194,16 +194,14 @@ void copy(const PagedCopyParams& p) {
 
 template <>
 void run_paged_kv_append<kIsa>(const PagedAppendParams& p) {
-  dispatch_dtype(p.dtype, [&]<class T>() {
-    dispatch_cache(p.cache.dtype, [&]<class Stored>() { append<T, Stored>(p); });
-  });
+  dispatch_dtype(p.dtype,
+                 [&]<class T>() { dispatch_cache(p.cache.dtype, [&]<class Stored>() { append<T, Stored>(p); }); });
 }
 
 template <>
 void run_paged_kv_gather<kIsa>(const PagedGatherParams& p) {
-  dispatch_cache(p.dtype, [&]<class Stored>() {
-    dispatch_dtype(p.out_dtype, [&]<class T>() { gather<Stored, T>(p); });
-  });
+  dispatch_cache(p.dtype,
+                 [&]<class Stored>() { dispatch_dtype(p.out_dtype, [&]<class T>() { gather<Stored, T>(p); }); });
 }
 
 template <>

@@ -60,7 +60,8 @@ FM_HOST_DEVICE Float8E4M3 quantize<Float8E4M3>(float x) {
   const auto sign = static_cast<uint8_t>((bits >> 24) & 0x80u);
   if (magnitude >= 0x7f800000u) return {static_cast<uint8_t>(sign | 0x7fu)};
   if (magnitude >= 0x43e00000u) return {static_cast<uint8_t>(sign | 0x7eu)};  // 448 and more
-  if (magnitude < 0x3c800000u) {  // below 2^-6: adding 2^14 leaves the subnormal, rounded to nearest even, at the bottom
+  if (magnitude <
+      0x3c800000u) {  // below 2^-6: adding 2^14 leaves the subnormal, rounded to nearest even, at the bottom
     const float shifted = float_from_bits(magnitude) + 0x1p14f;
     return {static_cast<uint8_t>(sign | (float_bits(shifted) - 0x46800000u))};
   }

@@ -20,7 +20,8 @@ RowsView checked_rows(const char* name, const Tensor& t, const Tensor& k, int64_
   return view_rows(t);
 }
 
-void set_rotation(PagedAppendParams& p, const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& k) {
+void set_rotation(PagedAppendParams& p, const Tensor& cos, const Tensor& sin, const Tensor& positions,
+                  const Tensor& k) {
   for (const auto& [name, t] : {std::pair{"rotary_cos", &cos}, {"rotary_sin", &sin}}) {
     check_rank(name, *t, 2);
     check_scalar_type(name, *t, ScalarType::Float, "float32");

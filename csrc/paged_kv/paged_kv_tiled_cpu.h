@@ -277,14 +277,15 @@ void run_paged_tile(const Attend& x, const Sequence& s, int64_t row_begin, int64
     const int64_t owner = ((s.batch * cache.kv_heads + s.kv_head) * num_blocks + block_index) * kBlockK + begin;
     const bool is_packed = packed.owner == owner;
     if (!is_packed) {
-      pack_paged_keys(static_cast<const T*>(cache.k.data) + s.kv_head * cache.k.head_stride, here, begin, shape.head_dim,
-                      keys);
+      pack_paged_keys(static_cast<const T*>(cache.k.data) + s.kv_head * cache.k.head_stride, here, begin,
+                      shape.head_dim, keys);
       const bool finite = pack_paged_values(static_cast<const T*>(cache.v.data) + s.kv_head * cache.v.head_stride, here,
                                             begin, x.a.v_head_dim, values);
       packed = {owner, finite};
     }
     if (cache.k_scale.per_token) find_scales(x, s.batch, s.kv_head, here, begin, cache.k_scale, scratch.scales);
-    if (cache.v_scale.per_token) find_scales(x, s.batch, s.kv_head, here, begin, cache.v_scale, scratch.scales + kBlockK);
+    if (cache.v_scale.per_token)
+      find_scales(x, s.batch, s.kv_head, here, begin, cache.v_scale, scratch.scales + kBlockK);
     // The next block comes from memory while this one is multiplied, an equal share with every group of rows.
     const int num_groups = static_cast<int>(padded_rows / kGroupRows);
     for (int group = 0; group < num_groups; ++group) {

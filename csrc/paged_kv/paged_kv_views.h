@@ -45,7 +45,8 @@ inline void check_cache(const char* name, const Tensor& t, const Tensor& other) 
 }
 
 // The scale of a cache [num_pages, page_size, kv_heads, dim].
-inline ScaleView view_scale(const char* name, const std::optional<Tensor>& scale, const Tensor& cache, CacheDType dtype) {
+inline ScaleView view_scale(const char* name, const std::optional<Tensor>& scale, const Tensor& cache,
+                            CacheDType dtype) {
   FM_CHECK(dtype != CacheDType::kInt8 || scale.has_value(), name, " must be given for an int8 cache");
   FM_CHECK(is_quantized(dtype) || !scale.has_value(), name, " must be None for a cache of floats");
   if (!scale.has_value()) return {};

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def append(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [tokens, heads, head_dim] with each pair of columns turned by the angle of cos, sin [tokens, rotary_dim / 2]."""
+    """x [tokens, heads, head_dim], each pair of columns turned by an angle: cos, sin [tokens, rotary_dim / 2]."""
     half = cos.shape[-1]
     x, cos, sin = x.to(torch.promote_types(x.dtype, cos.dtype)), cos[:, None], sin[:, None]
     rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
@@ -183,7 +184,7 @@ def gather(
     """`fmkernels.paged_kv.gather`."""
     ends = cu_seqlens.tolist()
     compute = torch.float64 if cache.dtype == torch.float64 else torch.float32
-    parts = [tokens_of(cache, block_table[b], e - s, scale, compute) for b, (s, e) in enumerate(zip(ends, ends[1:]))]
+    parts = [tokens_of(cache, block_table[b], e - s, scale, compute) for b, (s, e) in enumerate(pairwise(ends))]
     tokens = torch.cat(parts) if parts else cache.new_zeros(0, *cache.shape[2:], dtype=compute)
     default = torch.float32 if cache.dtype in QUANTIZED else cache.dtype
     return tokens[:num_tokens].to(default if dtype is None else dtype)
@@ -212,6 +213,6 @@ def compact(cache: Tensor, keep: Tensor) -> None:
 def page_table_from_csr(indptr: Tensor, indices: Tensor, *, max_pages: int) -> Tensor:
     """`fmkernels.paged_kv.page_table_from_csr`."""
     table = indices.new_full((len(indptr) - 1, max_pages), -1)
-    for b, (begin, end) in enumerate(zip(indptr.tolist(), indptr.tolist()[1:])):
+    for b, (begin, end) in enumerate(pairwise(indptr.tolist())):
         table[b, : end - begin] = indices[begin:end]
     return table
