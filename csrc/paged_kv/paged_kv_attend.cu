@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // paged_kv_attend.cu: attention of a ragged batch over a paged cache; float16 and bfloat16, sm_80 and later.
-//                     paged_kv_attend_quantized.cu has the kernels for int8 and float8 caches.
+//                     paged_kv_attend_int8.cu and _float8.cu have the kernels for quantised caches.
 //
 // Contract   see paged_kv.h; rows of q, o and the caches begin on 16-byte boundaries.
 // Rows       (query, head of its group) pairs of a kv head, query major: a group shares every key and value loaded, and
@@ -26,7 +26,7 @@ namespace {
 
 // Merges the chunks of split requests, a block for each (kv head, request) and a warp for a row.
 template <class Element, int kRows, bool kTall>
-__global__ void __launch_bounds__(kAttendThreads) paged_kv_merge_chunks_kernel(const __grid_constant__ AttendArgs a) {
+__global__ void __launch_bounds__(kListed) paged_kv_merge_chunks_kernel(const __grid_constant__ AttendArgs a) {
   __shared__ WorkList list;
   const PagedAttendParams& p = a.p;
   const int b = blockIdx.y, lane = threadIdx.x % kWarp;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kAttendThreads) paged_kv_merge_chunks_kernel(c
   const ScaleView& scale = p.cache.v_scale;
   const float value_scale =
       scale.data != nullptr && !scale.per_token ? scale.data[blockIdx.x * scale.head_stride] : 1.0f;
-  for (int row = threadIdx.x / kWarp; row < r.seq_q * a.group.value(); row += kAttendWarps) {
+  for (int row = threadIdx.x / kWarp; row < r.seq_q * a.group.value(); row += kListWarps) {
     const int64_t first = (first_slot * static_cast<int64_t>(gridDim.x) + blockIdx.x) * a.partials.rows + row;
     const float2* stats = reinterpret_cast<const float2*>(a.partials.stats) + first;
     const float* of_chunk = a.partials.o + first * v_head_dim + lane * 2;
@@ -78,7 +78,7 @@ void launch_merge(const PagedAttendCall& call, cudaStream_t stream) {
   if (shape_of(call.p, kTall).num_slots == 0) return;
   FM_CHECK(call.p.batch <= 65535, "paged_kv_attend: batch must be at most 65535 on CUDA, got ", call.p.batch);
   launch("paged_kv_merge_chunks", paged_kv_merge_chunks_kernel<Element, kRows, kTall>,
-         dim3(call.p.cache.kv_heads, call.p.batch), kAttendThreads, 0, stream, args_of(call, kTall));
+         dim3(call.p.cache.kv_heads, call.p.batch), kListed, 0, stream, args_of(call, kTall));
 }
 
 }  // namespace
@@ -89,7 +89,8 @@ int64_t paged_kv_attend_workspace_floats(const PagedAttendParams& p) {
 
 void launch_paged_kv_attend(const PagedAttendCall& call, cudaStream_t stream) {
   dispatch_half(call.p.dtype, [&]<class Element>() {
-    if (is_quantized(call.p.cache.dtype)) launch_paged_kv_attend_quantized(call, stream);
+    if (call.p.cache.dtype == CacheDType::kInt8) launch_paged_kv_attend_int8(call, stream);
+    else if (call.p.cache.dtype == CacheDType::kFloat8E4M3) launch_paged_kv_attend_float8(call, stream);
     else launch_stored<Element, Element>(call, stream);
     launch_merge<Element, kShortRows, false>(call, stream);
     if (bucket_of_dims(call.p) == 256) launch_merge<Element, 32, true>(call, stream);

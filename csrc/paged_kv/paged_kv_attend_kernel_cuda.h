@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of paged_kv_attend.cu and paged_kv_attend_quantized.cu, and how it is launched. paged_kv_attend.cu tells how it
-// works.
+// The kernel of paged_kv_attend.cu, paged_kv_attend_int8.cu and paged_kv_attend_float8.cu, and how it is launched.
+// paged_kv_attend.cu tells how it works.
 #pragma once
 
 #include "../common/dispatch.h"
@@ -16,7 +16,7 @@ template <class T>
 __device__ __forceinline__ void copy_queries(AttendSmem<T>& smem, const AttendArgs& a, const Unit& u) {
   using Element = typename T::Element;
   const int chunk = threadIdx.x % T::kRowThreads;
-  for (int r = threadIdx.x / T::kRowThreads; r < T::kRows; r += kAttendThreads / T::kRowThreads) {
+  for (int r = threadIdx.x / T::kRowThreads; r < T::kRows; r += T::kThreads / T::kRowThreads) {
     const int row = min(u.row_begin + r, u.num_rows - 1);
     const Element* q = static_cast<const Element*>(a.p.q.data) +
                        (u.request.q_start + query_of(a, row)) * a.p.q.token_stride +
@@ -69,12 +69,12 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
 
   const PageCopy<T, false> keys(smem, a);
   const PageCopy<T, true> values(smem, a);
-  const uint32_t copy_to = kept<T>(ptx::smem_address(smem.kv) + PageCopy<T, false>::thread_offset());
+  const uint32_t copy_to = pinned(ptx::smem_address(smem.kv) + PageCopy<T, false>::thread_offset());
   const uint32_t q_at = ptx::smem_address(smem.q[row_warp<T>() * 16]) + lane_of_queries<T>();
-  const uint32_t k_at = kept<T>(ptx::smem_address(smem.kv) + lane_of_keys<T>());
-  const uint32_t v_at = kept<T>(ptx::smem_address(smem.kv) + lane_of_values<T>());
-  const uint32_t stored_at = kept<T>(ptx::smem_address(smem.weights) + lane_of_stored_weights<T>());
-  const uint32_t loaded_at = kept<T>(ptx::smem_address(smem.weights) + lane_of_loaded_weights<T>());
+  const uint32_t k_at = pinned(ptx::smem_address(smem.kv) + lane_of_keys<T>());
+  const uint32_t v_at = pinned(ptx::smem_address(smem.kv) + lane_of_values<T>());
+  const uint32_t stored_at = pinned(ptx::smem_address(smem.weights) + lane_of_stored_weights<T>());
+  const uint32_t loaded_at = pinned(ptx::smem_address(smem.weights) + lane_of_loaded_weights<T>());
   const auto stage_bytes = [](int block) { return stage_of<T>(block) * T::kBlockBytes; };
   // Blocks that are copied without a look at each row and column: none where a page is missing, or columns are.
   int num_easy = p.cache.head_dim == T::kDim && p.cache.v_head_dim == T::kDim ? max(num_whole, 0) : 0;
@@ -173,7 +173,6 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
       if constexpr (T::kColumnWarps > 1) load_weights<T, step>(weights, loaded_at);
       else pack_weights<T>(weights, s[2 * step], s[2 * step + 1]);
       add_values<T, step>(w.o, weights, v_at + stage_bytes(block));
-      if constexpr (!T::kKeepsAddresses) __syncwarp();  // no load of the next step comes earlier: it would be spilled
     });
 
     if (block_of_chunk == kChunkBlocks - 1 || block == end_block - 1) {
@@ -196,7 +195,7 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAttendThreads, T::kBlocksPerSm)
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     paged_kv_attend_kernel(const __grid_constant__ AttendArgs a) {
   auto& smem = dynamic_smem<AttendSmem<T>>();
   Work<T::kRows, T::kTall> work(a, smem.work);
@@ -301,7 +300,7 @@ void launch_tiles(const PagedAttendCall& call, cudaStream_t stream) {
   // Many blocks for each place on the GPU, so that it balances them; beyond that they take several units each.
   const int64_t kv_heads = call.p.cache.kv_heads, enough = (int64_t{16} * num_sms + kv_heads - 1) / kv_heads;
   const int64_t blocks = std::min({shape.max_units, enough, int64_t{65535}});
-  launch("paged_kv_attend", paged_kv_attend_kernel<T>, dim3(kv_heads, blocks), kAttendThreads, sizeof(AttendSmem<T>),
+  launch("paged_kv_attend", paged_kv_attend_kernel<T>, dim3(kv_heads, blocks), T::kThreads, sizeof(AttendSmem<T>),
          stream, args_of(call, T::kTall));
 }
 
@@ -315,7 +314,7 @@ void launch_stored(const PagedAttendCall& call, cudaStream_t stream) {
 
 }  // namespace
 
-// Of paged_kv_attend_quantized.cu, a file of its own: a compiler takes its time over it.
-void launch_paged_kv_attend_quantized(const PagedAttendCall& call, cudaStream_t stream);
+void launch_paged_kv_attend_int8(const PagedAttendCall& call, cudaStream_t stream);
+void launch_paged_kv_attend_float8(const PagedAttendCall& call, cudaStream_t stream);
 
 }  // namespace fmkernels

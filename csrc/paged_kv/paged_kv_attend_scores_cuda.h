@@ -201,7 +201,7 @@ __device__ __forceinline__ void store_results(const float (&o)[T::kColumnTiles][
   }
   __syncthreads();  // every thread sees the results
   const int chunk = threadIdx.x % T::kRowThreads;
-  for (int r = threadIdx.x / T::kRowThreads; r < T::kRows; r += kAttendThreads / T::kRowThreads) {
+  for (int r = threadIdx.x / T::kRowThreads; r < T::kRows; r += T::kThreads / T::kRowThreads) {
     const int row = u.row_begin + r;
     if (row >= u.num_rows) break;
     Element* to = static_cast<Element*>(p.o.data) + (u.request.q_start + query_of(a, row)) * p.o.token_stride +

@@ -9,8 +9,8 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kAttendThreads = 128, kAttendWarps = kAttendThreads / kWarp;
-constexpr int kBlockKeys = 64;  // keys that are multiplied at a time
+constexpr int kListed = 128, kListWarps = kListed / kWarp;  // requests that a work list holds, a thread for each
+constexpr int kBlockKeys = 64;                              // keys that are multiplied at a time
 constexpr int kChunkBlocks = kChunkTokens / kBlockKeys;
 constexpr int kGroupRows = 16;  // rows of a page that one entry of Smem::rows may stand for
 constexpr int kClassKeys = 16, kClasses = kBlockKeys / kClassKeys;  // keys of a block whose weights are summed together
@@ -19,7 +19,7 @@ constexpr uint32_t kNoRow = 0xffffffffu;
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
-// A tile of rows, which are (query, head of its group) pairs, and the four warps over it. Short tiles, of 16 rows, are
+// A tile of rows, which are (query, head of its group) pairs, and the warps over it. Short tiles, of 16 rows, are
 // for requests with no more (decode); tall ones for the others. Warps share rows: then each has some keys of a block in
 // q k^T, and some columns of the values in p v. What is computed for a row is the same in every tile.
 template <class Element_, class Stored_, int kDim_, bool kTall_>
@@ -28,7 +28,8 @@ struct AttendTraits : RowTraits<Element_, kDim_> {
   using Cache = RowTraits<Stored, kDim_>;
   static constexpr bool kTall = kTall_, kQuantized = kIsQuantized<Stored>;
   static constexpr int kDim = kDim_;
-  static constexpr int kColumnWarps = !kTall ? 4 : kDim == 256 ? 2 : 1, kRowWarps = kAttendWarps / kColumnWarps;
+  static constexpr int kWarps = kTall && kDim == 256 ? 8 : 4, kThreads = kWarps * kWarp;
+  static constexpr int kColumnWarps = kTall && kDim < 256 ? 1 : 4, kRowWarps = kWarps / kColumnWarps;
   static constexpr int kRows = kShortRows * kRowWarps, kRowTiles = 1;
   static constexpr int kWarpKeys = kBlockKeys / kColumnWarps, kKeyTiles = kWarpKeys / 8;
   static constexpr int kWarpClasses = kClasses / kColumnWarps;
@@ -37,13 +38,11 @@ struct AttendTraits : RowTraits<Element_, kDim_> {
   using Weight = std::conditional_t<kQuantized, BFloat16, Element_>;
   static constexpr int kWeightTerms = std::is_same_v<Weight, Element_> ? 1 : 2;
   static constexpr bool kKeepsQ = !kTall;  // fragments of q stay in registers
-  // Whether addresses stay in registers. Of the widest rows accumulators leave no room for them.
-  static constexpr bool kKeepsAddresses = !(kTall && kDim == 256);
   // Blocks of keys, and of values, in shared memory. 99 KiB hold all of it (sm_86, 89, 120).
   static constexpr int kStages = Cache::kRowBytes * (kTall ? 2 : 1) <= 256 ? 2 : 1;
   static constexpr int kBlockBytes = kBlockKeys * Cache::kRowBytes;
-  static constexpr int kPassRows = kAttendThreads / Cache::kRowThreads;  // rows that all threads copy at a time
-  static constexpr int kBlocksPerSm = kTall ? 2 : kDim == 64 ? 4 : kDim == 128 ? 2 : 1;
+  static constexpr int kPassRows = kThreads / Cache::kRowThreads;  // rows that all threads copy at a time
+  static constexpr int kBlocksPerSm = kDim == 256 ? 1 : kTall || kDim == 128 ? 2 : 4;
 
   static_assert(kPassRows % kGroupRows == 0 && kBlockKeys % kPassRows == 0, "a thread keeps to its row of a group");
   static_assert(kChunkTokens % kBlockKeys == 0, "whole blocks in a chunk");
@@ -116,13 +115,13 @@ struct WorkList {
   struct Entry {
     int unit_end, slot_begin;  // slot -1: not split
   };
-  Entry entries[kAttendThreads];  // of as many requests from `first` on
-  int warp_sums[2][kAttendWarps];
+  Entry entries[kListed];  // of as many requests from `first` on
+  int warp_sums[2][kListWarps];
   int first, units_before, slots_end;  // slots: after the entries
 };
 
-// Sums of x over the threads up to this one. All threads together.
-__device__ __forceinline__ int inclusive_sum(int x, int (&warp_sums)[kAttendWarps]) {
+// Sums of x over the threads up to this one, of the first kListed. All threads together.
+__device__ __forceinline__ int inclusive_sum(int x, int (&warp_sums)[kListWarps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   if (__any_sync(ptx::kAllLanes, x != 0)) {
 #pragma unroll
@@ -131,10 +130,10 @@ __device__ __forceinline__ int inclusive_sum(int x, int (&warp_sums)[kAttendWarp
       if (lane >= distance) x += below;
     }
   }
-  if (lane == kWarp - 1) warp_sums[warp] = x;
+  if (lane == kWarp - 1 && warp < kListWarps) warp_sums[warp] = x;
   __syncthreads();  // every thread sees the sums of the warps
 #pragma unroll
-  for (int w = 0; w < kAttendWarps - 1; ++w) x += w < warp ? warp_sums[w] : 0;
+  for (int w = 0; w < kListWarps - 1; ++w) x += w < warp ? warp_sums[w] : 0;
   return x;
 }
 
@@ -153,12 +152,12 @@ class Work {
 
   // Whether there is such a unit.
   __device__ __forceinline__ bool find(const AttendArgs& a, int number, Unit& unit) {
-    while (number >= list_.entries[kAttendThreads - 1].unit_end) {
+    while (number >= list_.entries[kListed - 1].unit_end) {
       if (!next(a)) return false;
     }
     int before = 0;  // entries whose units all come before
 #pragma unroll
-    for (int i = 0; i < kAttendWarps; ++i) {
+    for (int i = 0; i < kListWarps; ++i) {
       const bool is_before = list_.entries[i * kWarp + threadIdx.x % kWarp].unit_end <= number;
       before += __popc(__ballot_sync(ptx::kAllLanes, is_before));
     }
@@ -173,15 +172,15 @@ class Work {
   }
   // The entry of a request.
   __device__ __forceinline__ const WorkList::Entry& entry_of(const AttendArgs& a, int b) {
-    while (b >= list_.first + kAttendThreads) next(a);
+    while (b >= list_.first + kListed) next(a);
     return list_.entries[b - list_.first];
   }
 
  private:
   __device__ __forceinline__ bool next(const AttendArgs& a) {
-    const int first = list_.first + kAttendThreads;
+    const int first = list_.first + kListed;
     if (first >= static_cast<int>(a.p.batch)) return false;
-    const int units = list_.entries[kAttendThreads - 1].unit_end, slots = list_.slots_end;
+    const int units = list_.entries[kListed - 1].unit_end, slots = list_.slots_end;
     __syncthreads();  // every thread has read the list
     load(a, first, units, slots);
     return true;
@@ -189,7 +188,7 @@ class Work {
   __device__ __forceinline__ void load(const AttendArgs& a, int first, int units_before, int slots_before) {
     const int b = first + threadIdx.x;
     Request r{0, 0, 0};
-    if (b < static_cast<int>(a.p.batch)) r = request_of(a, b);
+    if (threadIdx.x < kListed && b < static_cast<int>(a.p.batch)) r = request_of(a, b);
     const int num_rows = r.seq_q * a.group.value();
     const bool is_mine = num_rows > 0 && (num_rows > kShortRows) == kTall;
     int units = 0, slots = 0;
@@ -201,8 +200,8 @@ class Work {
     const int slot_end = slots_before + inclusive_sum(slots, list_.warp_sums[0]);
     const bool is_split = slots > 0 && slot_end <= a.partials.num_slots;
     const int unit_end = units_before + inclusive_sum(is_split ? slots : units, list_.warp_sums[1]);
-    list_.entries[threadIdx.x] = {unit_end, is_split ? slot_end - slots : -1};
-    if (threadIdx.x == kAttendThreads - 1) {
+    if (threadIdx.x < kListed) list_.entries[threadIdx.x] = {unit_end, is_split ? slot_end - slots : -1};
+    if (threadIdx.x == kListed - 1) {
       list_.first = first;
       list_.units_before = units_before;
       list_.slots_end = slot_end;

@@ -12,15 +12,9 @@ namespace {
 constexpr float kGrowthLog2 = 8.0f;        // of a maximum, in log2 units, from which on o is rescaled
 constexpr float kNoShift = 3.4028235e38f;  // of a row that has seen no finite score: larger than any growth
 
-// An address that the compiler keeps in a register instead of computing it again in the loop, where there is one for it.
-template <class T>
-__device__ __forceinline__ uint32_t kept(uint32_t x) {
-  return T::kKeepsAddresses ? pinned(x) : x;
-}
-template <class T>
-__device__ __forceinline__ const char* kept(const char* x) {
+__device__ __forceinline__ const char* pinned(const char* x) {
   const auto bits = reinterpret_cast<unsigned long long>(x);
-  return T::kKeepsAddresses ? reinterpret_cast<const char*>(__shfl_sync(ptx::kAllLanes, bits, threadIdx.x % kWarp)) : x;
+  return reinterpret_cast<const char*>(__shfl_sync(ptx::kAllLanes, bits, threadIdx.x % kWarp));
 }
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
@@ -30,7 +24,7 @@ template <class T>
 __device__ __forceinline__ void locate_scales(AttendSmem<T>& smem, const ScaleView& view, int which,
                                               const AttendArgs& a, const int32_t* table, Range keys, int chunk) {
   if (!view.per_token) return;
-  for (int i = threadIdx.x; i < kChunkTokens; i += kAttendThreads) {
+  for (int i = threadIdx.x; i < kChunkTokens; i += T::kThreads) {
     const int key = chunk * kChunkTokens + i;
     float scale = 0.0f;
     if (keys.begin <= key && key < keys.end) {
@@ -51,7 +45,7 @@ __device__ __forceinline__ bool locate_rows(AttendSmem<T>& smem, const AttendArg
   const Range keys = smem.any;
   bool is_missing = false;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kChunkTokens >> a.row_shift; i += kAttendThreads) {
+  for (int i = threadIdx.x; i < kChunkTokens >> a.row_shift; i += T::kThreads) {
     const int key = chunk * kChunkTokens + (i << a.row_shift);
     RowOffsets at{kNoRow, kNoRow};
     if (key < keys.end && key + (1 << a.row_shift) > keys.begin) {
@@ -85,9 +79,9 @@ struct PageCopy {
     const int row = threadIdx.x / Cache::kRowThreads, chunk = threadIdx.x % Cache::kRowThreads;
     const PagesView& view = kValues ? a.p.cache.v : a.p.cache.k;
     const int64_t row_of_group = a.row_shift == 0 ? 0 : row % kGroupRows;
-    first = kept<T>(static_cast<const char*>(view.data) + chunk * 16 +
-                    Cache::kElementBytes * (blockIdx.x * view.head_stride + row_of_group * view.slot_stride));
-    rows = kept<T>(ptx::smem_address(smem.rows + (row >> a.row_shift)) + (kValues ? offsetof(RowOffsets, v) : 0));
+    first = pinned(static_cast<const char*>(view.data) + chunk * 16 +
+                   Cache::kElementBytes * (blockIdx.x * view.head_stride + row_of_group * view.slot_stride));
+    rows = pinned(ptx::smem_address(smem.rows + (row >> a.row_shift)) + (kValues ? offsetof(RowOffsets, v) : 0));
   }
   static __device__ __forceinline__ uint32_t thread_offset() {
     return swizzled<Cache>(threadIdx.x / Cache::kRowThreads, threadIdx.x % Cache::kRowThreads);
