@@ -281,26 +281,31 @@ def test_what_no_copy_of_sixteen_bytes_takes_is_a_sentence():
 # ---- every barrier and every wait is needed, and seen to be missing --------------------------------------------------
 
 
-def run_everything(seqlens, **fields):
-    """Split and whole units, several chunks, masked and plain blocks, and values that are not finite."""
+def run_everything(seqlens, many, **fields):
+    """Split and whole units, chunks, masked and plain blocks, values that are not finite; then more requests than a work
+    list holds and more units than blocks, of which some see no key."""
     faulty = case("faulty", seqlens, kv_heads=1, **fields)
     args, kwargs = faulty.inputs()
     attend(args, kwargs)
-    args[2][int(args[3][0, 0]), 1] = math.inf
     last = seqlens[0][1] - 2
-    args[2][int(args[3][0, last // 16]), last % 16] = math.inf
+    for place in ((int(args[3][0, 0]), 1), (int(args[3][0, last // 16]), last % 16)):
+        args[2][place] = math.inf
     attend(args, kwargs)
+    attend(*case("many", many, heads=16, kv_heads=16, page_size=1).inputs())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("instance", "seqlens", "heads"),
-    [("BFloat16ES2_Li64ELb0E", ((3, 1100),), 2), ("BFloat16ES2_Li64ELb1E", ((67, 1100),), 1)],
+    ("instance", "seqlens", "many", "heads"),
+    [
+        ("BFloat16ES3_Li64ELb0E", ((3, 1100),), ((1, 3),) * 129, 2),
+        ("BFloat16ES3_Li64ELb1E", ((67, 1100),), ((17, 3),) * 129, 1),
+    ],
     ids=["short", "tall"],
 )
-def test_every_barrier_and_wait_that_is_taken_out_is_reported(instance, seqlens, heads):
+def test_every_barrier_and_wait_that_is_taken_out_is_reported(instance, seqlens, many, heads):
     total, unseen = missing_synchronisations(
-        "paged_kv_attend_kernel", instance, lambda: run_everything(seqlens, heads=heads)
+        "paged_kv_attend_kernel", instance, lambda: run_everything(seqlens, many, heads=heads)
     )
     assert total >= 12
     assert unseen == []

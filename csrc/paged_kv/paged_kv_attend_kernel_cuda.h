@@ -205,8 +205,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 #pragma unroll 1
   do {
     attend_unit<T>(smem, a, unit);
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // every warp is done with the unit
+    __syncthreads();  // every warp is done with the unit, all of whose copies have landed
     number += gridDim.y;
   } while (work.find(a, number, unit));
 }
