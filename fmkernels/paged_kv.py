@@ -74,7 +74,8 @@ def append(
     int8 has no NaN: with a scale that is given it stores 0 for one. Where scales are per token, a row that is not
     finite gets the scale NaN. CPU and CUDA (sm_80 and later); not differentiable. Deterministic.
     """
-    checks.check_no_grad("paged_kv.append", k=k, v=v, q=q)
+    if torch.is_grad_enabled():
+        checks.check_no_grad("paged_kv.append", k=k, v=v, q=q)
     check.flag("paged_kv.append", "interleaved", interleaved)
     args = (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, q, rotary_cos, rotary_sin, positions, interleaved)
     checks.before(checks.check_append, args)
@@ -139,8 +140,11 @@ def attend(
     Kwon et al. 2023, PagedAttention.
     """
     op = "paged_kv.attend"
-    checks.check_no_grad(op, q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks)
-    check_scalars(op, causal, window, softmax_scale, softcap, 0.0, return_lse)
+    if torch.is_grad_enabled():
+        checks.check_no_grad(op, q=q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes, sinks=sinks)
+    check.flag(op, "return_lse", return_lse)
+    if not (causal is True and window == (-1, -1) and softmax_scale is None and softcap == 0.0):  # 2 us of a small call
+        check_scalars(op, causal, window, softmax_scale, softcap, 0.0, return_lse)
     scale = checks.default_scale(q) if softmax_scale is None else softmax_scale
     tensors = (q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, k_scale, v_scale)
     args = (*tensors, alibi_slopes, sinks, tree_mask, causal, *window, scale, softcap)

@@ -35,6 +35,7 @@ struct RequestPlan {
 // enough that every worker finds two tasks. The choice changes no bits.
 int64_t heads_per_task(const PagedCache& cache, int64_t num_chunks, int64_t workers) {
   if (cache.k.head_stride >= cache.k.slot_stride || cache.v.head_stride >= cache.v.slot_stride) return 1;
+  if (workers == 1) return cache.kv_heads;
   return ceil_div(cache.kv_heads, min(cache.kv_heads, ceil_div(2 * workers, max(1, num_chunks))));
 }
 
@@ -73,23 +74,22 @@ void run_attend(const Attend& x) {
 
   const int64_t num_partials = total_chunks * kv_heads, direct_heads = heads_per_task(cache, total_chunks, workers);
   const int64_t acc_floats = num_partials * kDirectRows * v_head_dim, state_floats = num_partials * kStateRows;
-  const int64_t direct_floats = total_chunks == 0 ? 0 : direct_heads * kDirectRows * head_dim;  // q of a worker
-  const int64_t scratch_bytes = PagedTileScratch::num_bytes(shape);
+  const int64_t direct_bytes = total_chunks == 0 ? 0 : DirectScratch::num_bytes(direct_heads, head_dim);
+  const int64_t scratch_bytes = direct_bytes + PagedTileScratch::num_bytes(shape);
   const Workspace workspace(Arena::array_bytes<RequestPlan>(batch) + Arena::array_bytes<float>(acc_floats) +
                             2 * Arena::array_bytes<float>(state_floats) + Arena::array_bytes<Partial>(num_partials) +
-                            Arena::array_bytes<float>(workers * direct_floats) + workers * scratch_bytes);
+                            workers * scratch_bytes);
   Arena arena(workspace.data());
   RequestPlan* plan = arena.take<RequestPlan>(batch);
   float* partial_acc = arena.take<float>(acc_floats);
   const RowStates partial_state{arena.take<float>(state_floats), arena.take<float>(state_floats)};
   Partial* partials = arena.take<Partial>(num_partials);  // [request][chunk][kv head]
-  float* direct_q = arena.take<float>(workers * direct_floats);
   char* scratch = arena.take<char>(workers * scratch_bytes);
   for (int64_t i = 0; i < num_partials; ++i) {
     partials[i] = {partial_acc + i * kDirectRows * v_head_dim, partial_state.from(i * kStateRows)};
   }
   for (int worker = 0; worker < workers; ++worker) {
-    const PagedTileScratch buffers(Arena(scratch + worker * scratch_bytes), shape);
+    const PagedTileScratch buffers(Arena(scratch + worker * scratch_bytes + direct_bytes), shape);
     for (int64_t slot = 0; slot < shape.num_slots; ++slot) buffers.blocks[slot] = {-1, false};
   }
 
@@ -135,14 +135,21 @@ void run_attend(const Attend& x) {
       const int64_t last = min(first + direct_heads, kv_heads);
       const Sequence s = x.request(b, first);
       const int64_t key = (unit.first_chunk + chunk) * kChunkTokens, end = min(key + kChunkTokens, s.seq_k);
-      run_direct<T>(x, s, last - first, key, end, workers == 1 ? s.seq_k : end, direct_q + worker * direct_floats,
+      Following following{-1, 0, 0};
+      if (workers == 1 && chunk + 1 < unit.units) {
+        following = {b, end, s.seq_k};
+      } else if (workers == 1 && direct_heads == kv_heads && b + 1 < batch && plan[b + 1].direct) {
+        following = {b + 1, plan[b + 1].first_chunk * kChunkTokens, x.request(b + 1, 0).seq_k};
+      }
+      run_direct<T>(x, s, last - first, key, end, following,
+                    DirectScratch(Arena(scratch + worker * scratch_bytes), direct_heads, head_dim),
                     &partial_of(unit, first, chunk));
       for (int64_t head = first; unit.units == 1 && head < last; ++head) finish_direct(x.request(b, head), unit);
     } else {
       const Sequence s = x.request(b, local / unit.units);
       const int64_t tile = unit.units - 1 - local % unit.units;  // causal: the longest first
       run_paged_tile<T>(x, s, tile * tile_rows, min((tile + 1) * tile_rows, s.num_rows),
-                        PagedTileScratch(Arena(scratch + worker * scratch_bytes), shape), shape);
+                        PagedTileScratch(Arena(scratch + worker * scratch_bytes + direct_bytes), shape), shape);
     }
   });
   if (!has_chunks) return;

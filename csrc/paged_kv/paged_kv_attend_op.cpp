@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor> paged_kv_attend(const Tensor& q, const Tensor& k_cach
 #ifndef FM_CUDA
   check_attend_values(p, table);
 #endif
-  Tensor o = torch::stable::new_empty(q, {p.total_q, p.heads, p.cache.v_head_dim});
-  Tensor lse = torch::stable::new_empty(q, {p.heads, p.total_q}, ScalarType::Float);
+  Tensor o = new_contiguous(q, {p.total_q, p.heads, p.cache.v_head_dim}, q.scalar_type());
+  Tensor lse = new_contiguous(q, {p.heads, p.total_q}, ScalarType::Float);
   p.o = view_rows(o);
   p.lse = static_cast<float*>(data_of(lse));
   p.lse_head_stride = p.total_q;

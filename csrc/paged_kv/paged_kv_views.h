@@ -27,6 +27,24 @@ inline void check_cache_dtype([[maybe_unused]] const char* name, [[maybe_unused]
 #endif
 }
 
+// A contiguous tensor on the device of `like`, not written yet. By torch's C function and not through the dispatcher, as
+// torch::stable::new_empty goes, by name: 1 us less of the 8 of a small call.
+template <size_t kRank>
+Tensor new_contiguous(const Tensor& like, const int64_t (&sizes)[kRank], ScalarType dtype) {
+  int64_t strides[kRank];
+  for (size_t dim = kRank, stride = 1; dim-- > 0; stride *= static_cast<size_t>(sizes[dim])) {
+    strides[dim] = static_cast<int64_t>(stride);
+  }
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(kRank, sizes, strides, code, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 inline RowsView view_rows(const Tensor& t) { return {data_of(t), stride_of(t, 0), stride_of(t, 1)}; }
 inline PagesView view_pages(const Tensor& t) { return {data_of(t), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)}; }
 
