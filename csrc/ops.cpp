@@ -91,4 +91,22 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def("glu_forward(Tensor gate, Tensor? up, int activation) -> Tensor");
   m.def("glu_forward_out(Tensor gate, Tensor? up, int activation, Tensor(a!) out) -> ()");
   m.def("glu_backward(Tensor grad, Tensor gate, Tensor? up, int activation) -> (Tensor grad_gate, Tensor grad_up)");
+  // paged_kv: caches [num_pages, page_size, kv_heads, dim]; scales one number, [kv_heads] or [num_pages, page_size, kv_heads]
+  m.def(
+      "paged_kv_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor(e!)? q, Tensor? rotary_cos, Tensor? rotary_sin, "
+      "Tensor? positions, bool interleaved) -> ()");
+  m.def(
+      "paged_kv_attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cache_seqlens, "
+      "Tensor? cu_seqlens_q, Tensor? k_scale, Tensor? v_scale, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? tree_mask, bool causal, int window_left, int window_right, float softmax_scale, float softcap) -> "
+      "(Tensor o, Tensor lse)");
+  m.def(
+      "paged_kv_gather(Tensor cache, Tensor block_table, Tensor cu_seqlens, int num_tokens, Tensor? scale, "
+      "ScalarType dtype) -> Tensor");
+  m.def("paged_kv_copy_pages(Tensor(a!) cache, Tensor src, Tensor dst) -> ()");
+  m.def("paged_kv_swap_out(Tensor cache, Tensor pages, Tensor(a!) host_buffer) -> ()");
+  m.def("paged_kv_swap_in(Tensor(a!) cache, Tensor pages, Tensor host_buffer) -> ()");
+  m.def("paged_kv_compact(Tensor(a!) cache, Tensor keep) -> ()");
+  m.def("paged_kv_page_table_from_csr(Tensor indptr, Tensor indices, int max_pages) -> Tensor");
 }

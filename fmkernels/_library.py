@@ -78,6 +78,14 @@ class Ops:
     cross_entropy_gradient_: Callable[..., Tensor]
     sampling_tokens: Callable[..., tuple[Tensor, Tensor]]
     speculative_verify: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    paged_kv_append: Callable[..., None]
+    paged_kv_attend: Callable[..., tuple[Tensor, Tensor]]
+    paged_kv_gather: Callable[..., Tensor]
+    paged_kv_copy_pages: Callable[..., None]
+    paged_kv_swap_out: Callable[..., None]
+    paged_kv_swap_in: Callable[..., None]
+    paged_kv_compact: Callable[..., None]
+    paged_kv_page_table_from_csr: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -39,7 +39,7 @@ struct Sequence {
   int64_t head(int64_t row) const { return kv_head * group + (head_major ? row / seq_q : row % group); }
 };
 
-Sequence sequence_of(const AttentionForwardParams& p, int64_t batch, int64_t kv_head) {
+inline Sequence sequence_of(const AttentionForwardParams& p, int64_t batch, int64_t kv_head) {
   Sequence s{batch, kv_head, p.heads / p.kv_heads, p.seq_q, p.seq_k, 0, 0, 0, p.block_mask.heads > 1};
   if (p.cu_seqlens_q != nullptr) {
     s.q_start = p.cu_seqlens_q[batch];

@@ -36,7 +36,13 @@ __device__ __forceinline__ void cp_async_16_if(bool wanted, int count, uint32_t 
       "r"(count), "n"(kCount), "r"(smem), "n"(kSmem), "l"(gmem), "n"(kGmem)
       : "memory");
 }
-// The same, or 16 bytes of zeros where !valid; gmem is not read then.
+// The same, always.
+template <int kSmem, int kGmem>
+__device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0 + %1], [%2 + %3], 16;" ::"r"(smem), "n"(kSmem), "l"(gmem), "n"(kGmem)
+               : "memory");
+}
+// The same from gmem to smem, or 16 bytes of zeros where !valid; gmem is not read then.
 __device__ __forceinline__ void cp_async_16_or_zero(uint32_t smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
 }
@@ -46,6 +52,18 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ld.shared and st.shared of 4 bytes at smem + kOffset.
+template <int kOffset = 0>
+__device__ __forceinline__ uint32_t ld_shared(uint32_t smem) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(x) : "r"(smem), "n"(kOffset) : "memory");
+  return x;
+}
+template <int kOffset = 0>
+__device__ __forceinline__ void st_shared(uint32_t smem, uint32_t x) {
+  asm volatile("st.shared.u32 [%0 + %1], %2;" ::"r"(smem), "n"(kOffset), "r"(x) : "memory");
 }
 
 // ldmatrix.x4 at smem + kOffset: four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i+7 give the rows of matrix i, 16

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of each op in plain torch: slow on purpose, exact in float64, differentiable by autograd."""
 
+from . import paged_kv
 from .attention import attention, attention_scores, attention_varlen
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dropout import dropout_factors, philox
@@ -27,6 +28,7 @@ __all__ = [
     "lora_expand",
     "lora_shrink",
     "merge_attention",
+    "paged_kv",
     "philox",
     "quantize_weight",
     "quantized_linear",

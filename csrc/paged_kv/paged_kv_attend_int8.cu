@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// paged_kv_attend_int8.cu: the kernels of paged_kv_attend.cu for int8 caches; paged_kv_attend_stored_cuda.h tells how they
+// read bytes. A file of its own, as are those for float8: a compiler takes its time over each.
+
+#include "paged_kv_attend_kernel_cuda.h"
+
+namespace fmkernels {
+
+void launch_paged_kv_attend_int8(const PagedAttendCall& call, cudaStream_t stream) {
+  dispatch_half(call.p.dtype, [&]<class Element>() { launch_stored<Element, Int8>(call, stream); });
+}
+
+}  // namespace fmkernels
