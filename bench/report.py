@@ -33,6 +33,16 @@ GOALS = {
     "training / bias": Goal(mean=2.0, each=2.0),
     "training / bias, full": Goal(mean=2.0, each=2.0),
     "training / bf16": Goal(mean=1.5, each=1.5),
+    "rms_norm fp32": Goal(mean=1.0, each=1.0),
+    "rms_norm bf16": Goal(mean=1.3, each=1.3),
+    "add_rms_norm fp32": Goal(mean=1.0, each=1.0),
+    "add_rms_norm bf16": Goal(mean=1.3, each=1.3),
+    "rope neox fp32": Goal(mean=1.0, each=1.0),
+    "rope neox bf16": Goal(mean=1.3, each=1.3),
+    "rope interleaved fp32": Goal(mean=1.0, each=1.0),
+    "rope interleaved bf16": Goal(mean=1.3, each=1.3),
+    "swiglu fp32": Goal(mean=2.5, each=2.5),
+    "swiglu bf16": Goal(mean=2.5, each=2.5),
 }
 
 
