@@ -37,6 +37,16 @@ GOALS = {
     "int8 decode, cache": Goal(mean=2.5, each=2.5),
     "int4 decode, memory": Goal(mean=4.0, each=4.0),
     "int4 decode, cache": Goal(mean=4.0, each=4.0),
+    "rms_norm fp32": Goal(mean=1.0, each=1.0),
+    "rms_norm bf16": Goal(mean=1.3, each=1.3),
+    "add_rms_norm fp32": Goal(mean=1.0, each=1.0),
+    "add_rms_norm bf16": Goal(mean=1.3, each=1.3),
+    "rope neox fp32": Goal(mean=1.0, each=1.0),
+    "rope neox bf16": Goal(mean=1.3, each=1.3),
+    "rope interleaved fp32": Goal(mean=1.0, each=1.0),
+    "rope interleaved bf16": Goal(mean=1.3, each=1.3),
+    "swiglu fp32": Goal(mean=2.5, each=2.5),
+    "swiglu bf16": Goal(mean=2.5, each=2.5),
 }
 
 
