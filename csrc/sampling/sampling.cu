@@ -7,6 +7,7 @@
 // Shared     struct Smem.
 // Pipeline   largest x | sum of weights | top_k, then top_p: a radix select of 4 digits of x each, only where the row has
 //            them | sums of the warps' parts | the warp with the drawn number walks its part.
+// Registers  A multiprocessor holds one block: held to the 64 registers of two, the compiler spills.
 // Cost       3 passes over a row without filters, 4 more for each: the row is in L2 after the first.
 
 #include "sampling.h"
@@ -84,7 +85,8 @@ __device__ __forceinline__ void choose_digit(Smem& smem, bool by_weight, uint64_
 
 // The shortest beginning of the set `within`, by falling key and rising id, with `wanted` tokens or weight in it.
 template <class T>
-__device__ Cut select(const RowView<T>& row, const Cut& within, bool by_weight, uint64_t wanted, Smem& smem) {
+__device__ __forceinline__ Cut select(const RowView<T>& row, const Cut& within, bool by_weight, uint64_t wanted,
+                                      Smem& smem) {
   uint32_t prefix = 0, mask = 0;
   uint64_t sum = 0;
 #pragma unroll 1
@@ -129,8 +131,9 @@ __device__ Cut select(const RowView<T>& row, const Cut& within, bool by_weight, 
 
 // The sum of the weights of a set that `select` has found by count.
 template <class T>
-__device__ uint64_t sum_of(const RowView<T>& row, const Cut& cut, Smem& smem) {
+__device__ __forceinline__ uint64_t sum_of(const RowView<T>& row, const Cut& cut, Smem& smem) {
   uint64_t sum = 0;
+#pragma unroll 2
   for (int64_t v = threadIdx.x; v < row.vocab; v += kThreads) {
     const float x = row.x(v);
     const uint64_t weight = row.weight(x);
@@ -143,7 +146,7 @@ __device__ uint64_t sum_of(const RowView<T>& row, const Cut& cut, Smem& smem) {
 
 // The first member, by rising id, at which the sum of weights exceeds `number`; written by one lane to smem.token.
 template <class T>
-__device__ void draw(const RowView<T>& row, const Cut& cut, uint64_t number, Smem& smem) {
+__device__ __forceinline__ void draw(const RowView<T>& row, const Cut& cut, uint64_t number, Smem& smem) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t part = (row.vocab + kThreads - 1) / kThreads * kWarp;  // of a warp, in whole turns
   const int64_t begin = warp * part, end = min(begin + part, row.vocab);
@@ -161,6 +164,7 @@ __device__ void draw(const RowView<T>& row, const Cut& cut, uint64_t number, Sme
   };
 
   uint64_t sum = 0, ties = 0;
+#pragma unroll 2
   for (int64_t v = begin + lane; v < end; v += kWarp) {
     bool is_tie;
     sum += weight_at(v, is_tie);
@@ -185,6 +189,7 @@ __device__ void draw(const RowView<T>& row, const Cut& cut, uint64_t number, Sme
   }
   const uint64_t own = smem.block.warp[warp] + min(ties_left, smem.warp_ties[warp]) * tie_weight;
   if (number < before || number - before >= own) return;  // whole warps
+#pragma unroll 1
   for (int64_t v = begin + lane; v - lane < end; v += kWarp) {
     bool is_tie;
     uint64_t weight = weight_at(v, is_tie);
@@ -203,13 +208,15 @@ __device__ void draw(const RowView<T>& row, const Cut& cut, uint64_t number, Sme
 
 // Sum of exp(logits - largest), in one order; every thread holds it.
 template <class T>
-__device__ float logprob_of(const T* logits, int64_t vocab, int64_t token, Smem& smem) {
+__device__ __forceinline__ float logprob_of(const T* logits, int64_t vocab, int64_t token, Smem& smem) {
   uint64_t largest_key = 0;
+#pragma unroll 2
   for (int64_t v = threadIdx.x; v < vocab; v += kThreads) {
     largest_key = max(largest_key, uint64_t{key_of(to_float(logits[v]) + 0.0f)});
   }
   const float largest = x_of(static_cast<uint32_t>(block_reduce(largest_key, smem.block, Largest{})));
   float sum = 0.0f;
+#pragma unroll 2
   for (int64_t v = threadIdx.x; v < vocab; v += kThreads) sum += expf(to_float(logits[v]) - largest);
   for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ptx::kAllLanes, sum, step);
   __syncthreads();  // the results of the last reduction have been read
@@ -221,12 +228,13 @@ __device__ float logprob_of(const T* logits, int64_t vocab, int64_t token, Smem&
 }
 
 template <class T>
-__device__ int64_t token_of(const SamplingParams& p, int64_t index, const SamplingRow& options, const T* logits,
-                            Smem& smem) {
+__device__ __forceinline__ int64_t token_of(const SamplingParams& p, int64_t index, const SamplingRow& options,
+                                            const T* logits, Smem& smem) {
   RowView<T> row{options, logits, p.vocab, 0.0f};
   if (threadIdx.x == 0) smem.is_nan = 0;
   __syncthreads();    // is_nan is cleared
   uint64_t best = 0;  // key, then the lowest id
+#pragma unroll 2
   for (int64_t v = threadIdx.x; v < p.vocab; v += kThreads) {
     const float x = row.x(v);
     if (x != x) smem.is_nan = 1;
@@ -238,6 +246,7 @@ __device__ int64_t token_of(const SamplingParams& p, int64_t index, const Sampli
   if (options.temperature == 0.0f) return static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(best));
 
   uint64_t sum = 0, count = 0;
+#pragma unroll 2
   for (int64_t v = threadIdx.x; v < p.vocab; v += kThreads) {
     const uint64_t weight = row.weight(row.x(v));
     if (weight < options.min_weight) continue;
@@ -245,21 +254,21 @@ __device__ int64_t token_of(const SamplingParams& p, int64_t index, const Sampli
     ++count;
   }
   Cut cut{0, 0, block_reduce(sum, smem.block, Add{})};  // no x has the key 0
-  if (options.top_k < p.vocab) {
-    count = block_reduce(count, smem.block, Add{});
-    if (static_cast<uint64_t>(options.top_k) < count) {
-      cut = select(row, cut, false, static_cast<uint64_t>(options.top_k), smem);
-      cut.total = sum_of(row, cut, smem);
-    }
+  count = block_reduce(count, smem.block, Add{});
+#pragma unroll 1
+  for (int by_weight = 0; by_weight < 2; ++by_weight) {  // top_k, then top_p: one copy of the code
+    if (by_weight ? options.top_p == 1.0f : static_cast<uint64_t>(options.top_k) >= count) continue;
+    const uint64_t wanted = by_weight ? share_of(options.top_p, cut.total) : static_cast<uint64_t>(options.top_k);
+    cut = select(row, cut, by_weight != 0, wanted, smem);
+    if (!by_weight) cut.total = sum_of(row, cut, smem);
   }
-  if (options.top_p < 1.0f) cut = select(row, cut, true, share_of(options.top_p, cut.total), smem);
   draw(row, cut, uniform_below(cut.total, random_bits(p.seed[index], p.offset[index], 0, kSamplingStream)), smem);
   __syncthreads();  // one lane has written the token
   return smem.token;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sampling_kernel(SamplingParams p) {
+__global__ void __launch_bounds__(kThreads, 1) sampling_kernel(SamplingParams p) {
   Smem& smem = dynamic_smem<Smem>();
   const int64_t index = blockIdx.x;
   const SamplingRow options = sampling_row(p, index);

@@ -3,7 +3,7 @@
 //
 // Work       A task is one row.
 // Pass       x and its maximum | weights and their sum | where something is filtered, a histogram of x | the draw. Of the
-//            histogram only the bin in which a filter ends is sorted.
+//            histogram only the bin in which a filter ends is sorted. A small top_k needs the first pass alone.
 // Numerics   Integers where an order could matter: the tokens are those of the CUDA kernel, bit by bit.
 // Cost       16 bytes of cache a token, read two or three times; twice that where something is filtered.
 
@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kBins = 2048;
 constexpr float kBinsPerUnit = 32.0f;
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 64;  // tokens whose largest x, and whose sum of weights, is taken together
+constexpr int64_t kNotTold = -2;
 constexpr float kInfinity = __builtin_inff();
 
 struct Candidate {
@@ -43,10 +44,13 @@ struct Scratch {
   Candidate* members;  // [vocab]
   int32_t* bin;        // [vocab]
   Bin* bins;           // [kBins]
+  float* block_max;    // [blocks], and as many for a copy
 
+  static int64_t num_blocks(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
   static int64_t num_bytes(int64_t vocab) {
     return Arena::array_bytes<float>(vocab) + Arena::array_bytes<uint64_t>(vocab) +
-           Arena::array_bytes<Candidate>(vocab) + Arena::array_bytes<int32_t>(vocab) + Arena::array_bytes<Bin>(kBins);
+           Arena::array_bytes<Candidate>(vocab) + Arena::array_bytes<int32_t>(vocab) + Arena::array_bytes<Bin>(kBins) +
+           Arena::array_bytes<float>(2 * num_blocks(vocab));
   }
   Scratch(char* memory, int64_t vocab) {
     Arena arena(memory);
@@ -55,6 +59,7 @@ struct Scratch {
     members = arena.take<Candidate>(vocab);
     bin = arena.take<int32_t>(vocab);
     bins = arena.take<Bin>(kBins);
+    block_max = arena.take<float>(2 * num_blocks(vocab));
   }
 };
 
@@ -64,25 +69,39 @@ struct Cut {
   uint64_t total;
 };
 
-// x of all tokens; their maximum, NaN where one is.
+FM_INLINE float largest_lane(VecF x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// x of all tokens, and the largest of each block; their maximum, NaN where one is.
 template <class T>
-float fill(const SamplingRow& r, const T* logits, int64_t vocab, float* x) {
-  VecF top = broadcast(-kInfinity);
-  VecI is_nan{};
+float fill(const SamplingRow& r, const T* logits, int64_t vocab, const Scratch& s) {
   int64_t v = 0;
-  for (; v + kLanes <= vocab; v += kLanes) store(x + v, load(logits + v) + VecF{});
-  for (; v < vocab; ++v) x[v] = to_float(logits[v]) + 0.0f;
+  for (; v + kLanes <= vocab; v += kLanes) store(s.x + v, load(logits + v) + VecF{});
+  for (; v < vocab; ++v) s.x[v] = to_float(logits[v]) + 0.0f;
   if (r.has_penalties) {
-    for (int64_t i = 0; i < vocab; ++i) x[i] = adjusted_logit(r, x[i], i);
+    for (int64_t i = 0; i < vocab; ++i) s.x[i] = adjusted_logit(r, s.x[i], i);
   }
-  for (v = 0; v < vocab; v += kLanes) {
-    const int count = static_cast<int>(vocab - v < kLanes ? vocab - v : kLanes);
-    const VecF lanes = count == kLanes ? load(x + v) : load_partial(x + v, count, -kInfinity);
-    top = max(lanes, top);
-    is_nan |= lanes != lanes;
+  VecI is_nan{};
+  float result = -kInfinity;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, vocab);
+    VecF top = broadcast(-kInfinity);
+    for (v = begin; v + kLanes <= end; v += kLanes) {
+      const VecF lanes = load(s.x + v);
+      top = max(lanes, top);
+      is_nan |= lanes != lanes;
+    }
+    float block_max = largest_lane(top);
+    for (; v < end; ++v) {
+      block_max = s.x[v] > block_max ? s.x[v] : block_max;
+      is_nan[0] |= s.x[v] != s.x[v];
+    }
+    s.block_max[begin / kBlock] = block_max;
+    result = std::max(result, block_max);
   }
-  float result = top[0];
-  for (int i = 1; i < kLanes; ++i) result = top[i] > result ? top[i] : result;
   for (int i = 0; i < kLanes; ++i) result = is_nan[i] != 0 ? __builtin_nanf("") : result;
   return result;
 }
@@ -222,6 +241,45 @@ int64_t draw(const SamplingRow& r, const Scratch& s, int64_t vocab, const Cut& c
   return -1;  // no row comes here: the number is below the sum
 }
 
+// The token of a row with a top_k below its number of blocks: no token outside the top_k is weighed. Every block whose
+// largest x is among the top_k of these holds one token at or above the last of them, so that the first top_k tokens are
+// at or above it. kNotTold where min_p may keep others beyond.
+int64_t draw_of_top(const SamplingRow& r, const Scratch& s, int64_t vocab, float max, uint64_t bits) {
+  const int64_t num_blocks = Scratch::num_blocks(vocab);
+  float* sorted = s.block_max + num_blocks;
+  std::copy_n(s.block_max, num_blocks, sorted);
+  std::nth_element(sorted, sorted + (r.top_k - 1), sorted + num_blocks, [](float a, float b) { return a > b; });
+  const float bound = sorted[r.top_k - 1];
+  int64_t count = 0;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    if (s.block_max[block] < bound) continue;
+    for (int64_t v = block * kBlock; v < std::min((block + 1) * kBlock, vocab); ++v) {
+      if (s.x[v] >= bound && (r.min_weight == 0 || sampling_weight(s.x[v], max, r.temperature) >= r.min_weight)) {
+        s.members[count++] = {s.x[v], static_cast<int32_t>(v)};
+      }
+    }
+  }
+  if (count <
+      r.top_k) {  // min_p keeps fewer, or more below the bound: weights there are below its own, but for rounding
+    const uint64_t at_bound = sampling_weight(bound, max, r.temperature);
+    if (at_bound + (at_bound >> 18) + 2 >= r.min_weight) return kNotTold;
+  }
+  const int64_t kept = std::min(count, r.top_k);
+  std::partial_sort(s.members, s.members + kept, s.members + count, comes_before);
+  uint64_t total = 0, sum = 0;
+  for (int64_t i = 0; i < kept; ++i) total += s.weight[i] = sampling_weight(s.members[i].x, max, r.temperature);
+  const uint64_t wanted = r.top_p < 1.0f ? share_of(r.top_p, total) : total;
+  int64_t end = 0;
+  while (sum < wanted) sum += s.weight[end++];
+  std::sort(s.members, s.members + end, [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  const uint64_t number = uniform_below(sum, bits);
+  uint64_t up_to = 0;
+  for (int64_t i = 0;; ++i) {
+    up_to += sampling_weight(s.members[i].x, max, r.temperature);
+    if (up_to > number) return s.members[i].id;
+  }
+}
+
 template <class T>
 float logprob_of(const T* logits, int64_t vocab, int64_t token) {
   VecF top = broadcast(-kInfinity);
@@ -244,12 +302,17 @@ float logprob_of(const T* logits, int64_t vocab, int64_t token) {
 template <class T>
 int64_t sample(const SamplingParams& p, int64_t row, const T* logits, const Scratch& s) {
   const SamplingRow r = sampling_row(p, row);
-  const float max = fill(r, logits, p.vocab, s.x);
+  const float max = fill(r, logits, p.vocab, s);
   if (!(max > -kInfinity)) return -1;
   if (r.temperature == 0.0f) return first_of(s.x, p.vocab, max);
+  const uint64_t bits = random_bits(p.seed[row], p.offset[row], 0, kSamplingStream);
+  if (r.top_k <= Scratch::num_blocks(p.vocab) && r.top_k < p.vocab) {
+    const int64_t token = draw_of_top(r, s, p.vocab, max, bits);
+    if (token != kNotTold) return token;
+  }
   Cut cut{{-kInfinity, static_cast<int32_t>(p.vocab)}, fill_weights(s.x, p.vocab, max, r.temperature, s.weight)};
   if (r.top_k < p.vocab || r.top_p < 1.0f || r.min_weight > 0) cut = filtered(r, s, p.vocab, max);
-  return draw(r, s, p.vocab, cut, random_bits(p.seed[row], p.offset[row], 0, kSamplingStream));
+  return draw(r, s, p.vocab, cut, bits);
 }
 
 }  // namespace
