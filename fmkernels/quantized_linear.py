@@ -40,10 +40,18 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     op = "quantized_linear"
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"{op}: weight must be a QuantizedWeight, got {type(weight).__name__}.")
+    tensors, sizes = (weight.values, weight.scales, weight.zeros), (weight.bits, weight.group_size or 0, *weight.shape)
+    return multiply(x, *tensors, bias, *sizes)
+
+
+def multiply(
+    x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *sizes: int
+) -> Tensor:
+    """`quantized_linear` of the fields of a weight; sizes: bits, group_size or 0, out_features, in_features."""
     if isinstance(x, Tensor) and x.dim() > 3:  # joined where strides allow it, else copied
-        return quantized_linear(x.flatten(1, -2), weight, bias).unflatten(1, x.shape[1:-1])
-    args = (x, weight.values, weight.scales, weight.zeros, bias, weight.bits, weight.group_size or 0, *weight.shape)
-    return call(_QuantizedLinear.apply if needs_grad(x, bias) else ops.quantized_linear_forward, args, _check_tensors)
+        return multiply(x.flatten(1, -2), values, scales, zeros, bias, *sizes).unflatten(1, x.shape[1:-1])
+    op = _QuantizedLinear.apply if needs_grad(x, bias) else ops.quantized_linear_forward
+    return call(op, (x, values, scales, zeros, bias, *sizes), _check_tensors)
 
 
 def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

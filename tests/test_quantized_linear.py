@@ -416,6 +416,8 @@ def test_module_of_a_linear_layer(form, bias):
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), expected)
     assert torch.equal(copy.deepcopy(module).to(torch.bfloat16)(x.bfloat16()), module.bfloat16()(x.bfloat16()))
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
     assert module.scales.dtype == torch.float32  # whatever dtype the module takes
     assert len(list(module.parameters())) == int(bias)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check as check
-from ..quantized_linear import quantized_linear
+from ..quantized_linear import multiply
 from ..quantized_weight import QuantizedWeight, quantize_weight
 
 
@@ -75,6 +75,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> QuantizedWeight:
+        """Of the buffers."""
         return QuantizedWeight(
             self.values, self.scales, self.zeros, self.bits, self.group_size, self.out_features, self.in_features
         )
@@ -89,7 +90,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] gives [..., out_features]."""
-        return quantized_linear(x, self.weight, self.bias)
+        tensors = self.values, self.scales, self.zeros, self.bias
+        return multiply(x, *tensors, self.bits, self.group_size or 0, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return (
