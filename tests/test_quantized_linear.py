@@ -129,11 +129,11 @@ def test_any_size(size, form, dtype, with_bias, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_rows", [1, 3, 64, 481, 1000])
+@pytest.mark.parametrize("num_rows", [1, 64, 481])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_FORMAT
 def test_large_sizes_on_the_cpu(form, dtype, num_rows):
-    w, x = weight(form, 1000, 2000), normal(num_rows, 2000, dtype=dtype)
+    w, x = weight(form, 500, 2000), normal(num_rows, 2000, dtype=dtype)
     assert_as_good_as_torch(quantized_linear(x, w), reference.quantized_linear, x, w)
 
 
