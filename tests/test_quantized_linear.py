@@ -30,7 +30,7 @@ FORMATS = {
 }
 EVERY_FORMAT = pytest.mark.parametrize("form", FORMATS)
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS, ids=str)
-ROWS = [1, 2, 5, 8, 9, 37, 70]  # one, tiles of 6 and 8 rows with and without rest, more than a block of 60
+ROWS = [1, 5, 9, 37, 70]  # one, a part of a tile of 6, tiles and a part, more than a block of 60
 OUT, IN = 40, 200  # a ragged panel, a ragged chunk, and ragged groups of 64 and 128
 
 
@@ -129,11 +129,11 @@ def test_any_size(size, form, dtype, with_bias, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_rows", [1, 3, 64, 481, 1000])
+@pytest.mark.parametrize("num_rows", [1, 64, 481])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_FORMAT
 def test_large_sizes_on_the_cpu(form, dtype, num_rows):
-    w, x = weight(form, 1000, 2000), normal(num_rows, 2000, dtype=dtype)
+    w, x = weight(form, 500, 2000), normal(num_rows, 2000, dtype=dtype)
     assert_as_good_as_torch(quantized_linear(x, w), reference.quantized_linear, x, w)
 
 
@@ -164,7 +164,7 @@ def test_the_portable_kernels_agree(tmp_path):
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@EVERY_FORMAT
+@pytest.mark.parametrize("form", ["int8", "int4 with zeros"])
 def test_gradients_match_those_of_the_reference(form, dtype, backend):
     w = on(backend, weight(form))
     x, bias = normal(2, 3, IN, dtype=dtype).to(backend.device), normal(OUT, dtype=dtype).to(backend.device)
