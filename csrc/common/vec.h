@@ -90,7 +90,21 @@ FM_INLINE void store_partial(T* p, VecF x, int count) {
 FM_INLINE VecF broadcast(float x) { return x - VecF{}; }  // x - 0 is x; 0 + x is not (-0), and costs an addition
 
 // The larger of a and b; b where either is NaN.
-FM_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
+FM_INLINE VecF max(VecF a, VecF b) {
+#ifdef __AVX2__  // of the generic form the compiler makes a comparison and a choice
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+// The smaller of a and b; b where either is NaN.
+FM_INLINE VecF min(VecF a, VecF b) {
+#ifdef __AVX2__
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // 0, 1, ..., kLanes - 1.
 FM_INLINE VecI lane_indices() {
@@ -213,8 +227,7 @@ FM_INLINE VecF tanh(VecF x) {
 // is taken from x * log2(e) before that is rounded.
 FM_INLINE VecF exp(VecF x) {
   const float shifter = 0x1.8p23f + 127.0f, log2_e = 1.442695041f;
-  x = max(broadcast(-88.0f), x);
-  x = x > 88.8f ? broadcast(88.8f) : x;  // 2^128 in the exponent bits is infinity
+  x = min(broadcast(88.8f), max(broadcast(-88.0f), x));  // 2^128 in the exponent bits is infinity
   const VecF shifted = x * log2_e + shifter;
   const VecF f = x * log2_e - (shifted - shifter);
   VecF p = f * 1.534581216e-4f + 1.339993121e-3f;
