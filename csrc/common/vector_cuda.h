@@ -31,7 +31,7 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kVec>& vecto
   if constexpr (sizeof vector == sizeof(uint4)) {
     uint4 bits;
     memcpy(&bits, &vector, sizeof vector);
-    *reinterpret_cast<uint4*>(to) = bits;
+    __stwb(reinterpret_cast<uint4*>(to), bits);  // an assignment may be split again
   } else {
     *reinterpret_cast<Vector<T, kVec>*>(to) = vector;
   }
