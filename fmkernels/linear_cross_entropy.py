@@ -140,21 +140,24 @@ def _gradients(
     chunks = _Chunks(hidden, weight, bias)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-    grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
+    grad_weight = None
     grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wanted[2] else None
     for rows, part, logits in chunks:
         loss[rows] = ops.cross_entropy_gradient_(logits, grad_loss[rows], target[rows], *options)
         if grad_hidden is not None:
             torch.mm(logits, weight, out=grad_hidden[rows])
-        if grad_weight is not None:
-            if logits.dtype == torch.float32:
-                grad_weight.addmm_(logits.t(), part)
-            elif chunks.is_one:
+        if wanted[1]:
+            if grad_weight is None:
                 grad_weight = torch.mm(logits.t(), part)
+                grad_weight = grad_weight if chunks.is_one else grad_weight.float()
+            elif logits.dtype == torch.float32:
+                grad_weight.addmm_(logits.t(), part)
             else:
                 grad_weight += torch.mm(logits.t(), part)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
+    if wanted[1] and grad_weight is None:  # no tokens
+        grad_weight = torch.zeros_like(weight)
     return loss, [grad_hidden, grad_weight, grad_bias]
 
 

@@ -62,8 +62,7 @@ struct KeptBuffer {
 };
 thread_local KeptBuffer kept;
 
-constexpr int64_t kMinHugeBytes =
-    8 << 20;  // four huge pages; smaller blocks are often handed out again, with their pages
+constexpr int64_t kMinHugeBytes = 32 << 20;  // malloc keeps smaller blocks, with their pages, for the next call
 
 }  // namespace
 
