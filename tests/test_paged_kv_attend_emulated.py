@@ -282,8 +282,8 @@ def test_what_no_copy_of_sixteen_bytes_takes_is_a_sentence():
 
 
 def run_everything(seqlens, many, **fields):
-    """Split and whole units, chunks, masked and plain blocks, values that are not finite; then more requests than a work
-    list holds and more units than blocks, of which some see no key."""
+    """Split and whole units, chunks, masked and plain blocks, values that are not finite; then more requests than a
+    work list holds and more units than blocks, of which some see no key."""
     faulty = case("faulty", seqlens, kv_heads=1, **fields)
     args, kwargs = faulty.inputs()
     attend(args, kwargs)
