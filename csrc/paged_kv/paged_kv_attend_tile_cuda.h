@@ -181,8 +181,7 @@ class Work {
     const int first = list_.first + kListed;
     if (first >= static_cast<int>(a.p.batch)) return false;
     const int units = list_.entries[kListed - 1].unit_end, slots = list_.slots_end;
-    __syncthreads();  // every thread has read the list
-    load(a, first, units, slots);
+    load(a, first, units, slots);  // whose first barrier every thread reaches when it has read the list
     return true;
   }
   __device__ __forceinline__ void load(const AttendArgs& a, int first, int units_before, int slots_before) {
