@@ -282,8 +282,8 @@ def test_what_no_copy_of_sixteen_bytes_takes_is_a_sentence():
 
 
 def run_everything(seqlens, many, **fields):
-    """Split and whole units, chunks, masked and plain blocks, values that are not finite; then more requests than a work
-    list holds and more units than blocks, of which some see no key."""
+    """Split and whole units, chunks, masked and plain blocks, values that are not finite; then more requests than a
+    work list holds and more units than blocks, of which some see no key."""
     faulty = case("faulty", seqlens, kv_heads=1, **fields)
     args, kwargs = faulty.inputs()
     attend(args, kwargs)
@@ -291,15 +291,16 @@ def run_everything(seqlens, many, **fields):
     for place in ((int(args[3][0, 0]), 1), (int(args[3][0, last // 16]), last % 16)):
         args[2][place] = math.inf
     attend(args, kwargs)
-    attend(*case("many", many, heads=16, kv_heads=16, page_size=1).inputs())
+    attend(*case("many", (many,) * 129, heads=16, kv_heads=16, page_size=1).inputs())
+    attend(*case("late", (*((0, 3),) * 128, many), kv_heads=1, page_size=1).inputs())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("instance", "seqlens", "many", "heads"),
     [
-        ("BFloat16ES3_Li64ELb0E", ((3, 1100),), ((1, 3),) * 129, 2),
-        ("BFloat16ES3_Li64ELb1E", ((67, 1100),), ((17, 3),) * 129, 1),
+        ("BFloat16ES3_Li64ELb0E", ((3, 1100),), (1, 3), 2),
+        ("BFloat16ES3_Li64ELb1E", ((67, 1100),), (17, 3), 1),
     ],
     ids=["short", "tall"],
 )

@@ -8,7 +8,7 @@
 // Work       Units: a tile of rows with all its keys, or with one chunk of them, for requests that one tile holds. They
 //            are numbered on the device, from the lengths there; grid (kv heads, blocks), a block takes every gridDim.y'th.
 //            So the grid follows from shapes alone, and a batch of any mix fills the GPU.
-// Bits       A row's arithmetic is the same in every unit: blocks of 64 keys and chunks of 512 at fixed positions, weights
+// Bits       A row's arithmetic is the same in every unit: blocks of keys and chunks of 512 tokens at fixed positions, weights
 //            summed by fixed classes of keys, chunks merged in their order by the same operations, in the unit or after it.
 // Shared     struct AttendSmem: q, overlaid by o; blocks of keys and of values; where the rows of two chunks begin; for warps
 //            that share rows, weights on their way from the warps with the keys to those with the columns.

@@ -43,11 +43,12 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
   const Range all{keys_of_query(p, unit.request, last_query).begin, keys_of_query(p, unit.request, first_query).end};
   if (unit.slot >= 0) any = {max(any.begin, unit.chunk * kChunkTokens), min(any.end, (unit.chunk + 1) * kChunkTokens)};
   any.end = max(any.begin, any.end);
-  const int first_block = any.begin / kBlockKeys, end_block = (any.end + kBlockKeys - 1) / kBlockKeys;
+  const int first_block = any.begin / T::kBlockKeys, end_block = (any.end + T::kBlockKeys - 1) / T::kBlockKeys;
   // Blocks whose keys some row sees, and blocks whose keys all rows see.
-  const int whole_begin = (any.begin + kBlockKeys - 1) / kBlockKeys, num_whole = any.end / kBlockKeys - whole_begin;
-  const int plain_begin = max(whole_begin, (all.begin + kBlockKeys - 1) / kBlockKeys);
-  const int plain_end = min(min(any.end, all.end), tree_begin(p, unit.request)) / kBlockKeys;
+  const int whole_begin = (any.begin + T::kBlockKeys - 1) / T::kBlockKeys,
+            num_whole = any.end / T::kBlockKeys - whole_begin;
+  const int plain_begin = max(whole_begin, (all.begin + T::kBlockKeys - 1) / T::kBlockKeys);
+  const int plain_end = min(min(any.end, all.end), tree_begin(p, unit.request)) / T::kBlockKeys;
   if (threadIdx.x == 0) {
     smem.unit = unit;
     smem.any = any;
@@ -89,8 +90,9 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
 
   KeptQueries<T> q;
   if (first_block < end_block) {
-    bool is_missing = locate_rows<T>(smem, a, first_block / kChunkBlocks);
-    if (locate_rows<T>(smem, a, first_block / kChunkBlocks + 1)) is_missing = true;
+    const int chunk = first_block / T::kChunkBlocks;
+    bool is_missing = locate_rows<T>(smem, a, chunk);
+    if ((chunk + 1) * kChunkTokens < any.end && locate_rows<T>(smem, a, chunk + 1)) is_missing = true;
     copy_queries<T>(smem, a, u);
     if (__syncthreads_or(is_missing)) num_easy = 0;  // every thread sees where the rows begin
     copy_keys(first_block);
@@ -111,14 +113,14 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
 
 #pragma unroll 1
   for (int block = first_block; block < end_block; ++block) {
-    const int first_key = block * kBlockKeys;
+    const int first_key = block * T::kBlockKeys;
     ptx::cp_async_wait<2 * (T::kStages - 1)>();
     __syncthreads();  // B1: every warp sees the keys, and has read the values of the block before
     copy_values(block + T::kStages - 1);
-    const int block_of_chunk = static_cast<uint32_t>(block) % kChunkBlocks;
+    const int block_of_chunk = static_cast<uint32_t>(block) % T::kChunkBlocks;
     if (block_of_chunk == 0 && block != first_block) {
       // Every thread sees where the rows begin.
-      if (__syncthreads_or(locate_rows<T>(smem, a, block / kChunkBlocks + 1))) num_easy = 0;
+      if (__syncthreads_or(locate_rows<T>(smem, a, block / T::kChunkBlocks + 1))) num_easy = 0;
     }
 
     BlockScores<T> s;
@@ -135,7 +137,7 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
     // Whether a tree mask holds in the block, and whether a row sees a key of it that another does not.
     bool by_tree = false, differs = false;
     if (block < smem.plain.begin || block >= smem.plain.end) {
-      const int end_key = first_key + kBlockKeys;
+      const int end_key = first_key + T::kBlockKeys;
       by_tree = end_key > tree_begin(p, u.request);
       differs = by_tree || max(first_key, smem.any.begin) < smem.all.begin || min(end_key, smem.any.end) > smem.all.end;
       hide<T>(s, a, u, first_key, by_tree);
@@ -168,14 +170,14 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
       values.zero_nonfinite(copy_to + stage_bytes(block));
       __syncthreads();  // every warp sees zeros in its place
     }
-    static_for<kBlockKeys / 16>([&]<int step>() {
+    static_for<T::kBlockKeys / 16>([&]<int step>() {
       Weights<T> weights;
       if constexpr (T::kColumnWarps > 1) load_weights<T, step>(weights, loaded_at);
       else pack_weights<T>(weights, s[2 * step], s[2 * step + 1]);
       add_values<T, step>(w.o, weights, v_at + stage_bytes(block));
     });
 
-    if (block_of_chunk == kChunkBlocks - 1 || block == end_block - 1) {
+    if (block_of_chunk == T::kChunkBlocks - 1 || block == end_block - 1) {
       RowTotal of_chunk[2];
       total_of_chunk<T>(of_chunk, w, smem);
       if (u.slot >= 0) {

@@ -91,7 +91,7 @@ __device__ __forceinline__ void add_nonfinite(RowState<T>& w, const typename T::
   for (int half = 0; half < 2; ++half) {
     const int query = query_of(a, min(row_of<T>(u, half), u.num_rows - 1));
     const Range keys = keys_of_query(a.p, u.request, query);
-    const int end = min(keys.end - first_key, kBlockKeys);
+    const int end = min(keys.end - first_key, T::kBlockKeys);
 #pragma unroll 1
     for (int key = max(keys.begin - first_key, 0); key < end; ++key) {
       if (by_tree && !is_shown(a, u, query, first_key + key)) continue;
@@ -157,6 +157,7 @@ template <class T>
 __device__ __forceinline__ void store_chunk(const RowState<T>& w, const RowTotal (&totals)[2], const AttendArgs& a,
                                             const Unit& u) {
   const int v_head_dim = static_cast<int>(a.p.cache.v_head_dim);
+  constexpr int kPairs = T::kQuantized ? 2 : 1;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row_of<T>(u, half);
@@ -167,9 +168,15 @@ __device__ __forceinline__ void store_chunk(const RowState<T>& w, const RowTotal
     const int column = column_warp<T>() * T::kWarpColumns + first_column<T>();
     float* to = a.partials.o + place * v_head_dim + column;
 #pragma unroll
-    for (int n = 0; n < T::kColumnTiles; ++n) {
-      if (to_column<T>(n) < v_head_dim - column)
-        *reinterpret_cast<float2*>(to + to_column<T>(n)) = pair_of<T>(w.o, n, half);
+    for (int n = 0; n < T::kColumnTiles; n += kPairs) {
+      if (to_column<T>(n) >= v_head_dim - column) break;
+      const float2 x = pair_of<T>(w.o, n, half);
+      if constexpr (T::kQuantized) {  // four columns side by side
+        const float2 y = pair_of<T>(w.o, n + 1, half);
+        *reinterpret_cast<float4*>(to + to_column<T>(n)) = make_float4(x.x, x.y, y.x, y.y);
+      } else {
+        *reinterpret_cast<float2*>(to + to_column<T>(n)) = x;
+      }
     }
   }
 }

@@ -10,11 +10,9 @@ namespace fmkernels {
 namespace {
 
 constexpr int kListed = 128, kListWarps = kListed / kWarp;  // requests that a work list holds, a thread for each
-constexpr int kBlockKeys = 64;                              // keys that are multiplied at a time
-constexpr int kChunkBlocks = kChunkTokens / kBlockKeys;
-constexpr int kGroupRows = 16;  // rows of a page that one entry of Smem::rows may stand for
-constexpr int kClassKeys = 16, kClasses = kBlockKeys / kClassKeys;  // keys of a block whose weights are summed together
-constexpr int kShortRows = 16;                                      // of a short tile
+constexpr int kGroupRows = 16;                              // rows of a page that one entry of Smem::rows may stand for
+constexpr int kClasses = 4;     // parts of a block of keys whose weights are summed by themselves
+constexpr int kShortRows = 16;  // of a short tile
 constexpr uint32_t kNoRow = 0xffffffffu;
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -31,18 +29,20 @@ struct AttendTraits : RowTraits<Element_, kDim_> {
   static constexpr int kWarps = kTall && kDim == 256 ? 8 : 4, kThreads = kWarps * kWarp;
   static constexpr int kColumnWarps = kTall && kDim < 256 ? 1 : 4, kRowWarps = kWarps / kColumnWarps;
   static constexpr int kRows = kShortRows * kRowWarps, kRowTiles = 1;
+  // Keys that are multiplied at a time; of narrow rows twice as many, for the instructions that a block costs.
+  static constexpr int kBlockKeys = kDim == 64 ? 128 : 64, kChunkBlocks = kChunkTokens / kBlockKeys;
   static constexpr int kWarpKeys = kBlockKeys / kColumnWarps, kKeyTiles = kWarpKeys / 8;
-  static constexpr int kWarpClasses = kClasses / kColumnWarps;
+  static constexpr int kWarpClasses = kClasses / kColumnWarps, kClassTiles = kKeyTiles / kWarpClasses;
   static constexpr int kWarpColumns = kDim / kColumnWarps, kColumnTiles = kWarpColumns / 8;
   // What weights are multiplied as, and how many of them stand for one.
   using Weight = std::conditional_t<kQuantized, BFloat16, Element_>;
   static constexpr int kWeightTerms = std::is_same_v<Weight, Element_> ? 1 : 2;
   static constexpr bool kKeepsQ = !kTall;  // fragments of q stay in registers
   // Blocks of keys, and of values, in shared memory. 99 KiB hold all of it (sm_86, 89, 120).
-  static constexpr int kStages = Cache::kRowBytes * (kTall ? 2 : 1) <= 256 ? 2 : 1;
   static constexpr int kBlockBytes = kBlockKeys * Cache::kRowBytes;
+  static constexpr int kStages = !kTall && kBlockBytes <= 16 * 1024 ? 2 : 1;
   static constexpr int kPassRows = kThreads / Cache::kRowThreads;  // rows that all threads copy at a time
-  static constexpr int kBlocksPerSm = kDim == 256 ? 1 : kTall || kDim == 128 ? 2 : 4;
+  static constexpr int kBlocksPerSm = kDim == 256 ? 1 : 2;
 
   static_assert(kPassRows % kGroupRows == 0 && kBlockKeys % kPassRows == 0, "a thread keeps to its row of a group");
   static_assert(kChunkTokens % kBlockKeys == 0, "whole blocks in a chunk");
@@ -181,8 +181,7 @@ class Work {
     const int first = list_.first + kListed;
     if (first >= static_cast<int>(a.p.batch)) return false;
     const int units = list_.entries[kListed - 1].unit_end, slots = list_.slots_end;
-    __syncthreads();  // every thread has read the list
-    load(a, first, units, slots);
+    load(a, first, units, slots);  // whose first barrier every thread reaches when it has read the list
     return true;
   }
   __device__ __forceinline__ void load(const AttendArgs& a, int first, int units_before, int slots_before) {
@@ -221,10 +220,10 @@ struct RowOffsets {
 
 template <class T>
 struct AttendSmem {
-  typename T::Element q[T::kRows][T::kDim];                   // [row, column], swizzled; then o
-  typename T::Stored kv[2][T::kStages][kBlockKeys][T::kDim];  // [keys or values, stage, key, column], swizzled
+  typename T::Element q[T::kRows][T::kDim];                      // [row, column], swizzled; then o
+  typename T::Stored kv[2][T::kStages][T::kBlockKeys][T::kDim];  // [keys or values, stage, key, column], swizzled
   // [term, row, key], swizzled; where warps share rows
-  typename T::Weight weights[T::kWeightTerms][T::kColumnWarps > 1 ? T::kRows : 1][kBlockKeys];
+  typename T::Weight weights[T::kWeightTerms][T::kColumnWarps > 1 ? T::kRows : 1][T::kBlockKeys];
   RowOffsets rows[2 * kChunkTokens];  // [key of two chunks, by groups of 2^row_shift]
   float scales[T::kQuantized ? 2 : 1][T::kQuantized ? 2 * kChunkTokens : 1];  // [keys or values, key of two chunks]
   float of_warps[T::kColumnWarps][T::kRows], of_classes[kClasses][T::kRows];  // maxima in a block, sums of a chunk

@@ -71,7 +71,7 @@ __device__ __forceinline__ bool locate_rows(AttendSmem<T>& smem, const AttendArg
 template <class T, bool kValues>
 struct PageCopy {
   using Cache = typename T::Cache;
-  static constexpr int kPasses = kBlockKeys / T::kPassRows;
+  static constexpr int kPasses = T::kBlockKeys / T::kPassRows;
   const char* first;  // the thread's columns of the kv head in page 0, in its row of a group
   uint32_t rows;      // where smem.rows has the thread's row of the first pass over the first block
 
@@ -91,8 +91,8 @@ struct PageCopy {
            c * Cache::kRowThreads * 16;
   }
   __device__ __forceinline__ uint32_t rows_of(const AttendArgs& a, int block) const {
-    constexpr uint32_t kBytes = sizeof(RowOffsets) * kBlockKeys;
-    return rows + (static_cast<uint32_t>(block) % (2 * kChunkBlocks) * kBytes >> a.row_shift);
+    constexpr uint32_t kBytes = sizeof(RowOffsets) * T::kBlockKeys;
+    return rows + (static_cast<uint32_t>(block) % (2 * T::kChunkBlocks) * kBytes >> a.row_shift);
   }
 
   // A block all of whose rows and columns exist and are wanted; `to`: where the thread's part of a block of keys begins.
@@ -118,7 +118,7 @@ struct PageCopy {
     uint32_t at = rows_of(a, block);
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass, at += step) {
-      const int key = block * kBlockKeys + threadIdx.x / Cache::kRowThreads + pass * T::kPassRows;
+      const int key = block * T::kBlockKeys + threadIdx.x / Cache::kRowThreads + pass * T::kPassRows;
       const uint32_t offset = ptx::ld_shared(at);
       const bool exists = offset != kNoRow && keys.begin <= key && key < keys.end;
       const char* from = first + static_cast<uint64_t>(offset) * 16;
@@ -131,7 +131,7 @@ struct PageCopy {
   // Whether any of this thread's chunks of a block holds an element that is not finite: its product with zero is NaN.
   __device__ __forceinline__ bool has_nonfinite(uint32_t to) const {
     uint32_t sum = 0;
-    for (int pass = 0; pass < kBlockKeys / T::kPassRows; ++pass) {
+    for (int pass = 0; pass < T::kBlockKeys / T::kPassRows; ++pass) {
       for (int c = 0; c < Cache::kColumnPasses; ++c) {
         const uint4 x = *static_cast<const uint4*>(__cvta_shared_to_generic(to + smem_bytes(pass, c)));
         sum = add_nonfinite_stored<typename T::Stored>(sum, x);
@@ -140,7 +140,7 @@ struct PageCopy {
     return sum != 0;
   }
   __device__ __forceinline__ void zero_nonfinite(uint32_t to) const {
-    for (int pass = 0; pass < kBlockKeys / T::kPassRows; ++pass) {
+    for (int pass = 0; pass < T::kBlockKeys / T::kPassRows; ++pass) {
       for (int c = 0; c < Cache::kColumnPasses; ++c)
         zero_nonfinite_stored<typename T::Stored>(__cvta_shared_to_generic(to + smem_bytes(pass, c)));
     }
@@ -288,14 +288,14 @@ __device__ __forceinline__ void exponentiate(RowState<T>& w, BlockScores<T>& s, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       s[n][i] = ptx::ex2(fmaf(s[n][i], scale, w.shift[i / 2]));
-      w.sum[n / 2][i / 2] += s[n][i];
+      w.sum[n / T::kClassTiles][i / 2] += s[n][i];
     }
   }
 }
 
 // Weights on their way from the warps that have their keys to those that have the columns of values.
 template <class T>
-using WeightRows = RowTraits<typename T::Weight, kBlockKeys>;
+using WeightRows = RowTraits<typename T::Weight, T::kBlockKeys>;
 // The lane's places in the weights of its first keys, and in the first fragment of all of them.
 template <class T>
 __device__ __forceinline__ uint32_t lane_of_stored_weights() {

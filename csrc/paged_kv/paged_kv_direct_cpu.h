@@ -156,8 +156,8 @@ struct DirectBlock {
 
 // Scores, then weights, of the rows of one head for one block.
 struct DirectHead {
-  float* weights;             // [kStateRows][kBlockK]
-  float alpha[kStateRows];    // for what was accumulated before the block; 1 once it was applied
+  float* weights;           // [kStateRows][kBlockK]
+  float alpha[kStateRows];  // for what was accumulated before the block; 1 once it was applied
 };
 
 Range overlap(Range a, Range b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }

@@ -58,10 +58,10 @@ struct Attend {
 struct BlockSlots {
   int64_t begin;
   int count;
-  int64_t k[kBlockK], v[kBlockK];  // offsets of their rows of head 0, in elements; past `count` those of the last one
+  int64_t k[kBlockK], v[kBlockK];  // offsets of their rows of head 0, in elements
 };
 
-// From token `begin` to `end`, at most kBlockK of them.
+// From token `begin` to `end`, at most kBlockK of them. Their scales, where they are per token, are asked of memory.
 void find_slots(const Attend& x, int64_t batch, int64_t begin, int64_t end, BlockSlots& slots) {
   const PagedCache& cache = x.p.cache;
   const int32_t* table = x.p.block_table + batch * x.p.table_stride;
@@ -77,22 +77,21 @@ void find_slots(const Attend& x, int64_t batch, int64_t begin, int64_t end, Bloc
       slots.v[j] = v;
       k += cache.k.slot_stride;
       v += cache.v.slot_stride;
+      if (cache.k_scale.per_token) __builtin_prefetch(scale_at(cache.k_scale, id, slot, 0), 0, 2);
+      if (cache.v_scale.per_token) __builtin_prefetch(scale_at(cache.v_scale, id, slot, 0), 0, 2);
     }
-  }
-  for (int j = static_cast<int>(max(slots.count, 1)); j < kBlockK && slots.count > 0; ++j) {
-    slots.k[j] = slots.k[j - 1];
-    slots.v[j] = slots.v[j - 1];
   }
 }
 
 // The scales of those tokens from number `begin` on for one head, where they are per token.
 void find_scales(const Attend& x, int64_t batch, int64_t head, const BlockSlots& slots, int begin,
                  const ScaleView& scale, float* scales) {
-  const int64_t page_size = x.p.cache.page_size;
+  const int64_t page_size = x.p.cache.page_size, token = slots.begin + begin;
   const int32_t* table = x.p.block_table + batch * x.p.table_stride;
-  for (int j = begin; j < slots.count; ++j) {
-    const int64_t token = slots.begin + j;
-    scales[j] = *scale_at(scale, table[token / page_size], token % page_size, head);
+  int64_t page = token / page_size, slot = token % page_size;
+  for (int j = begin; j < slots.count; ++page, slot = 0) {
+    const float* of_page = scale_at(scale, table[page], 0, head);
+    for (; slot < page_size && j < slots.count; ++slot, ++j) scales[j] = of_page[slot * scale.slot_stride];
   }
 }
 

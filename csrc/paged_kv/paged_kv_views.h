@@ -40,8 +40,7 @@ Tensor new_contiguous(const Tensor& like, const int64_t (&sizes)[kRank], ScalarT
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(kRank, sizes, strides, code, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kRank, sizes, strides, code, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
