@@ -136,8 +136,9 @@ def attend(
 
     CPU and CUDA (sm_80 and later); not differentiable. Deterministic, and batch invariant: the bits of a row depend on
     its query, its position and the keys that it sees, not on other requests, other queries of its own, or page_size.
-    Whether a prompt comes in one chunk, in many or token by token changes none. After Dao 2023, FlashAttention-2, and
-    Kwon et al. 2023, PagedAttention.
+    Whether a prompt comes in one chunk, in many or token by token changes none. On CUDA rows begin on 16-byte
+    boundaries, and head sizes of quantised caches are multiples of 16. After Dao 2023, FlashAttention-2, and Kwon et
+    al. 2023, PagedAttention.
     """
     op = "paged_kv.attend"
     if torch.is_grad_enabled():

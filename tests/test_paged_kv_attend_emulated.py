@@ -205,6 +205,29 @@ def test_a_poisoned_token_reaches_the_rows_that_see_it(seq_q, stored):
             assert torch.equal(o[o.isfinite()], clean[o.isfinite()]), (more, token)
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
+def test_poisoned_keys_queries_and_scales_reach_what_depends_on_them(poison):
+    poisoned = case("poison", ((9, 140), (1, 30)), heads=2, kv_heads=1, page_size=8)
+    args, kwargs = poisoned.inputs()
+    of_bytes, scaled = replace(poisoned, cache_dtype=torch.int8, scales="token").inputs()
+    for token in (75, 135):
+        place = int(args[3][0, token // 8]), token % 8
+        k_cache = args[1].clone()
+        k_cache[place] = poison
+        calls = [((args[0], k_cache, *args[2:]), kwargs)]
+        place = int(of_bytes[3][0, token // 8]), token % 8
+        for name in ("k_scale", "v_scale"):
+            scale = scaled[name].clone()
+            scale[place] = math.nan
+            calls.append((of_bytes, {**scaled, name: scale}))
+        for bad, more in calls:
+            actual, truth = attend(bad, more), reference.paged_kv.attend(*bad, **more)
+            assert all(torch.equal(x.isfinite(), y.isfinite()) for x, y in zip(actual, truth, strict=True)), token
+    q = args[0].clone()
+    q[3, 1, 5] = poison
+    assert attend((q, *args[1:]), kwargs)[0].isfinite().all(-1).logical_not().nonzero().tolist() == [[3, 1]]
+
+
 def test_pages_behind_the_window_may_be_gone():
     args, kwargs = case("window", ((3, 700), (9, 300)), heads=2, page_size=4).inputs()
     kwargs["window"] = (50, 0)
