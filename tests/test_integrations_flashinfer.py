@@ -7,10 +7,6 @@ import pytest
 import torch
 
 from fmkernels import reference
-
-pytest.importorskip("fmkernels.paged_kv", reason="this build has no paged_kv")
-pytest.importorskip("fmkernels.norm", reason="this build has no norm")
-
 from fmkernels.integrations import flashinfer
 from fmkernels.testing import assert_as_good_as_torch
 

@@ -5,12 +5,6 @@ import pytest
 import torch
 
 from fmkernels import attention_varlen, reference
-
-pytest.importorskip("fmkernels.paged_kv", reason="this build has no paged_kv")
-pytest.importorskip("fmkernels.norm", reason="this build has no norm")
-pytest.importorskip("fmkernels.rope", reason="this build has no rope")
-pytest.importorskip("fmkernels.glu", reason="this build has no glu")
-
 from fmkernels.integrations import vllm
 from fmkernels.testing import assert_as_good_as_torch
 

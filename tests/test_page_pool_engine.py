@@ -3,12 +3,9 @@
 
 import random
 
-import pytest
 import torch
 
-from fmkernels import OutOfPages, PagePool
-
-paged_kv = pytest.importorskip("fmkernels.paged_kv", reason="this build has no paged_kv")
+from fmkernels import OutOfPages, PagePool, paged_kv
 
 HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 2, 16, 50
 
