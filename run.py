@@ -227,7 +227,8 @@ def install_missing(environment: Environment) -> str:
                 pip_install(environment, *options, *group)
             except StepFailed:
                 for requirement in ordinary if group is ordinary else ():
-                    try_install(environment, *options, requirement)
+                    with suppress(StepFailed):  # what is still missing afterwards is named
+                        pip_install(environment, *options, requirement)
         importlib.invalidate_caches()
         missing = [name for name in wanted if is_missing(name)]
         stamp.write_text(" ".join(missing))
@@ -238,12 +239,6 @@ def install_missing(environment: Environment) -> str:
             f"Install {' and '.join(wanted[name] for name in needed)} into {environment.python}, then try again."
         )
     return f"could not be installed: {', '.join(missing)} (`run.py setup` tries again)" if missing else "all there"
-
-
-def try_install(environment: Environment, *what: object) -> None:
-    """Installs one package; a failure shows in what is still missing afterwards."""
-    with suppress(StepFailed):
-        pip_install(environment, *what)
 
 
 def install_compiler(environment: Environment) -> str:
@@ -342,8 +337,7 @@ def setup_for_tests(environment: Environment) -> None:
 
 def python(environment: Environment, *words: object, **variables: str) -> int:
     """Runs this environment's Python in the foreground; the exit status."""
-    command = [str(environment.python), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=environment.variables(**variables)).returncode
+    return subprocess.run([environment.python, *words], cwd=ROOT, env=environment.variables(**variables)).returncode
 
 
 def run_tool(environment: Environment, tool: str, *words: object) -> int:
@@ -361,11 +355,10 @@ def names_path(extra: list[str]) -> bool:
 
 def in_parallel(environment: Environment) -> tuple[list[str], dict[str, str]]:
     """Options and variables that spread the whole suite over the cores, a file of tests to a process."""
-    if environment.in_place and installed("pytest-xdist") is None:
-        return [], {}
-    workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    threads = max((os.cpu_count() or 1) // workers, 1)
-    return ["-n", str(workers), "--dist", "loadfile"], {"OMP_NUM_THREADS": str(threads)}
+    cores = os.cpu_count() or 1
+    workers = min(cores, MAX_WORKERS) if not environment.in_place or installed("pytest-xdist") else 0
+    threads = {"OMP_NUM_THREADS": str(cores // workers)} if workers else {}
+    return ["-n", str(workers), "--dist", "loadfile"] if workers else [], threads
 
 
 def run_setup(environment: Environment, extra: list[str]) -> int:
@@ -390,10 +383,8 @@ def run_train_demo(environment: Environment, extra: list[str]) -> int:
 def run_test(environment: Environment, extra: list[str]) -> int:
     """the test suite; installs an nvcc where there is none; further arguments go to pytest"""
     setup_for_tests(environment)
-    if names_path(extra):
-        return python(environment, "-m", "pytest", *extra)
-    options, variables = in_parallel(environment)
-    return python(environment, "-m", "pytest", *options, "tests", *extra, **variables)
+    options, variables = ([], {}) if names_path(extra) else in_parallel(environment)
+    return python(environment, "-m", "pytest", *options, *extra, **variables)
 
 
 def run_test_slow(environment: Environment, extra: list[str]) -> int:
@@ -459,10 +450,7 @@ def run_clean(environment: Environment, extra: list[str]) -> int:
     folders = [ROOT / top for top in ("fmkernels", "emulator", "tests", "bench", "tools", "examples")]
     caches += [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("__pycache__")]
     for path in [ROOT / name for name in caches] + list((ROOT / "fmkernels").glob("*.so")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     print("removed the libraries, build/, dist/ and caches")
     return 0
 

@@ -26,6 +26,8 @@ def test_self_test_fails_when_its_op_is_wrong(name, monkeypatch):
     right = getattr(_library.ops, name)
 
     def wrong(*args):
+        if not right._schema.returns:
+            return None  # an op that writes to its arguments, and here does not
         result = right(*args)
         first, *others = [result] if isinstance(result, torch.Tensor) else result
         first = first * 1.001 if first.is_floating_point() else first + 1

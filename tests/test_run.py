@@ -76,8 +76,8 @@ def test_the_whole_suite_is_spread_over_the_cores_and_named_tests_are_not(run, m
     run.run_test(venv, ["-x", "tests/test_run.py"])
     monkeypatch.setattr(run, "installed", lambda name: None)
     run.run_test(run.Environment(Path(sys.executable), in_place=True), [])  # a Python that could not be given xdist
-    spread = ("-n", str(run.MAX_WORKERS), "--dist", "loadfile", "tests", "-x")
-    assert seen == [(spread, {"OMP_NUM_THREADS": "2"}), (("-x", "tests/test_run.py"), {}), (("tests",), {})]
+    spread = ("-n", str(run.MAX_WORKERS), "--dist", "loadfile", "-x")
+    assert seen == [(spread, {"OMP_NUM_THREADS": "2"}), (("-x", "tests/test_run.py"), {}), ((), {})]
 
 
 @pytest.mark.parametrize("name", ["FMKERNELS_CUDA", "FMKERNELS_VENV"])

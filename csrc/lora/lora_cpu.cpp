@@ -8,7 +8,7 @@
 
 #include "lora.h"
 
-#include "../common/dispatch.h"
+#include "../common/dispatch_cpu.h"
 #include "../common/parallel.h"
 #include "../common/vec.h"
 
@@ -125,8 +125,8 @@ void shrink_tile(const LoraShrinkParams& p, const Tile& tile, const int64_t* tok
   float out[4][kTaskRanks];
   for (int i = 0; i < tile.count;) {
     const int left_tokens = tile.count - i, count = left_tokens >= 4 ? 4 : left_tokens >= 2 ? 2 : 1;
-    dispatch_int<1, 2, 4>("tokens", count,
-                          [&]<int kTokens>() { dots_of<T, kTokens>(x + i, a, num_ranks, p.in_features, out); });
+    dispatch_checked_int<1, 2, 4>(count,
+                                  [&]<int kTokens>() { dots_of<T, kTokens>(x + i, a, num_ranks, p.in_features, out); });
     for (int k = 0; k < count; ++k, ++i) {
       for (int j = 0; j < num_ranks; ++j) p.h[tokens[i] * rank + first_rank + j] = out[k][j];
     }

@@ -12,7 +12,7 @@
 
 #include "quantized_linear.h"
 
-#include "../common/dispatch.h"
+#include "../common/dispatch_cpu.h"
 #include "../common/parallel.h"
 #include "../common/vec.h"
 
@@ -225,7 +225,7 @@ void multiply_rows(const PackedWeight& w, int64_t panel_idx, const float* x, int
     auto rest = [&]<int kRows>() {
       multiply_tile<kBits, kRows>(x_chunk + row * kChunk, tile, scales, total + row * kPanel);
     };
-    if (row < num_rows) dispatch_int<1, 2, 3, 4, 5>("rows", num_rows - row, rest);
+    if (row < num_rows) dispatch_checked_int<1, 2, 3, 4, 5>(num_rows - row, rest);
   }
 }
 
@@ -309,7 +309,7 @@ void dequantize(const DequantizeParams& p) {
 template <class F>
 void dispatch_kinds(DType dtype, int bits, F&& f) {
   dispatch_dtype(dtype, [&]<class T>() {
-    dispatch_int<4, 8>("bits", bits, [&]<int kBits>() { f.template operator()<T, kBits>(); });
+    dispatch_checked_int<4, 8>(bits, [&]<int kBits>() { f.template operator()<T, kBits>(); });
   });
 }
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-tests of norms, gates, rotations, quantised weights and adapters, for `doctor`: a small case of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .glu import swiglu
+from .lora import lora_expand, lora_shrink
+from .norm import rms_norm
+from .quantized_linear import dequantize_weight, quantized_linear
+from .quantized_weight import quantize_weight
+from .rope import rope
+from .rope_cache import rope_cache
+from .testing import Backend, assert_as_good_as_torch
+
+
+def _random(backend: Backend, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(backend.device) for shape in shapes]
+
+
+def _gradients(function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+
+def _assert_gradients(function: Callable[..., Any], expected: Callable[..., Any], *tensors: Tensor) -> None:
+    actual = _gradients(function, *tensors)
+    assert_as_good_as_torch(actual, lambda *leaves: _gradients(expected, *leaves), *tensors)
+
+
+def _test_norm(backend: Backend) -> None:
+    x, weight = _random(backend, (5, 70), (70,))
+    assert_as_good_as_torch(rms_norm(x, weight), reference.rms_norm, x, weight)
+
+
+def _test_norm_out(backend: Backend) -> None:
+    x, weight = _random(backend, (5, 70), (70,))
+    assert_as_good_as_torch(rms_norm(x, weight, out=torch.zeros_like(x)), reference.rms_norm, x, weight)
+
+
+def _test_norm_backward(backend: Backend) -> None:
+    _assert_gradients(rms_norm, reference.rms_norm, *_random(backend, (5, 70), (70,)))
+
+
+def _test_glu(backend: Backend) -> None:
+    (gate,) = _random(backend, (5, 70))
+    assert_as_good_as_torch(swiglu(gate), reference.swiglu, gate)
+
+
+def _test_glu_out(backend: Backend) -> None:
+    (gate,) = _random(backend, (5, 70))
+    assert_as_good_as_torch(swiglu(gate, out=torch.zeros_like(gate[:, :35])), reference.swiglu, gate)
+
+
+def _test_glu_backward(backend: Backend) -> None:
+    _assert_gradients(swiglu, reference.swiglu, *_random(backend, (5, 70)))
+
+
+def _rotated(backend: Backend) -> tuple[Tensor, ...]:
+    q, k = _random(backend, (5, 4, 16), (5, 2, 16))
+    return q, k, torch.arange(5, device=backend.device), rope_cache(16, 8).to(backend.device)
+
+
+def _test_rope(backend: Backend) -> None:
+    args = _rotated(backend)
+    assert_as_good_as_torch(rope(*args), reference.rope, *args)
+
+
+def _test_rope_out(backend: Backend) -> None:
+    q, k, *rest = _rotated(backend)
+    out = rope(q, k, *rest, out=(torch.zeros_like(q), torch.zeros_like(k)))
+    assert_as_good_as_torch(out, reference.rope, q, k, *rest)
+
+
+def _test_quantized_linear(backend: Backend) -> None:
+    x, weight = _random(backend, (3, 128), (70, 128))
+    for form in ({"bits": 8}, {"bits": 4, "group_size": 32}):
+        packed = quantize_weight(weight, **form)
+        assert_as_good_as_torch(quantized_linear(x, packed), reference.quantized_linear, x, packed)
+
+
+def _test_dequantize(backend: Backend) -> None:
+    packed = quantize_weight(_random(backend, (70, 128))[0], bits=4, group_size=32)
+    actual = dequantize_weight(packed)
+    # an argument of float type is what tells the reference the dtype to compute in
+    assert_as_good_as_torch(actual, lambda x: reference.dequantize_weight(packed, x.dtype), actual.new_zeros(1))
+
+
+def _adapted(backend: Backend) -> tuple[Tensor, ...]:
+    idx = torch.tensor([1, -1, 0, 1, 1], dtype=torch.int32, device=backend.device)
+    return *_random(backend, (5, 40), (5, 24), (2, 8, 40), (2, 24, 8), (5, 8)), idx
+
+
+def _test_lora_shrink(backend: Backend) -> None:
+    x, _, a, _, _, idx = _adapted(backend)
+    assert_as_good_as_torch(lora_shrink(x, a, idx), reference.lora_shrink, x, a, idx)
+
+
+def _test_lora_expand(backend: Backend) -> None:
+    _, base, _, b, h, idx = _adapted(backend)
+    assert_as_good_as_torch(lora_expand(h, base, b, idx), reference.lora_expand, h, base, b, idx)
+
+
+SELF_TESTS: dict[str, Callable[[Backend], None]] = {
+    "norm_forward": _test_norm,
+    "norm_forward_out": _test_norm_out,
+    "norm_backward": _test_norm_backward,
+    "glu_forward": _test_glu,
+    "glu_forward_out": _test_glu_out,
+    "glu_backward": _test_glu_backward,
+    "rope_forward": _test_rope,
+    "rope_forward_out": _test_rope_out,
+    "quantized_linear_forward": _test_quantized_linear,
+    "quantized_linear_dequantize": _test_dequantize,
+    "lora_shrink": _test_lora_shrink,
+    "lora_expand": _test_lora_expand,
+}
