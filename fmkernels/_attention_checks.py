@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
-from . import _library
 from .block_mask import BlockMask
 
 MAX_HEAD_DIM = 256
@@ -107,6 +105,11 @@ def check_dropout(op: str, q: Tensor, dropout_p: float, dropout_rng: Tensor | No
         check.size(op, "dropout_rng", dropout_rng, 0, "size", 2)
 
 
+def default_scale(q: Any) -> float:
+    """head_dim ** -0.5, and any number where q is refused later."""
+    return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0 else 1.0
+
+
 def check_mask_fits(op: str, mask: Any, q: Any, k: Any) -> None:
     """What the op, which is given the tensors of the mask, cannot see; the rest of q and k is checked with them."""
     if not isinstance(mask, BlockMask):
@@ -125,9 +128,7 @@ def check_mask(op: str, tensors: list[Tensor], q: Tensor, k: Tensor) -> None:
     for what, count, full in (("batch", mask.shape[0], q.shape[0]), ("heads", mask.shape[1], q.shape[2])):
         if count not in (1, full):
             raise ValueError(f"{op}: block_mask must have {what} 1 or {full}, got {count}.")
-    if (q.device.type == "cpu" or _library.check_values) and not (
-        torch.compiler.is_compiling() or isinstance(mask.tiles, FakeTensor)
-    ):
+    if check.sees_values(mask.tiles):
         mask.check_values()
 
 
@@ -174,9 +175,7 @@ def check_attention_varlen(
     check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])
     check_modifiers(op, q, cu_seqlens_q.shape[0] - 1, alibi_slopes, sinks)
     check_dropout(op, q, *scalars[-2:])  # dropout_p and dropout_rng
-    if (q.device.type == "cpu" or _library.check_values) and not (
-        torch.compiler.is_compiling() or isinstance(cu_seqlens_q, FakeTensor)
-    ):
-        check.cu_seqlens(op, "q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        check.cu_seqlens(op, "k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if check.sees_values(cu_seqlens_q):
+        check.prefix_sums(op, "cu_seqlens_q", cu_seqlens_q, "total_q", q.shape[0], ("max_seqlen_q", max_seqlen_q))
+        check.prefix_sums(op, "cu_seqlens_k", cu_seqlens_k, "total_k", k.shape[0], ("max_seqlen_k", max_seqlen_k))
     check.kernel_exists(op, "attention_varlen_forward", q)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _library
 
@@ -100,20 +101,29 @@ def flag(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")
 
 
-def cu_seqlens(op: str, side: str, value: Tensor, total: int, max_seqlen: int) -> None:
-    name = f"cu_seqlens_{side}"
+def sees_values(value: Tensor) -> bool:
+    """Whether the values of a tensor are there and are checked: on the CPU always, else under FMKERNELS_CHECK=1."""
+    if torch.compiler.is_compiling() or isinstance(value, FakeTensor) or value.device.type == "meta":
+        return False
+    return value.device.type == "cpu" or _library.check_values
+
+
+def prefix_sums(
+    op: str, name: str, value: Tensor, total_name: str, total: int, longest: tuple[str, int] | None = None
+) -> None:
+    """From 0 to `total`; `longest` is the argument that bounds the steps, and its value."""
     prefix = value.tolist()
     if prefix[0] != 0:
         raise ValueError(f"{op}: {name} must begin with 0, got {prefix[0]}.")
     for before, after in itertools.pairwise(prefix):
         if after < before:
             raise ValueError(f"{op}: {name} must not decrease, got {before} before {after}.")
-        if after - before > max_seqlen:
+        if longest is not None and after - before > longest[1]:
             raise ValueError(
-                f"{op}: max_seqlen_{side} must be at least the longest sequence, {after - before}, got {max_seqlen}."
+                f"{op}: {longest[0]} must be at least the longest sequence, {after - before}, got {longest[1]}."
             )
     if prefix[-1] != total:
-        raise ValueError(f"{op}: {name} must end with total_{side}, {total}, got {prefix[-1]}.")
+        raise ValueError(f"{op}: {name} must end with {total_name}, {total}, got {prefix[-1]}.")
 
 
 def kernel_exists(op: str, schema: str, value: Tensor) -> None:

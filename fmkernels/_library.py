@@ -149,8 +149,11 @@ def register_flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[
 
 
 def call(op: Callable[..., Any], args: tuple[Any, ...], check_tensors: Callable[..., None]) -> Any:
-    """op(*args); where that fails, `check_tensors(*args)` raises the sentence for what is wrong with the arguments."""
-    if torch.compiler.is_compiling():
+    """op(*args); where that fails, `check_tensors(*args)` raises the sentence for what is wrong with the arguments.
+
+    Under FMKERNELS_CHECK=1 it is asked before: on CUDA no op sees the values that it would have to refuse.
+    """
+    if check_values or torch.compiler.is_compiling():
         check_tensors(*args)
         return op(*args)
     try:

@@ -3,39 +3,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
-from . import _library
 from ._attention_checks import MAX_HEAD_DIM, check_modifiers
 
 QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.int8)
 CACHE_DTYPES = (*check.FLOAT_DTYPES, *QUANTIZED_DTYPES)
 _CACHE = "[num_pages, page_size, kv_heads, dim]"
-
-
-def before(check_tensors: Callable[..., None], args: tuple[Any, ...], *more: Any) -> None:
-    """Under FMKERNELS_CHECK=1 the checks come before the call: on CUDA the op sees no values."""
-    if _library.check_values and not torch.compiler.is_compiling():
-        check_tensors(*args, *more)
-
-
-def default_scale(q: Any) -> float:
-    """head_dim ** -0.5, and any number where q is refused later."""
-    return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0 else 1.0
-
-
-def sees_values(t: Tensor) -> bool:
-    """Whether the values of a tensor are checked, and there."""
-    if torch.compiler.is_compiling() or isinstance(t, FakeTensor) or t.device.type == "meta":
-        return False
-    return t.device.type == "cpu" or _library.check_values
 
 
 def check_no_grad(op: str, **tensors: Any) -> None:
@@ -114,17 +92,6 @@ def check_table(op: str, t: Any, other_name: str, other: Tensor) -> None:
     check.last_dim_contiguous(op, "block_table", t)
 
 
-def check_prefix_sums(op: str, name: str, t: Tensor, what: str, total: int) -> None:
-    prefix = t.tolist()
-    if prefix[0] != 0:
-        raise ValueError(f"{op}: {name} must begin with 0, got {prefix[0]}.")
-    for first, second in itertools.pairwise(prefix):
-        if second < first:
-            raise ValueError(f"{op}: {name} must not decrease, got {first} before {second}.")
-    if prefix[-1] != total:
-        raise ValueError(f"{op}: {name} must end with {what}, {total}, got {prefix[-1]}.")
-
-
 def check_requests(op: str, table: Tensor, first: list[int], lengths: list[int], cache: Tensor) -> None:
     """Of every request the pages from the one of token `first` to that of its last."""
     num_pages, page_size = cache.shape[:2]
@@ -181,11 +148,11 @@ def check_append(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, q, cos,
             raise ValueError(f"{op}: rotary_cos must have at most {k.shape[2] // 2} columns, got {cos.shape[1]}.")
         check_list(op, "positions", positions, torch.int64, "[num_tokens]", "k", k)
         check.size(op, "positions", positions, 0, "num_tokens", k.shape[0])
-        for position in positions.tolist() if sees_values(positions) else ():
+        for position in positions.tolist() if check.sees_values(positions) else ():
             if not 0 <= position < cos.shape[0]:
                 raise ValueError(f"{op}: positions must be from 0 to {cos.shape[0] - 1}, got {position}.")
     num_slots = k_cache.shape[0] * k_cache.shape[1]
-    for slot in slot_mapping.tolist() if sees_values(slot_mapping) else ():
+    for slot in slot_mapping.tolist() if check.sees_values(slot_mapping) else ():
         if slot >= num_slots:
             raise ValueError(f"{op}: slot_mapping must be below the {num_slots} slots of the cache, got {slot}.")
     check.kernel_exists(op, "paged_kv_append", k)
@@ -224,10 +191,10 @@ def check_attend(
         check.same_device(op, "tree_mask", tree, "q", q)
         check.last_dim_contiguous(op, "tree_mask", tree)
         check.size(op, "tree_mask", tree, 0, "the total_q of q,", q.shape[0])
-    if sees_values(seqlens):
+    if check.sees_values(seqlens):
         ends = list(range(batch + 1))
         if cu_seqlens_q is not None:
-            check_prefix_sums(op, "cu_seqlens_q", cu_seqlens_q, "total_q", q.shape[0])
+            check.prefix_sums(op, "cu_seqlens_q", cu_seqlens_q, "total_q", q.shape[0])
             ends = cu_seqlens_q.tolist()
         lengths = seqlens.tolist()
         first = [

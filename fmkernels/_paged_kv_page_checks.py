@@ -14,18 +14,16 @@ from . import _check as check
 from ._paged_kv_checks import (
     check_cache,
     check_list,
-    check_prefix_sums,
     check_requests,
     check_scale,
     check_table,
-    sees_values,
 )
 
 
 def check_page_list(op: str, name: str, pages: Any, cache: Tensor) -> list[int]:
     """The values, where they are seen."""
     check_list(op, name, pages, torch.int32, "[num]", "cache", cache)
-    if not sees_values(pages):
+    if not check.sees_values(pages):
         return []
     values = pages.tolist()
     for page in values:
@@ -57,8 +55,8 @@ def check_gather(cache, table, cu_seqlens, num_tokens, scale, dtype) -> None:
     check_table(op, table, "cache", cache)
     check_list(op, "cu_seqlens", cu_seqlens, torch.int32, "[batch + 1]", "cache", cache)
     check.size(op, "cu_seqlens", cu_seqlens, 0, "batch + 1 elements,", table.shape[0] + 1)
-    if sees_values(cu_seqlens):
-        check_prefix_sums(op, "cu_seqlens", cu_seqlens, "num_tokens", num_tokens)
+    if check.sees_values(cu_seqlens):
+        check.prefix_sums(op, "cu_seqlens", cu_seqlens, "num_tokens", num_tokens)
         ends = cu_seqlens.tolist()
         lengths = [e - s for s, e in itertools.pairwise(ends)]
         check_requests(op, table, [0] * len(lengths), lengths, cache)
@@ -77,7 +75,7 @@ def check_copy_pages(cache, src, dst) -> None:
     check.kernel_exists(op, "paged_kv_copy_pages", cache)
 
 
-def check_swap(cache, pages, host_buffer, name) -> None:
+def check_swap(name, cache, pages, host_buffer) -> None:
     op = f"paged_kv.{name}"
     check_pages_tensor(op, cache)
     values = check_page_list(op, "pages", pages, cache)
@@ -119,8 +117,8 @@ def check_page_table(indptr, indices, max_pages) -> None:
     check_list(op, "indices", indices, torch.int32, "[num_indices]", "indptr", indptr)
     if indptr.shape[0] < 1:
         raise ValueError(f"{op}: indptr must have batch + 1 elements, got none.")
-    if sees_values(indptr):
-        check_prefix_sums(op, "indptr", indptr, "the number of indices", indices.shape[0])
+    if check.sees_values(indptr):
+        check.prefix_sums(op, "indptr", indptr, "the number of indices", indices.shape[0])
         longest = max((e - s for s, e in itertools.pairwise(indptr.tolist())), default=0)
         if longest > max_pages:
             raise ValueError(f"{op}: max_pages must be at least the longest list, {longest}, got {max_pages}.")

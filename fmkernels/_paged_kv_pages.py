@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import _check as check
 from . import _paged_kv_page_checks as checks
 from ._library import call, ops, register_fake
-from ._paged_kv_checks import before
 
 
 def gather(
@@ -47,7 +48,6 @@ def gather(
     elif dtype not in check.FLOAT_DTYPES:
         raise ValueError(f"{op}: dtype must be {check.dtype_names(check.FLOAT_DTYPES)}, got {dtype}.")
     args = (cache, block_table, cu_seqlens, num_tokens, scale, dtype)
-    before(checks.check_gather, args)
     return call(ops.paged_kv_gather, args, checks.check_gather)
 
 
@@ -68,7 +68,6 @@ def copy_pages(cache: Tensor, src: Tensor, dst: Tensor) -> None:
             CUDA under FMKERNELS_CHECK=1; without it a copy with an id out of range does not happen.
     """
     args = (cache, src, dst)
-    before(checks.check_copy_pages, args)
     call(ops.paged_kv_copy_pages, args, checks.check_copy_pages)
 
 
@@ -88,8 +87,7 @@ def swap_out(cache: Tensor, pages: Tensor, host_buffer: Tensor) -> None:
         ValueError, TypeError: as `copy_pages`.
     """
     args = (cache, pages, host_buffer)
-    before(checks.check_swap, args, "swap_out")
-    call(ops.paged_kv_swap_out, args, lambda *a: checks.check_swap(*a, "swap_out"))
+    call(ops.paged_kv_swap_out, args, functools.partial(checks.check_swap, "swap_out"))
 
 
 def swap_in(cache: Tensor, pages: Tensor, host_buffer: Tensor) -> None:
@@ -107,8 +105,7 @@ def swap_in(cache: Tensor, pages: Tensor, host_buffer: Tensor) -> None:
         ValueError, TypeError: as `copy_pages`.
     """
     args = (cache, pages, host_buffer)
-    before(checks.check_swap, args, "swap_in")
-    call(ops.paged_kv_swap_in, args, lambda *a: checks.check_swap(*a, "swap_in"))
+    call(ops.paged_kv_swap_in, args, functools.partial(checks.check_swap, "swap_in"))
 
 
 def compact(cache: Tensor, keep: Tensor) -> None:
@@ -127,7 +124,6 @@ def compact(cache: Tensor, keep: Tensor) -> None:
         ValueError, TypeError: as `copy_pages`.
     """
     args = (cache, keep)
-    before(checks.check_compact, args)
     call(ops.paged_kv_compact, args, checks.check_compact)
 
 
@@ -150,7 +146,6 @@ def page_table_from_csr(indptr: Tensor, indices: Tensor, *, max_pages: int) -> T
     """
     check.integer("paged_kv.page_table_from_csr", "max_pages", max_pages, 0)
     args = (indptr, indices, max_pages)
-    before(checks.check_page_table, args)
     return call(ops.paged_kv_page_table_from_csr, args, checks.check_page_table)
 
 
@@ -168,12 +163,12 @@ def _(*args):
 
 @register_fake("paged_kv_swap_out")
 def _(*args):
-    checks.check_swap(*args, "swap_out")
+    checks.check_swap("swap_out", *args)
 
 
 @register_fake("paged_kv_swap_in")
 def _(*args):
-    checks.check_swap(*args, "swap_in")
+    checks.check_swap("swap_in", *args)
 
 
 @register_fake("paged_kv_compact")

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from . import _library
-from ._attention_checks import check_attention, check_attention_varlen, check_mask_fits, check_scalars
+from ._attention_checks import check_attention, check_attention_varlen, check_mask_fits, check_scalars, default_scale
 from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
 from .block_mask import BlockMask
 
@@ -79,7 +78,7 @@ def attention(
     """
     check_scalars("attention", causal, window, softmax_scale, softcap, dropout_p, return_lse)
     _check_no_grad("attention", alibi_slopes)
-    scale = _default_scale(q) if softmax_scale is None else softmax_scale
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
     rng = _draw_rng(q) if dropout_p > 0.0 and dropout_rng is None else dropout_rng
     mask = None
     if block_mask is not None:
@@ -137,12 +136,10 @@ def attention_varlen(
     _check_no_grad("attention_varlen", alibi_slopes)
     check.integer("attention_varlen", "max_seqlen_q", max_seqlen_q, 0)
     check.integer("attention_varlen", "max_seqlen_k", max_seqlen_k, 0)
-    scale = _default_scale(q) if softmax_scale is None else softmax_scale
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rng = _draw_rng(q) if dropout_p > 0.0 and dropout_rng is None else dropout_rng
     args += (alibi_slopes, sinks, causal, *window, scale, softcap, dropout_p, rng)
-    if _library.check_values and not torch.compiler.is_compiling():
-        check_attention_varlen(*args)
     o, lse = _call(ops.attention_varlen_forward, args, (q, k, v, sinks), check_attention_varlen)
     return (o, lse) if return_lse else o
 
@@ -210,11 +207,6 @@ def _readable_grad(grad_o: Tensor | None, o: Tensor) -> Tensor:
 def _check_no_grad(op: str, alibi_slopes: Tensor | None) -> None:
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.requires_grad:
         raise ValueError(f"{op}: alibi_slopes must not require a gradient: none is computed for it.")
-
-
-def _default_scale(q: Any) -> float:
-    """head_dim ** -0.5, and any number where q is refused later."""
-    return q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.dim() > 0 and q.shape[-1] > 0 else 1.0
 
 
 def _draw_rng(q: Any) -> Tensor | None:

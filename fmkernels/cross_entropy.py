@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from . import _library
 from ._library import call, needs_grad, ops, register_fake
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -59,8 +57,6 @@ def cross_entropy(
     options = (ignore_index, label_smoothing, z_loss, softcap)
     check_options("cross_entropy", *options, reduction)
     args = (logits, target, *options)
-    if _library.check_values and not torch.compiler.is_compiling():
-        _check_tensors(*args)
     loss = call(_CrossEntropy.apply if needs_grad(logits) else _loss, args, _check_tensors)
     return reduced(loss, target, logits.shape[-1], ignore_index, reduction)
 
@@ -102,9 +98,7 @@ def check_target(op: str, target: Tensor, like_name: str, like: Tensor, vocab: i
         raise ValueError(
             f"{op}: target must have the shape {list(like.shape[:-1])} for this {like_name}, got {list(target.shape)}."
         )
-    if (target.device.type == "cpu" or _library.check_values) and not (
-        torch.compiler.is_compiling() or isinstance(target, FakeTensor)
-    ):
+    if check.sees_values(target):
         wrong = target[((target < 0) | (target >= vocab)) & (target != ignore_index)]
         if wrong.numel() > 0:
             raise ValueError(

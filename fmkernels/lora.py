@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from . import _library
 from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
 
 MAX_RANK = 128
@@ -58,7 +57,6 @@ def lora_shrink(x: Tensor, a: Tensor, idx: Tensor) -> Tensor:
         ValueError, TypeError: as `lora`.
     """
     _refuse_gradients("lora_shrink", x, a)
-    _check_idx_on_device("lora_shrink", idx, a)
     return call(ops.lora_shrink, (x, a, idx), _check_shrink)
 
 
@@ -76,7 +74,6 @@ def lora_expand(h: Tensor, base: Tensor, b: Tensor, idx: Tensor, scale: Tensor |
         ValueError, TypeError: as `lora`.
     """
     _refuse_gradients("lora_expand", h, base, b, scale)
-    _check_idx_on_device("lora_expand", idx, b)
     return call(ops.lora_expand, (base, b, h, idx, scale), _check_expand)
 
 
@@ -85,14 +82,8 @@ def _refuse_gradients(op: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{op}: gradients are not computed; call it under torch.no_grad().")
 
 
-def _check_idx_on_device(op: str, idx: Tensor, stack: Tensor) -> None:
-    """What only the device can see; the op looks at idx by itself on the CPU."""
-    if _library.check_values and not torch.compiler.is_compiling() and isinstance(stack, Tensor) and stack.dim() > 0:
-        _check_idx(op, idx, stack.shape[0])
-
-
 def _check_idx(op: str, idx: Tensor, num_adapters: int) -> None:
-    if not isinstance(idx, Tensor) or type(idx) is not Tensor or idx.is_meta or idx.numel() == 0:
+    if idx.numel() == 0 or not check.sees_values(idx):
         return
     low, high = (int(t) for t in torch.aminmax(idx))
     if low < -1 or high >= num_adapters:
@@ -126,8 +117,7 @@ def _check_common(
 def _check_shrink(x: Tensor, a: Tensor, idx: Tensor) -> None:
     _check_common("lora_shrink", "x", x, "a", a, idx, 1)
     check.kernel_exists("lora_shrink", "lora_shrink", x)
-    if not torch.compiler.is_compiling() and x.device.type == "cpu":
-        _check_idx("lora_shrink", idx, a.shape[0])
+    _check_idx("lora_shrink", idx, a.shape[0])
 
 
 def _check_expand(base: Tensor, b: Tensor, h: Tensor, idx: Tensor, scale: Tensor | None) -> None:
@@ -148,8 +138,7 @@ def _check_expand(base: Tensor, b: Tensor, h: Tensor, idx: Tensor, scale: Tensor
         check.size(op, "scale", scale, 0, "the adapters of b", b.shape[0])
         check.last_dim_contiguous(op, "scale", scale)
     check.kernel_exists(op, "lora_expand", base)
-    if not torch.compiler.is_compiling() and base.device.type == "cpu":
-        _check_idx(op, idx, b.shape[0])
+    _check_idx(op, idx, b.shape[0])
 
 
 @register_fake("lora_shrink")

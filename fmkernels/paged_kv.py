@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _check as check
 from . import _paged_kv_checks as checks
-from ._attention_checks import check_scalars
+from ._attention_checks import check_scalars, default_scale
 from ._library import call, ops, register_fake, register_flop_formula
 from ._paged_kv_pages import compact, copy_pages, gather, page_table_from_csr, swap_in, swap_out
 from .merge_attention import merge_attention
@@ -78,7 +78,6 @@ def append(
         checks.check_no_grad("paged_kv.append", k=k, v=v, q=q)
     check.flag("paged_kv.append", "interleaved", interleaved)
     args = (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, q, rotary_cos, rotary_sin, positions, interleaved)
-    checks.before(checks.check_append, args)
     call(ops.paged_kv_append, args, checks.check_append)
 
 
@@ -146,10 +145,9 @@ def attend(
     check.flag(op, "return_lse", return_lse)
     if not (causal is True and window == (-1, -1) and softmax_scale is None and softcap == 0.0):  # 2 us of a small call
         check_scalars(op, causal, window, softmax_scale, softcap, 0.0, return_lse)
-    scale = checks.default_scale(q) if softmax_scale is None else softmax_scale
+    scale = default_scale(q) if softmax_scale is None else softmax_scale
     tensors = (q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, k_scale, v_scale)
     args = (*tensors, alibi_slopes, sinks, tree_mask, causal, *window, scale, softcap)
-    checks.before(checks.check_attend, args)
     o, lse = call(ops.paged_kv_attend, args, checks.check_attend)
     return (o, lse) if return_lse else o
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
-from . import _library
 from ._library import call, ops, register_fake
 
 Option = float | Tensor | None
@@ -95,8 +93,6 @@ def sample(
     check.flag("sample", "return_logprobs", return_logprobs)
     values = [_as_tensor(name, value, logits) for name, value in options.items()]
     args = (logits, seed, offset, *values, output_counts, prompt_mask, return_logprobs)
-    if _library.check_values and not torch.compiler.is_compiling():
-        _check_tensors(*args)
     tokens, logprobs = call(ops.sampling_tokens, args, _check_tensors)
     return (tokens, logprobs) if return_logprobs else tokens
 
@@ -157,8 +153,7 @@ def _check_tensors(logits: Tensor, seed: Tensor, offset: Tensor, *rest: Any) -> 
 
 
 def _check_values(name: str, value: Tensor) -> None:
-    is_seen = (value.device.type == "cpu" or _library.check_values) and not torch.compiler.is_compiling()
-    if name not in _RULES or not is_seen or isinstance(value, FakeTensor):
+    if name not in _RULES or not check.sees_values(value):
         return
     rule, sentence = _RULES[name]
     wrong = value[~rule(value)]

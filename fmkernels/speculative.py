@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
-from . import _library
 from ._library import call, ops, register_fake
 from .sampling import MAX_VOCAB
 
@@ -103,12 +102,7 @@ def verify_tree(
 
 
 def _verify(op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    def check_tensors(*args: Any) -> None:
-        _check_tensors(op, *args)
-
-    if _library.check_values and not torch.compiler.is_compiling():
-        check_tensors(*args)
-    return call(ops.speculative_verify, args, check_tensors)
+    return call(ops.speculative_verify, args, functools.partial(_check_tensors, op))
 
 
 def _check_tensors(
@@ -151,8 +145,7 @@ def _check_tensors(
 
 
 def _check_values(op: str, tokens: Tensor, vocab: int, parents: Tensor | None) -> None:
-    is_seen = (tokens.device.type == "cpu" or _library.check_values) and not torch.compiler.is_compiling()
-    if not is_seen or isinstance(tokens, FakeTensor):
+    if not check.sees_values(tokens):
         return
     wrong = tokens[(tokens < -1) | (tokens >= vocab)]
     if wrong.numel() > 0:

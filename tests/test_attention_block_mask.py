@@ -15,7 +15,7 @@ from test_attention_backward import check, gradients, inputs_of, on
 from test_block_mask import MASKS, arguments
 from torch.library import opcheck
 
-from fmkernels import BlockMask, attention, create_block_mask, reference
+from fmkernels import BlockMask, _library, attention, create_block_mask, reference
 from fmkernels.testing import Case, assert_attention, backends
 
 BACKENDS = backends("attention_backward")
@@ -277,6 +277,17 @@ def test_values_outside_the_mask_are_refused(name, place, value):
         torch.ops.fmkernels.attention_forward(q, k, v, *tail, mask.tensors)
     with pytest.raises(RuntimeError, match="block_mask: "):
         torch.ops.fmkernels.attention_backward(o, None, q, k, v, o, lse, *tail, False, mask.tensors)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.has_tensor_cores], ids=str)
+def test_values_outside_the_mask_are_refused_on_a_device_where_that_is_asked_for(backend, monkeypatch):
+    """FMKERNELS_CHECK=1 once looked at the lists of packed sequences alone."""
+    case = on(backend, case_of("stripes"))
+    tensors, mask = inputs_of(case)[1], case.block_mask
+    wrong = dataclasses.replace(mask, column_indices=mask.column_indices + 99)
+    monkeypatch.setattr(_library, "check_values", True)
+    with pytest.raises(ValueError, match=r"^BlockMask: column_indices must "):
+        results(dataclasses.replace(case, block_mask=wrong), tensors, backend=backend)
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.has_tensor_cores], ids=str)
