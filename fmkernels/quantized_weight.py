@@ -192,7 +192,7 @@ def quantize_weight(
     check.dtype(op, "weight", weight, check.FLOAT_DTYPES)
     if weight.numel() == 0:
         raise ValueError(f"{op}: weight must have a row and a column, got {list(weight.shape)}.")
-    if not weight.isfinite().all():
+    if not weight.is_meta and not weight.isfinite().all():
         raise ValueError(f"{op}: weight must be finite, got infinity or NaN.")
     rows, columns = weight.shape
     width = columns if group_size is None else group_size
@@ -234,7 +234,7 @@ def _check_format(op: str, bits: int, group_size: int | None) -> None:
 def _check_integers(op: str, name: str, t: Tensor, low: int, high: int) -> None:
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"{op}: {name} must be integers, got {check.dtype_names((t.dtype,))}.")
-    if t.numel() > 0 and (t.min() < low or t.max() > high):
+    if not t.is_meta and t.numel() > 0 and (t.min() < low or t.max() > high):
         raise ValueError(f"{op}: {name} must lie from {low} to {high}, got {t.min()} to {t.max()}.")
 
 

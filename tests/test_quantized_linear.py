@@ -422,6 +422,16 @@ def test_module_of_a_linear_layer(form, bias):
     assert len(list(module.parameters())) == int(bias)
 
 
+def test_module_is_made_on_the_meta_device():
+    """Whose values nobody can look at."""
+    module = fmkernels.nn.QuantizedLinear(64, 40, bits=4, group_size=32, device="meta")
+    like = fmkernels.nn.QuantizedLinear(64, 40, bits=4, group_size=32)
+    assert {n: (t.shape, t.dtype) for n, t in module.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in like.state_dict().items()
+    }
+    assert all(t.is_meta for t in module.state_dict().values())
+
+
 def test_module_says_what_it_is_and_what_it_takes():
     module = fmkernels.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 40), bits=4, group_size=32)
     assert repr(module) == "QuantizedLinear(in_features=64, out_features=40, bias=True, bits=4, group_size=32)"
