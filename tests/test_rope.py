@@ -231,16 +231,12 @@ def test_strides_change_no_bits(layout, dtype, interleaved, backend):
 def test_out_may_be_the_input(shape, interleaved, backend):
     q, k, positions, cos_sin = inputs(shape, torch.bfloat16, backend.device)
     expected = backend.run(rope, q, k, positions, cos_sin, interleaved=interleaved)
-    other = [torch.empty_like(t) for t in (q, k)]
-    for out in (other, (q, torch.empty_like(k)), (q.clone(), k)):
-        given_ = [q.clone() if out[0] is q else q, k]
+    for in_place in ((False, False), (True, False), (False, True), (True, True)):
+        given_ = (q.clone(), k.clone())
+        out = tuple(t if here else torch.empty_like(t) for t, here in zip(given_, in_place, strict=True))
         results = backend.run(rope, *given_, positions, cos_sin, interleaved=interleaved, out=out)
-        assert results[0] is out[0]
-        if out[0] is not q:
-            assert all(map(torch.equal, results, expected))
-        q, k, positions, cos_sin = inputs(shape, torch.bfloat16, backend.device)
-    results = backend.run(rope, q, k, positions, cos_sin, interleaved=interleaved, out=(q, k))
-    assert all(map(torch.equal, results, expected))
+        assert all(result is into for result, into in zip(results, out, strict=True))
+        assert all(map(torch.equal, results, expected))
 
 
 @pytest.mark.parametrize("shape", [((0,), 2, 1, 8, 8), ((2, 0), 2, 1, 8, 4), ((3,), 0, 0, 8, 8)], ids=str)
