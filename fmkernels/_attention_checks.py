@@ -21,7 +21,7 @@ _PACKED_LAYOUTS = ("[total_q, heads, head_dim]", "[total_k, kv_heads, head_dim]"
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str, str]) -> None:
-    any_dtype = under_autocast(q)
+    any_dtype = check.under_autocast(q)
     for name, t, layout in zip("qkv", (q, k, v), layouts, strict=True):
         check.is_tensor(op, name, t)
         check.rank(op, name, t, 4 if op == "attention" else 3, layout)
@@ -40,12 +40,6 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str,
     if kv_heads < 1 or heads % kv_heads != 0:
         raise ValueError(f"{op}: k has {kv_heads} kv_heads, which must divide the {heads} heads of q.")
     check.size(op, "v", v, -2, "the kv_heads of k,", kv_heads)
-
-
-def under_autocast(q: Any) -> bool:
-    """Whether the op will be given other dtypes than the caller's."""
-    has_autocast = isinstance(q, Tensor) and q.device.type in ("cpu", "cuda")  # asking for another, as meta, raises
-    return has_autocast and torch.is_autocast_enabled(q.device.type)
 
 
 def check_scalars(
@@ -74,14 +68,6 @@ def check_scalars(
         raise ValueError(f"{op}: dropout_p must be less than 1, got {dropout_p}.")
 
 
-def check_vector(op: str, name: str, t: Tensor, q: Tensor, dtype: torch.dtype, layout: str) -> None:
-    check.is_tensor(op, name, t)
-    check.rank(op, name, t, 1, layout)
-    check.dtype(op, name, t, (dtype,))
-    check.same_device(op, name, t, "q", q)
-    check.last_dim_contiguous(op, name, t)
-
-
 def check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
     heads = q.shape[-2]
     if alibi_slopes is not None:
@@ -95,13 +81,13 @@ def check_modifiers(op: str, q: Tensor, batch: int, alibi_slopes: Tensor | None,
         check.last_dim_contiguous(op, "alibi_slopes", alibi_slopes)
         check.size(op, "alibi_slopes", alibi_slopes, -1, "heads", heads)
     if sinks is not None:
-        check_vector(op, "sinks", sinks, q, torch.float32, "[heads]")
+        check.plain(op, "sinks", sinks, 1, "[heads]", torch.float32, "q", q)
         check.size(op, "sinks", sinks, 0, "heads", heads)
 
 
 def check_dropout(op: str, q: Tensor, dropout_p: float, dropout_rng: Tensor | None) -> None:
     if dropout_rng is not None:
-        check_vector(op, "dropout_rng", dropout_rng, q, torch.int64, "[2]")
+        check.plain(op, "dropout_rng", dropout_rng, 1, "[2]", torch.int64, "q", q)
         check.size(op, "dropout_rng", dropout_rng, 0, "size", 2)
 
 
@@ -146,7 +132,7 @@ def check_attention(
         check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
         check.same_device(op, "bias", bias, "q", q)
         bias_dtypes = (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype)
-        check.dtype(op, "bias", bias, check.FLOAT_DTYPES if under_autocast(q) else bias_dtypes)
+        check.dtype(op, "bias", bias, check.FLOAT_DTYPES if check.under_autocast(q) else bias_dtypes)
         for dim, (what, full) in enumerate(
             (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
         ):
@@ -165,11 +151,7 @@ def check_attention_varlen(
     check_qkv(op, q, k, v, _PACKED_LAYOUTS)
     check.size(op, "v", v, 0, "the total_k of k,", k.shape[0])
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check.is_tensor(op, name, t)
-        check.rank(op, name, t, 1, "[batch + 1]")
-        check.dtype(op, name, t, (torch.int32,))
-        check.same_device(op, name, t, "q", q)
-        check.last_dim_contiguous(op, name, t)
+        check.plain(op, name, t, 1, "[batch + 1]", torch.int32, "q", q)
         if t.shape[0] < 1:
             raise ValueError(f"{op}: {name} must have batch + 1 elements, got none.")
     check.size(op, "cu_seqlens_k", cu_seqlens_k, 0, "as many elements as cu_seqlens_q,", cu_seqlens_q.shape[0])

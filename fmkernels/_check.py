@@ -59,6 +59,47 @@ def last_dim_contiguous(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have a contiguous last dimension, got stride {value.stride(-1)}.")
 
 
+def plain(
+    op: str, name: str, value: Any, num_dims: int, layout: str, only: torch.dtype, other_name: str, other: Tensor
+) -> None:
+    """A tensor of one dtype beside another tensor, its last dimension contiguous."""
+    is_tensor(op, name, value)
+    rank(op, name, value, num_dims, layout)
+    dtype(op, name, value, (only,))
+    same_device(op, name, value, other_name, other)
+    last_dim_contiguous(op, name, value)
+
+
+def one_a_row(op: str, name: str, value: Any, only: torch.dtype, other_name: str, other: Tensor) -> None:
+    """[batch], contiguous: an element for each row of `other`."""
+    is_tensor(op, name, value)
+    same_device(op, name, value, other_name, other)
+    dtype(op, name, value, (only,))
+    rank(op, name, value, 1, "[batch]")
+    size(op, name, value, 0, f"as many elements as {other_name} has rows,", other.shape[0])
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got stride {value.stride(0)}.")
+
+
+def float32_or_dtype_of(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype not in (torch.float32, other.dtype):
+        allowed = dtype_names(tuple(dict.fromkeys((torch.float32, other.dtype))))
+        raise ValueError(f"{op}: {name} must be {allowed} for this {other_name}, got {dtype_names((value.dtype,))}.")
+
+
+def unsupported(op: str, **arguments: Any) -> None:
+    """Arguments that a shim has for their names' sake."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{op}: {name} must be None: it is not supported, got {type(value).__name__}.")
+
+
+def under_autocast(value: Any) -> bool:
+    """Whether ops on the device of this tensor will be given other dtypes than the caller's."""
+    has_autocast = isinstance(value, Tensor) and value.device.type in ("cpu", "cuda")  # asking for meta raises
+    return has_autocast and torch.is_autocast_enabled(value.device.type)
+
+
 def size(op: str, name: str, value: Tensor, dim: int, what: str, expected: int) -> None:
     if value.shape[dim] != expected:
         raise ValueError(f"{op}: {name} must have {what} {expected}, got {value.shape[dim]}.")

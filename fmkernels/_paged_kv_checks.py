@@ -14,6 +14,7 @@ from ._attention_checks import MAX_HEAD_DIM, check_modifiers
 QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.int8)
 CACHE_DTYPES = (*check.FLOAT_DTYPES, *QUANTIZED_DTYPES)
 _CACHE = "[num_pages, page_size, kv_heads, dim]"
+TABLE = "[batch, max_pages]"
 
 
 def check_no_grad(op: str, **tensors: Any) -> None:
@@ -76,22 +77,6 @@ def check_caches(
         )
 
 
-def check_list(op: str, name: str, t: Any, dtype: torch.dtype, layout: str, other_name: str, other: Tensor) -> None:
-    check.is_tensor(op, name, t)
-    check.rank(op, name, t, 1, layout)
-    check.dtype(op, name, t, (dtype,))
-    check.same_device(op, name, t, other_name, other)
-    check.last_dim_contiguous(op, name, t)
-
-
-def check_table(op: str, t: Any, other_name: str, other: Tensor) -> None:
-    check.is_tensor(op, "block_table", t)
-    check.rank(op, "block_table", t, 2, "[batch, max_pages]")
-    check.dtype(op, "block_table", t, (torch.int32,))
-    check.same_device(op, "block_table", t, other_name, other)
-    check.last_dim_contiguous(op, "block_table", t)
-
-
 def check_requests(op: str, table: Tensor, first: list[int], lengths: list[int], cache: Tensor) -> None:
     """Of every request the pages from the one of token `first` to that of its last."""
     num_pages, page_size = cache.shape[:2]
@@ -128,7 +113,7 @@ def check_append(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, q, cos,
         if heads is not None:
             check.size(op, name, t, 1, "the kv_heads of the caches,", heads)
         check.size(op, name, t, 2, "the dim of its cache,", cache.shape[3])
-    check_list(op, "slot_mapping", slot_mapping, torch.int64, "[num_tokens]", "k", k)
+    check.plain(op, "slot_mapping", slot_mapping, 1, "[num_tokens]", torch.int64, "k", k)
     check.size(op, "slot_mapping", slot_mapping, 0, "num_tokens", k.shape[0])
     if not (cos is None) == (sin is None) == (positions is None):
         raise ValueError(f"{op}: rotary_cos, rotary_sin and positions must be given together.")
@@ -136,17 +121,13 @@ def check_append(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, q, cos,
         raise ValueError(f"{op}: q must be None without rotary_cos: it is there to be rotated.")
     if cos is not None:
         for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
-            check.is_tensor(op, name, t)
-            check.rank(op, name, t, 2, "[max_position, rotary_dim / 2]")
-            check.dtype(op, name, t, (torch.float32,))
-            check.same_device(op, name, t, "k", k)
-            check.last_dim_contiguous(op, name, t)
+            check.plain(op, name, t, 2, "[max_position, rotary_dim / 2]", torch.float32, "k", k)
         check.shape(op, "rotary_sin", sin, "rotary_cos", cos)
         if cos.shape[0] > 1 and cos.stride(0) != sin.stride(0):
             raise ValueError(f"{op}: rotary_sin must have the strides of rotary_cos.")
         if 2 * cos.shape[1] > k.shape[2]:
             raise ValueError(f"{op}: rotary_cos must have at most {k.shape[2] // 2} columns, got {cos.shape[1]}.")
-        check_list(op, "positions", positions, torch.int64, "[num_tokens]", "k", k)
+        check.plain(op, "positions", positions, 1, "[num_tokens]", torch.int64, "k", k)
         check.size(op, "positions", positions, 0, "num_tokens", k.shape[0])
         for position in positions.tolist() if check.sees_values(positions) else ():
             if not 0 <= position < cos.shape[0]:
@@ -174,22 +155,18 @@ def check_attend(
         raise ValueError(
             f"{op}: k_cache has {k_cache.shape[2]} kv_heads, which must divide the {q.shape[1]} heads of q."
         )
-    check_table(op, table, "q", q)
+    check.plain(op, "block_table", table, 2, TABLE, torch.int32, "q", q)
     batch = table.shape[0]
-    check_list(op, "cache_seqlens", seqlens, torch.int32, "[batch]", "q", q)
+    check.plain(op, "cache_seqlens", seqlens, 1, "[batch]", torch.int32, "q", q)
     check.size(op, "cache_seqlens", seqlens, 0, "the batch of block_table,", batch)
     if cu_seqlens_q is not None:
-        check_list(op, "cu_seqlens_q", cu_seqlens_q, torch.int32, "[batch + 1]", "q", q)
+        check.plain(op, "cu_seqlens_q", cu_seqlens_q, 1, "[batch + 1]", torch.int32, "q", q)
         check.size(op, "cu_seqlens_q", cu_seqlens_q, 0, "batch + 1 elements,", batch + 1)
     elif q.shape[0] != batch:
         raise ValueError(f"{op}: q must have one query a request, {batch}, without cu_seqlens_q, got {q.shape[0]}.")
     check_modifiers(op, q, batch, slopes, sinks)
     if tree is not None:
-        check.is_tensor(op, "tree_mask", tree)
-        check.rank(op, "tree_mask", tree, 2, "[total_q, num_words]")
-        check.dtype(op, "tree_mask", tree, (torch.int32,))
-        check.same_device(op, "tree_mask", tree, "q", q)
-        check.last_dim_contiguous(op, "tree_mask", tree)
+        check.plain(op, "tree_mask", tree, 2, "[total_q, num_words]", torch.int32, "q", q)
         check.size(op, "tree_mask", tree, 0, "the total_q of q,", q.shape[0])
     if check.sees_values(seqlens):
         ends = list(range(batch + 1))
@@ -212,5 +189,5 @@ def check_prefix(q: Any, prefix_pages: Any, prefix_seqlen: Any) -> None:
         ("prefix_pages", prefix_pages, "[max_prefix_pages]"),
         ("prefix_seqlen", prefix_seqlen, "[1]"),
     ):
-        check_list(op, name, t, torch.int32, layout, "q", q)
+        check.plain(op, name, t, 1, layout, torch.int32, "q", q)
     check.size(op, "prefix_seqlen", prefix_seqlen, 0, "size", 1)

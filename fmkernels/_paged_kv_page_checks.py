@@ -12,17 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _check as check
 from ._paged_kv_checks import (
+    TABLE,
     check_cache,
-    check_list,
     check_requests,
     check_scale,
-    check_table,
 )
 
 
 def check_page_list(op: str, name: str, pages: Any, cache: Tensor) -> list[int]:
     """The values, where they are seen."""
-    check_list(op, name, pages, torch.int32, "[num]", "cache", cache)
+    check.plain(op, name, pages, 1, "[num]", torch.int32, "cache", cache)
     if not check.sees_values(pages):
         return []
     values = pages.tolist()
@@ -52,8 +51,8 @@ def check_gather(cache, table, cu_seqlens, num_tokens, scale, dtype) -> None:
     check.is_tensor(op, "cache", cache)
     check_cache(op, "cache", cache, "cache", cache)
     check_scale(op, "scale", scale, "cache", cache)
-    check_table(op, table, "cache", cache)
-    check_list(op, "cu_seqlens", cu_seqlens, torch.int32, "[batch + 1]", "cache", cache)
+    check.plain(op, "block_table", table, 2, TABLE, torch.int32, "cache", cache)
+    check.plain(op, "cu_seqlens", cu_seqlens, 1, "[batch + 1]", torch.int32, "cache", cache)
     check.size(op, "cu_seqlens", cu_seqlens, 0, "batch + 1 elements,", table.shape[0] + 1)
     if check.sees_values(cu_seqlens):
         check.prefix_sums(op, "cu_seqlens", cu_seqlens, "num_tokens", num_tokens)
@@ -68,8 +67,9 @@ def check_copy_pages(cache, src, dst) -> None:
     check_pages_tensor(op, cache)
     sources, targets = (check_page_list(op, name, t, cache) for name, t in (("src", src), ("dst", dst)))
     check.size(op, "dst", dst, 0, "as many pages as src,", src.shape[0])
+    taken = set(sources)
     for page in targets:
-        if page in sources:
+        if page in taken:
             raise ValueError(f"{op}: dst must not name a page of src, got {page}.")
     check_once(op, "dst", targets)
     check.kernel_exists(op, "paged_kv_copy_pages", cache)
@@ -113,8 +113,8 @@ def check_compact(cache, keep) -> None:
 def check_page_table(indptr, indices, max_pages) -> None:
     op = "paged_kv.page_table_from_csr"
     check.is_tensor(op, "indptr", indptr)
-    check_list(op, "indptr", indptr, torch.int32, "[batch + 1]", "indptr", indptr)
-    check_list(op, "indices", indices, torch.int32, "[num_indices]", "indptr", indptr)
+    check.plain(op, "indptr", indptr, 1, "[batch + 1]", torch.int32, "indptr", indptr)
+    check.plain(op, "indices", indices, 1, "[num_indices]", torch.int32, "indptr", indptr)
     if indptr.shape[0] < 1:
         raise ValueError(f"{op}: indptr must have batch + 1 elements, got none.")
     if check.sees_values(indptr):

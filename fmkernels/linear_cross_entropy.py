@@ -59,10 +59,12 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     options = (ignore_index, label_smoothing, z_loss, softcap)
     check_options(op, *options, reduction)
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+    if check.under_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype) if isinstance(weight, Tensor) else weight
-        bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
+        hidden, weight, bias = (
+            x.to(dtype) if isinstance(x, Tensor) and x.dtype in check.FLOAT_DTYPES else x
+            for x in (hidden, weight, bias)
+        )
     args = (hidden, weight, bias, target, reduction, *options)
     _check_tensors(*args)
     return (_LinearCrossEntropy.apply if needs_grad(hidden, weight, bias) else _loss)(*args)
@@ -192,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss, grads = _gradients(flat, weight, bias, flat_target, one, options, wanted)
         count = num_counted(target, weight.shape[0], options[0]) if reduction == "mean" else None
         ctx.save_for_backward(count, *grads)
-        return reduced(loss, target, weight.shape[0], options[0], reduction)
+        return loss.sum() if count is None else loss.sum() / count
 
     @staticmethod
     @once_differentiable

@@ -117,10 +117,9 @@ def _norm(
 
 def _autocast(x: Any, residual: Any) -> tuple[Any, Any]:
     """Under autocast a stream of residuals in float32 meets activations in half: the sum is float32, as in torch."""
-    if isinstance(residual, Tensor) and isinstance(x, Tensor) and residual.dtype != x.dtype:
-        device, halves = x.device.type, check.FLOAT_DTYPES
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and {x.dtype, residual.dtype} <= set(halves):
-            return x.float(), residual.float()
+    are_two = isinstance(residual, Tensor) and isinstance(x, Tensor) and residual.dtype != x.dtype
+    if are_two and {x.dtype, residual.dtype} <= set(check.FLOAT_DTYPES) and check.under_autocast(x):
+        return x.float(), residual.float()
     return x, residual
 
 
@@ -142,9 +141,7 @@ def _check_tensors(op: str, x: Any, residual: Any, weight: Any, bias: Any, out: 
         if t is not None:
             check.is_tensor(op, name, t)
             check.same_device(op, name, t, "x", x)
-            if t.dtype not in (torch.float32, x.dtype):
-                allowed = check.dtype_names(tuple(dict.fromkeys((torch.float32, x.dtype))))
-                raise ValueError(f"{op}: {name} must be {allowed} for this x, got {check.dtype_names((t.dtype,))}.")
+            check.float32_or_dtype_of(op, name, t, "x", x)
             if list(t.shape) != [x.shape[-1]]:
                 raise ValueError(f"{op}: {name} must be [hidden], {[x.shape[-1]]}, got {list(t.shape)}.")
             check.last_dim_contiguous(op, name, t)

@@ -112,9 +112,7 @@ def _check_tensors(
     check.is_tensor(op, "cos_sin", cos_sin)
     check.same_device(op, "cos_sin", cos_sin, "q", q)
     check.rank(op, "cos_sin", cos_sin, 2, "[positions, rotary_dim]")
-    if cos_sin.dtype not in (torch.float32, q.dtype):
-        allowed = check.dtype_names(tuple(dict.fromkeys((torch.float32, q.dtype))))
-        raise ValueError(f"{op}: cos_sin must be {allowed} for this q, got {check.dtype_names((cos_sin.dtype,))}.")
+    check.float32_or_dtype_of(op, "cos_sin", cos_sin, "q", q)
     check.last_dim_contiguous(op, "cos_sin", cos_sin)
     num_positions, rotary_dim = cos_sin.shape
     if rotary_dim % 2 != 0 or not 2 <= rotary_dim <= q.shape[-1]:

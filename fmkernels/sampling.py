@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +16,15 @@ from ._library import call, ops, register_fake
 Option = float | Tensor | None
 MAX_VOCAB = 1 << 23
 
-# What every value of an option must be, and how it is said.
-_RULES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "temperature": (lambda x: (x >= 0) & x.isfinite(), "finite and not negative"),
+# What every value of an option, a number or a tensor, must be, and how it is said.
+_RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "temperature": (lambda x: (x >= 0) & (x < math.inf), "finite and not negative"),
     "top_k": (lambda x: x >= 0, "not negative"),
     "top_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1"),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1"),
-    "repetition_penalty": (lambda x: (x > 0) & x.isfinite(), "finite and positive"),
-    "frequency_penalty": (lambda x: x.isfinite(), "finite"),
-    "presence_penalty": (lambda x: x.isfinite(), "finite"),
+    "repetition_penalty": (lambda x: (x > 0) & (x < math.inf), "finite and positive"),
+    "frequency_penalty": (lambda x: abs(x) < math.inf, "finite"),
+    "presence_penalty": (lambda x: abs(x) < math.inf, "finite"),
 }
 
 
@@ -106,14 +107,9 @@ def _as_tensor(name: str, value: Any, logits: Any) -> Tensor | None:
     else:
         check.number("sample", name, value)
         dtype = torch.float32
-        is_right = {
-            "finite and not negative": value >= 0,
-            "from 0 to 1": 0 <= value <= 1,
-            "finite and positive": value > 0,
-            "finite": True,
-        }[_RULES[name][1]]
-        if not is_right:
-            raise ValueError(f"sample: {name} must be {_RULES[name][1]}, got {value}.")
+        rule, sentence = _RULES[name]
+        if not rule(value):
+            raise ValueError(f"sample: {name} must be {sentence}, got {value}.")
     if not isinstance(logits, Tensor) or logits.dim() != 2:  # refused later
         return None
     return torch.full((logits.shape[0],), value, dtype=dtype, device=logits.device)
@@ -134,13 +130,7 @@ def _check_tensors(logits: Tensor, seed: Tensor, offset: Tensor, *rest: Any) -> 
     for name, (value, dtype) in vectors.items():
         if value is None and name in _RULES:
             continue
-        check.is_tensor(op, name, value)
-        check.same_device(op, name, value, "logits", logits)
-        check.dtype(op, name, value, (dtype,))
-        check.rank(op, name, value, 1, "[batch]")
-        check.size(op, name, value, 0, "as many elements as logits has rows,", logits.shape[0])
-        if not value.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous, got stride {value.stride(0)}.")
+        check.one_a_row(op, name, value, dtype, "logits", logits)
         _check_values(name, value)
     for name, rows, dtype in (("output_counts", output_counts, torch.int32), ("prompt_mask", prompt_mask, torch.bool)):
         if rows is not None:

@@ -89,15 +89,9 @@ def verify_tree(
 
     Raises, support and determinism: as `verify_chain`. Miao et al. 2024 (SpecInfer), multi-step speculative sampling.
     """
-    if (
-        isinstance(parents, Tensor)
-        and parents.dim() == 1
-        and isinstance(draft_tokens, Tensor)
-        and draft_tokens.dim() == 2
-    ):
+    check.is_tensor("verify_tree", "parents", parents)
+    if parents.dim() == 1 and isinstance(draft_tokens, Tensor) and draft_tokens.dim() == 2:
         parents = parents.expand(draft_tokens.shape[0], -1)
-    if not isinstance(parents, Tensor):
-        raise TypeError(f"verify_tree: parents must be a tensor, got {type(parents).__name__}.")
     return _verify("verify_tree", (draft_tokens, target_probs, seed, offset, draft_probs, parents))
 
 
@@ -128,13 +122,7 @@ def _check_tensors(
             raise ValueError(f"{op}: {name} must have the shape {expected} for these tokens, got {list(probs.shape)}.")
         check.last_dim_contiguous(op, name, probs)
     for name, numbers in (("seed", seed), ("offset", offset)):
-        check.is_tensor(op, name, numbers)
-        check.same_device(op, name, numbers, "draft_tokens", tokens)
-        check.dtype(op, name, numbers, (torch.int64,))
-        check.rank(op, name, numbers, 1, "[batch]")
-        check.size(op, name, numbers, 0, "as many elements as draft_tokens has rows,", batch)
-        if not numbers.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous, got stride {numbers.stride(0)}.")
+        check.one_a_row(op, name, numbers, torch.int64, "draft_tokens", tokens)
     if parents is not None:
         check.is_tensor(op, "parents", parents)
         check.same_device(op, "parents", parents, "draft_tokens", tokens)

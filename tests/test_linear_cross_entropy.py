@@ -130,6 +130,17 @@ def test_autocast_computes_in_its_dtype():
     assert all(torch.equal(a, b.float()) for a, b in zip((loss, *grads), halves, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_autocast_leaves_other_dtypes_alone(dtype):
+    """They were cast, and computed with."""
+    hidden, weight, _, target = inputs()
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"^linear_cross_entropy: hidden must be float32 or bfloat16 or float16, got "),
+    ):
+        linear_cross_entropy(hidden.to(dtype), weight, target)
+
+
 STEP = """
 import torch
 from fmkernels import linear_cross_entropy

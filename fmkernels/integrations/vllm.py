@@ -116,9 +116,7 @@ def flash_attn_varlen_func(
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     op = "flash_attn_varlen_func"
-    for name, value in (("q_v", q_v), ("q_descale", q_descale), ("cp_tot_seqused_k", cp_tot_seqused_k)):
-        if value is not None:
-            raise ValueError(f"{op}: {name} must be None: it is not supported, got {type(value).__name__}.")
+    check.unsupported(op, q_v=q_v, q_descale=q_descale, cp_tot_seqused_k=cp_tot_seqused_k)
     for name, value, only in (
         ("dropout_p", dropout_p, 0),
         ("cp_world_size", cp_world_size, 1),
@@ -173,8 +171,7 @@ def merge_attn_states(
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     op = "merge_attn_states"
-    if output_scale is not None:
-        raise ValueError(f"{op}: output_scale must be None: it is not supported, got {type(output_scale).__name__}.")
+    check.unsupported(op, output_scale=output_scale)
     for name, t in (("prefix_lse", prefix_lse), ("suffix_lse", suffix_lse)):
         check.is_tensor(op, name, t)
     prefix_lse, suffix_lse = (lse.masked_fill(lse == torch.inf, -torch.inf) for lse in (prefix_lse, suffix_lse))
