@@ -95,9 +95,8 @@ def test_append_and_its_helpers():
         pairs = [t.unbind(1) if form == "one" else t for t in (before, cache)]
         for new, old, changed in zip((key, value), *pairs, strict=True):
             wanted = old.clone() if layout == "NHD" else old.transpose(1, 2).clone()
-            for token, (page, row) in enumerate([(3, 3), (0, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 1), (1, 2)]):
-                page = [3, 0, 5, 5, 5, 1, 1, 1][token]
-                wanted[page, row] = new[token]
+            for token, place in enumerate([(3, 3), (0, 0), (5, 1), (5, 2), (5, 3), (1, 0), (1, 1), (1, 2)]):
+                wanted[place] = new[token]
             assert torch.equal(changed if layout == "NHD" else changed.transpose(1, 2), wanted)
 
 
@@ -180,6 +179,10 @@ def test_errors():
         (
             lambda: decode.plan(*PLAN, rope_theta=1e4),
             f"{name}: rope_theta must be None: it is not supported, got float.",
+        ),
+        (
+            lambda: flashinfer.single_prefill_with_kv_cache(q, q, q, scale_v=torch.nan),
+            "single_prefill_with_kv_cache: scale_v must be finite in float32, got nan.",
         ),
         (lambda: type(decode)(None, "HDN"), f"{name}: kv_layout must be NHD or HND, got 'HDN'."),
         (

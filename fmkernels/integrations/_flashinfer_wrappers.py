@@ -25,9 +25,7 @@ def refuse(op: str, pos_encoding_mode: Any, **unsupported: Any) -> None:
     """Raises where rotation inside attention, or one of the arguments, is asked for."""
     if pos_encoding_mode != "NONE":
         raise ValueError(f"{op}: pos_encoding_mode must be NONE: rotate q and k before, got {pos_encoding_mode!r}.")
-    for name, value in unsupported.items():
-        if value is not None:
-            raise ValueError(f"{op}: {name} must be None: it is not supported, got {type(value).__name__}.")
+    check.unsupported(op, **unsupported)
 
 
 def unpack_cache(op: str, cache: Any, kv_layout: Any) -> tuple[Tensor, Tensor]:
@@ -86,9 +84,8 @@ class _PagedWrapper:
         device = indices.device
         indptr, last_page_len = (t.to(device, torch.int32) for t in (indptr, last_page_len))
         num_pages = indptr.diff()
-        max_pages = (
-            int(num_pages.max()) if len(num_pages) else 0
-        )  # waits for the device, as the plan of FlashInfer does
+        # waits for the device, as the plan of FlashInfer does
+        max_pages = int(num_pages.max()) if len(num_pages) else 0
         self._heads = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         self._heads["page_size"] = page_size
         self._table = page_table_from_csr(indptr, indices.int(), max_pages=max_pages)
@@ -98,24 +95,31 @@ class _PagedWrapper:
         self._options = {"causal": causal, "window": (window_left, -1), "softcap": logits_soft_cap or 0.0}
         self._options["softmax_scale"] = head_dim**-0.5 if sm_scale is None else sm_scale
 
-    def _run(
+    def run(
         self,
         q: Tensor,
-        cache: Any,
-        q_scale: Any,
-        k_scale: Any,
-        v_scale: Any,
-        out: Tensor | None,
-        lse: Tensor | None,
-        return_lse: bool,
-        window_left: int | None,
-        sinks: Tensor | None,
+        paged_kv_cache: Tensor | tuple[Tensor, Tensor],
+        *,
+        q_scale: float | None = None,
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """o [tokens, heads, head_dim] of q of that shape; with return_lse (o, lse [tokens, heads], base 2).
+
+        A request that decodes has one token. Scales that are numbers multiply scores and result; tensors are those of
+        `attend`. enable_pdl changes nothing.
+        """
         if self._options is None:
             raise ValueError(f"{self._op}: plan must come before run.")
         check.is_tensor(self._op, "q", q)
         check.rank(self._op, "q", q, 3, "[tokens, heads, head_dim]")
-        k_cache, v_cache = unpack_cache(self._op, cache, self._kv_layout)
+        k_cache, v_cache = unpack_cache(self._op, paged_kv_cache, self._kv_layout)
         came = (q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1])
         for (name, planned), size in zip(self._heads.items(), came, strict=True):
             if planned != size:
@@ -133,11 +137,12 @@ class _PagedWrapper:
             options["softmax_scale"] *= k_scale
         if isinstance(v_scale, Tensor):
             options["v_scale"] = v_scale
+        elif v_scale is not None:
+            check.number(self._op, "v_scale", v_scale)
         o, natural = attend(
             q, k_cache, v_cache, self._table, self._seqlens, cu_seqlens_q=self._qo_indptr, return_lse=True, **options
         )
         if v_scale is not None and not isinstance(v_scale, Tensor):
-            check.number(self._op, "v_scale", v_scale)
             o *= v_scale
         o = o if out is None else out.copy_(o)
         if not return_lse:
@@ -184,28 +189,6 @@ class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):
         pages = (indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size)
         self._plan(None, *pages, True, sm_scale, window_left, logits_soft_cap)
 
-    def run(
-        self,
-        q: Tensor,
-        paged_kv_cache: Tensor | tuple[Tensor, Tensor],
-        *,
-        q_scale: float | None = None,
-        k_scale: float | Tensor | None = None,
-        v_scale: float | Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-        return_lse: bool = False,
-        enable_pdl: bool | None = None,
-        window_left: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """o [batch, heads, head_dim] of q [batch, heads, head_dim]; with return_lse (o, lse [batch, heads], base 2).
-
-        Scales that are numbers multiply scores and result; tensors are those of `attend`. enable_pdl changes nothing.
-        """
-        scales = (q_scale, k_scale, v_scale)
-        return self._run(q, paged_kv_cache, *scales, out, lse, return_lse, window_left, sinks)
-
 
 class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
     """Queries of each request over its pages: `fmkernels.paged_kv.attend`. The arguments are those of FlashInfer."""
@@ -248,22 +231,3 @@ class BatchPrefillWithPagedKVCacheWrapper(_PagedWrapper):
         check.flag(self._op, "causal", causal)
         pages = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads, head_dim_qk)
         self._plan(qo_indptr, *pages, page_size, causal, sm_scale, window_left, logits_soft_cap)
-
-    def run(
-        self,
-        q: Tensor,
-        paged_kv_cache: Tensor | tuple[Tensor, Tensor],
-        *,
-        q_scale: float | None = None,
-        k_scale: float | Tensor | None = None,
-        v_scale: float | Tensor | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-        return_lse: bool = False,
-        enable_pdl: bool | None = None,
-        window_left: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """o [total_q, heads, head_dim] of q of that shape; with return_lse (o, lse [total_q, heads], base 2)."""
-        scales = (q_scale, k_scale, v_scale)
-        return self._run(q, paged_kv_cache, *scales, out, lse, return_lse, window_left, sinks)

@@ -224,6 +224,8 @@ def single_prefill_with_kv_cache(
         if factor is not None:
             check.number(op, name, factor)
             scale *= factor
+    if scale_v is not None:
+        check.number(op, "scale_v", scale_v)
     o, lse = attention(
         q[None],
         k[None],
