@@ -105,3 +105,22 @@ def options(case: PagedCase, device: str = "cpu") -> list[dict[str, Any]]:
         {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         for kwargs in [alone[0], together, *alone[1:]]
     ]
+
+
+def ids(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def alone(attend, args, kwargs, request, first, last):
+    """The queries [first, last) of a request by themselves, when the cache held no token after the last of them."""
+    q, k_cache, v_cache, table, seqlens = args
+    start, end = kwargs["cu_seqlens_q"][request : request + 2].tolist()
+    seqlen = seqlens[request : request + 1] - (end - start - last)
+    rest = {name: value for name, value in kwargs.items() if name != "cu_seqlens_q"}
+    if "tree_mask" in rest:
+        rest["tree_mask"] = rest["tree_mask"][start + first : start + last]
+    if rest.get("alibi_slopes", torch.empty(0)).dim() == 2:
+        rest["alibi_slopes"] = rest["alibi_slopes"][request : request + 1]
+    rest["cu_seqlens_q"] = torch.tensor([0, last - first], dtype=torch.int32)
+    q = q[start + first : start + last].clone()
+    return attend((q, k_cache, v_cache, table[request : request + 1], seqlen.to(torch.int32)), rest)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import PagedCase, options
+from paged_cases import PagedCase, alone, options
 
 from fmkernels import attention, paged_kv, reference
 from fmkernels.testing import assert_as_good_as_torch, backends
@@ -97,21 +97,6 @@ INVARIANT = [
 ]
 
 
-def alone(args, kwargs, request, first, last):
-    """The queries [first, last) of a request by themselves, when the cache held no token after the last of them."""
-    q, k_cache, v_cache, table, seqlens = args
-    start, end = kwargs["cu_seqlens_q"][request : request + 2].tolist()
-    seqlen = seqlens[request : request + 1] - (end - start - last)
-    rest = {name: value for name, value in kwargs.items() if name != "cu_seqlens_q"}
-    if "tree_mask" in rest:
-        rest["tree_mask"] = rest["tree_mask"][start + first : start + last]
-    if rest.get("alibi_slopes", torch.empty(0)).dim() == 2:
-        rest["alibi_slopes"] = rest["alibi_slopes"][request : request + 1]
-    rest["cu_seqlens_q"] = torch.tensor([0, last - first], dtype=torch.int32)
-    q = q[start + first : start + last].clone()
-    return attend((q, k_cache, v_cache, table[request : request + 1], seqlen.to(torch.int32)), rest)
-
-
 @pytest.mark.parametrize("case", INVARIANT, ids=str)
 def test_chunks_of_a_prefill_and_neighbours_change_no_bits(case):
     """Token by token, in chunks of any length, by itself or among others: a row comes out the same."""
@@ -125,7 +110,7 @@ def test_chunks_of_a_prefill_and_neighbours_change_no_bits(case):
             start = sum(q for q, _ in case.seqlens[:request])
             cuts = sorted({0, 1, 2, 5, 9, 33, 69, seq_q} & set(range(seq_q + 1)))
             for first, last in [*itertools.pairwise(cuts), (0, seq_q)]:
-                part = alone(args, both, request, first, last)
+                part = alone(attend, args, both, request, first, last)
                 assert torch.equal(part[0], o[start + first : start + last]), (more, request, first, last)
                 assert torch.equal(part[1], lse[:, start + first : start + last])
 
@@ -138,7 +123,10 @@ def test_a_request_alone_has_the_bits_it_has_among_others(case):
         o, _ = attend(args, both)
         for request, (seq_q, _) in enumerate(case.seqlens):
             start = sum(q for q, _ in case.seqlens[:request])
-            assert torch.equal(alone(args, both, request, 0, seq_q)[0], o[start : start + seq_q]), (more, request)
+            assert torch.equal(alone(attend, args, both, request, 0, seq_q)[0], o[start : start + seq_q]), (
+                more,
+                request,
+            )
 
 
 def test_page_size_layout_and_threads_change_no_bits():

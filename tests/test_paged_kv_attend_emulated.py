@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from faults import missing_synchronisations
-from paged_cases import PagedCase, options
+from paged_cases import PagedCase, alone, options
 
 from fmkernels import paged_kv, reference
 from fmkernels.testing import assert_as_good_as_torch, backends
@@ -117,17 +117,6 @@ INVARIANT = [
 ]
 
 
-def alone(args, kwargs, request, first, last):
-    """The queries [first, last) of a request by themselves, when the cache held no token after the last of them."""
-    q, k_cache, v_cache, table, seqlens = args
-    start, end = kwargs["cu_seqlens_q"][request : request + 2].tolist()
-    kwargs = {**kwargs, "cu_seqlens_q": torch.tensor([0, last - first], dtype=torch.int32)}
-    if "alibi_slopes" in kwargs:
-        kwargs["alibi_slopes"] = kwargs["alibi_slopes"][request : request + 1]
-    seqlen = (seqlens[request : request + 1] - (end - start - last)).to(torch.int32)
-    return attend((q[start + first : start + last], k_cache, v_cache, table[request : request + 1], seqlen), kwargs)
-
-
 @pytest.mark.parametrize("modified", [False, True], ids=["plain", "modified"])
 @pytest.mark.parametrize("case", INVARIANT, ids=str)
 def test_chunks_of_a_prefill_and_neighbours_change_no_bits(case, modified):
@@ -142,7 +131,7 @@ def test_chunks_of_a_prefill_and_neighbours_change_no_bits(case, modified):
         for first, last in {(0, 1), (0, min(seq_q, 3)), (min(seq_q, 3), seq_q - 1), (seq_q - 1, seq_q)}:
             if first >= last:
                 continue
-            part = alone(args, kwargs, request, first, last)
+            part = alone(attend, args, kwargs, request, first, last)
             assert torch.equal(part[0], o[start + first : start + last]), (request, first, last)
             assert torch.equal(part[1], lse[:, start + first : start + last])
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from paged_cases import PagedCase
+from paged_cases import PagedCase, ids
 from torch.library import opcheck
 
 from fmkernels import _library, paged_kv
@@ -29,10 +29,6 @@ RIGHT = {
 }  # fmt: skip
 RIGHT["copy_pages"]["dst"] = torch.tensor([0, 3], dtype=torch.int32)
 ROTARY = {"rotary_cos": ANGLES, "rotary_sin": ANGLES, "positions": POSITIONS}
-
-
-def ids(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 ERRORS = [

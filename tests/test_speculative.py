@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from chi_square import FALSE_ALARM, chi_square
 from torch.library import opcheck
 
 from fmkernels import _library, reference, verify_chain, verify_tree
@@ -12,7 +13,6 @@ from fmkernels._library import ops
 from fmkernels.testing import backends
 
 BACKENDS = backends("speculative_verify")
-FALSE_ALARM = 1e-6  # of one chi-square test; seeds are fixed, so a test that passes once passes always
 TREE = [-1, -1, 0, 0, 1, 2, -1, 6]  # three children of the root, of which each has some
 
 
@@ -42,14 +42,6 @@ def tree_inputs(batch, vocab, parents, device="cpu", with_draft=True, spread=1.0
     tokens[torch.rand(tokens.shape, generator=torch.Generator().manual_seed(4)) < 0.05] = -1
     args = (tokens.to(device), torch.tensor(parents).to(device), target.to(device))
     return args, draft.to(device) if with_draft else None
-
-
-def chi_square(observed, expected):
-    """The probability that a right sampler deviates more; counts of the same total."""
-    kept = expected > 0
-    assert (observed[~kept] == 0).all()
-    statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum()
-    return torch.special.gammaincc((kept.sum().double() - 1) / 2, statistic / 2)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
