@@ -143,6 +143,7 @@ LAYOUTS = {
     "scales": lambda: torch.randn(9, 4, 3),
     "a part of every page": lambda: torch.randn(9, 8, 2, 16)[:, 2:5],
     "one column": lambda: torch.randn(9, 1),
+    "no rows": lambda: torch.zeros(9, 0, 7, 6, 6)[:, :, :6:2, ::2, ::2],  # read a null address once
 }
 
 

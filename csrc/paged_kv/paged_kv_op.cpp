@@ -167,8 +167,9 @@ void check_list_values([[maybe_unused]] const char* name, [[maybe_unused]] const
 #endif
 }
 
-void execute(const PagedCopyParams& p, [[maybe_unused]] const Tensor& cache) {
-  if (p.count > 0 && p.run_bytes * p.size[0] * p.size[1] * p.size[2] > 0) FM_EXECUTE(paged_kv_copy, p, cache);
+void execute(const PagedCopyParams& p, const Tensor& cache) {
+  // Of a cache without elements view_bytes may leave out the dimension that has none: nothing made its rows contiguous.
+  if (p.count > 0 && cache.numel() > 0) FM_EXECUTE(paged_kv_copy, p, cache);
 }
 
 void paged_kv_copy_pages(const Tensor& cache, const Tensor& src, const Tensor& dst) {
