@@ -86,6 +86,15 @@ template <class T>
 FM_INLINE void store_partial(T* p, VecF x, int count) {
   for (int i = 0; i < count; ++i) p[i] = from_float<T>(x[i]);
 }
+// The same of a vector that is often whole.
+template <class T>
+FM_INLINE VecF load_lanes(const T* p, int count, float fill = 0.0f) {
+  return count == kLanes ? load(p) : load_partial(p, count, fill);
+}
+template <class T>
+FM_INLINE void store_lanes(T* p, VecF x, int count) {
+  count == kLanes ? store(p, x) : store_partial(p, x, count);
+}
 
 FM_INLINE VecF broadcast(float x) { return x - VecF{}; }  // x - 0 is x; 0 + x is not (-0), and costs an addition
 
@@ -105,6 +114,8 @@ FM_INLINE VecF min(VecF a, VecF b) {
   return a < b ? a : b;
 #endif
 }
+
+FM_INLINE VecF absolute(VecF x) { return (VecF)((VecU)x & 0x7fffffffu); }
 
 // 0, 1, ..., kLanes - 1.
 FM_INLINE VecI lane_indices() {
@@ -211,7 +222,7 @@ FM_INLINE VecF exp_nonpositive(VecF x) {
 
 // tanh to a few units in the last place everywhere: an odd polynomial near zero, where the formula over exp cancels.
 FM_INLINE VecF tanh(VecF x) {
-  const VecF magnitude = (VecF)((VecI)x & 0x7fffffff);
+  const VecF magnitude = absolute(x);
   const VecF e = exp2_nonpositive(magnitude * (-2.8853900818f));
   const VecF sign = (VecF)((VecI)x & (VecI)broadcast(-0.0f));
   const VecF far = (VecF)((VecI)((1.0f - e) / (1.0f + e)) | (VecI)sign);
@@ -223,21 +234,8 @@ FM_INLINE VecF tanh(VecF x) {
   return magnitude < 0.625f ? near * u * x + x : far;
 }
 
-// e^x: relative error below 3e-7, 0 below -87.7, infinity above 88.4, NaN stays NaN. As exp2_nonpositive, but the integer
-// is taken from x * log2(e) before that is rounded.
-FM_INLINE VecF exp(VecF x) {
-  const float shifter = 0x1.8p23f + 127.0f, log2_e = 1.442695041f;
-  x = min(broadcast(88.8f), max(broadcast(-88.0f), x));  // 2^128 in the exponent bits is infinity
-  const VecF shifted = x * log2_e + shifter;
-  const VecF f = x * log2_e - (shifted - shifter);
-  VecF p = f * 1.534581216e-4f + 1.339993121e-3f;
-  p = p * f + 9.618488957e-3f;
-  p = p * f + 5.550328777e-2f;
-  p = p * f + 2.402264689e-1f;
-  p = p * f + 6.931472057e-1f;
-  p = p * f + 1.0f;
-  return p * (VecF)((VecU)shifted << 23);
-}
+// e^x: as exp_nonpositive, and infinity above 88.4.
+FM_INLINE VecF exp(VecF x) { return exp_nonpositive(min(broadcast(88.8f), x)); }  // 2^128 in the exponent bits
 
 }  // namespace
 }  // namespace fmkernels

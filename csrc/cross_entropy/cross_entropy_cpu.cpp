@@ -67,14 +67,6 @@ FM_INLINE void for_each_vector(int64_t begin, int64_t end, F&& f) {
   }
   for (; v < end; v += kLanes) f(v, 0, static_cast<int>(end - v < kLanes ? end - v : kLanes));
 }
-template <class T>
-FM_INLINE VecF load_lanes(const T* p, int count, float fill) {
-  return count == kLanes ? load(p) : load_partial(p, count, fill);
-}
-template <class T>
-FM_INLINE void store_lanes(T* p, VecF x, int count) {
-  count == kLanes ? store(p, x) : store_partial(p, x, count);
-}
 
 template <bool kCapped>
 FM_INLINE VecF capped(VecF x, float softcap) {

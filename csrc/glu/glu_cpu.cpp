@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;
 
-FM_INLINE VecF absolute(VecF x) { return (VecF)((VecU)x & 0x7fffffffu); }
 FM_INLINE VecF choose(VecI condition, VecF yes, VecF no) { return condition ? yes : no; }
 
 // sigmoid(x) and 1 - sigmoid(x), neither by a difference.

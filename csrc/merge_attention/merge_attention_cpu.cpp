@@ -51,14 +51,6 @@ template <class F>
 FM_INLINE void for_each_vector(int64_t dim, F&& f) {
   for (int64_t c = 0; c < dim; c += kLanes) f(c, static_cast<int>(dim - c < kLanes ? dim - c : kLanes));
 }
-template <class T>
-FM_INLINE VecF load_lanes(const T* p, int count) {
-  return count == kLanes ? load(p) : load_partial(p, count, 0.0f);
-}
-template <class T>
-FM_INLINE void store_lanes(T* p, VecF x, int count) {
-  count == kLanes ? store(p, x) : store_partial(p, x, count);
-}
 
 struct Weights {
   float a, b, lse;

@@ -12,13 +12,7 @@
 
 #include "../common/dtype.h"
 #include "../common/isa.h"
-
-#ifdef __CUDACC__
-#include <cuda_runtime_api.h>
-#else
-struct CUstream_st;
-typedef struct CUstream_st* cudaStream_t;
-#endif
+#include "../common/stream.h"
 
 namespace fmkernels {
 
@@ -49,6 +43,12 @@ struct QuantizedLinearParams {
   DType bias_dtype;     // dtype or float32
   void* y;              // [num_rows, out_features], contiguous, written
 };
+
+FM_HOST_DEVICE float bias_of(const QuantizedLinearParams& p, int64_t feature) {
+  if (p.bias_dtype == DType::kFloat32) return static_cast<const float*>(p.bias)[feature];
+  if (p.bias_dtype == DType::kFloat16) return to_float(static_cast<const Half*>(p.bias)[feature]);
+  return to_float(static_cast<const BFloat16*>(p.bias)[feature]);
+}
 
 struct DequantizeParams {
   PackedWeight weight;

@@ -25,7 +25,6 @@ constexpr int kTileRows = 6;         // rows that a decoded vector is multiplied
 constexpr int kRowBlock = 60;        // rows that a decoded chunk is used for
 constexpr int kRowsOfX = 480;        // rows of x that are copied at a time
 constexpr int64_t kPrefetch = 2048;  // bytes ahead
-constexpr int64_t kStrideOfX = kChunk;
 
 // How the words of kBits are decoded: position i of a word to integers times 2^shift(i), and the column that it is.
 template <int kBits>
@@ -114,7 +113,7 @@ float copy_row(const T* x, int64_t num_columns, int64_t num_chunks, float* to, i
     return c < num_columns ? load_partial(x + c, static_cast<int>(num_columns - c), 0.0f) : VecF{};
   };
   for (int64_t c = 0; c < num_columns; c += kLanes) {
-    const VecF value = load_lanes(c), magnitude = (VecF)((VecU)value & 0x7fffffffu);
+    const VecF value = load_lanes(c), magnitude = absolute(value);
     const VecF finite = magnitude <= 3.4028234663852886e38f ? magnitude : VecF{};
     largest = max(finite, largest);
   }
@@ -143,7 +142,7 @@ void multiply_row(const PackedWeight& w, int64_t panel_idx, const float* x, floa
     for (int64_t chunk = 0; chunk < w.num_chunks; ++chunk) {
       panel.step();
       const uint32_t* words = panel.words(chunk) + first * kLanes;
-      const float* x_chunk = x + chunk * kStrideOfX;
+      const float* x_chunk = x + chunk * kChunk;
       VecF acc[kTileVecs] = {};
       for (int b = 0; b < D::kWords; ++b) {
         VecU word[kTileVecs];
@@ -192,7 +191,7 @@ void multiply_tile(const float* x, const float* tile, const float* scales, float
         const float* column = tile + (b * D::kColumns + i) * kPanel + v * kLanes;
         const VecF w0 = load(column), w1 = load(column + kLanes);
         for (int r = 0; r < kRows; ++r) {
-          const VecF x_column = broadcast(x[r * kStrideOfX + b * D::kColumns + D::column(i)]);
+          const VecF x_column = broadcast(x[r * kChunk + b * D::kColumns + D::column(i)]);
           acc[r][0] += w0 * x_column;
           acc[r][1] += w1 * x_column;
         }
@@ -230,12 +229,6 @@ void multiply_rows(const PackedWeight& w, int64_t panel_idx, const float* x, int
 }
 
 // ---- Both --------------------------------------------------------------------------------------------------------------
-
-float bias_of(const QuantizedLinearParams& p, int64_t feature) {
-  if (p.bias_dtype == DType::kFloat32) return static_cast<const float*>(p.bias)[feature];
-  if (p.bias_dtype == DType::kFloat16) return to_float(static_cast<const Half*>(p.bias)[feature]);
-  return to_float(static_cast<const BFloat16*>(p.bias)[feature]);
-}
 
 // y[row][the panel's features] = total * factor + bias.
 template <class T>
