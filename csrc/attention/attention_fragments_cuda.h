@@ -16,7 +16,6 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.69314718f;
 

@@ -6,6 +6,7 @@
 
 #include "../common/tensor.h"
 #include "attention.h"
+#include "attention_scores_op.h"
 
 namespace fmkernels {
 namespace {
@@ -17,8 +18,6 @@ TokenView view_tokens(const Tensor& t) {
 }
 
 // A contiguous tensor of the same sizes and dtype, not written yet.
-Tensor new_like(const Tensor& t) { return torch::stable::new_empty(t, {t.sizes().begin(), t.sizes().end()}); }
-
 // A tensor whose rows the kernels of this backend can read: itself or, where the 16-byte copies of CUDA cannot reach
 // its rows, a contiguous copy.
 Tensor readable(const Tensor& t) {
@@ -31,7 +30,7 @@ Tensor readable(const Tensor& t) {
     aligned = aligned && stride_of(t, dim) * t.element_size() % kRowBytes == 0;
   }
   if (aligned && stride_of(t, last - 2) < kMaxStride) return t;
-  Tensor copy = new_like(t);
+  Tensor copy = empty_contiguous(t);
   torch::stable::copy_(copy, t);
   return copy;
 #else
@@ -51,17 +50,6 @@ void execute(const AttentionForwardParams& p, [[maybe_unused]] const Tensor& q) 
 #else
   FM_EXECUTE(attention_forward, p, q);
 #endif
-}
-
-// The data of a vector [num_elements].
-const void* checked_vector(const char* name, const Tensor& t, const Tensor& q, ScalarType dtype, const char* dtype_name,
-                           int64_t num_elements) {
-  check_same_device(name, t, q);
-  check_scalar_type(name, t, dtype, dtype_name);
-  check_rank(name, t, 1);
-  check_last_dim_contiguous(name, t);
-  check_size(name, t, 0, num_elements);
-  return data_of(t);
 }
 
 // What fixed-length and packed attention check and fill in alike. `first` is the dimension of tokens.
@@ -99,34 +87,7 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   p.k = view_tokens(k);
   p.v = view_tokens(v);
 
-  FM_CHECK(window_left >= -1 && window_right >= -1, "window must be -1 or more on both sides");
-  constexpr int64_t kWidest = int64_t{1} << 40;  // wider than any sequence, and safe to add to a position
-  p.window_left = window_left < kWidest ? window_left : kWidest;
-  p.window_right = causal ? 0 : window_right < kWidest ? window_right : kWidest;
-  p.softmax_scale = static_cast<float>(softmax_scale);
-  p.softcap = static_cast<float>(softcap);
-  FM_CHECK(std::fabs(p.softmax_scale) <= 0x1p127f, "softmax_scale must be at most 2**127 in magnitude, got ",
-           softmax_scale);
-  FM_CHECK(std::isfinite(p.softcap) && p.softcap >= 0.0f, "softcap must be finite in float32 and not negative, got ",
-           softcap);
-  FM_CHECK(softcap == 0.0 || (p.softcap > 0.0f && std::isfinite(p.softmax_scale / p.softcap)),
-           "softcap must be 0 or leave softmax_scale / softcap finite in float32, got ", softcap);
-  p.softcap =
-      std::fmin(p.softcap, 0x1p127f);  // finite in the log2 units of the kernels too, and no bound in either case
-  if (alibi_slopes.has_value()) {
-    const Tensor& t = *alibi_slopes;
-    check_same_device("alibi_slopes", t, q);
-    check_scalar_type("alibi_slopes", t, ScalarType::Float, "float32");
-    FM_CHECK(t.dim() == 1 || t.dim() == 2, "alibi_slopes must be [heads] or [batch, heads]");
-    check_last_dim_contiguous("alibi_slopes", t);
-    check_size("alibi_slopes", t, t.dim() - 1, p.heads);
-    if (t.dim() == 2) check_size("alibi_slopes", t, 0, batch);
-    p.alibi_slopes = static_cast<const float*>(data_of(t));
-    p.alibi_batch_stride = t.dim() == 2 ? stride_of(t, 0) : 0;
-  }
-  if (sinks.has_value()) {
-    p.sinks = static_cast<const float*>(checked_vector("sinks", *sinks, q, ScalarType::Float, "float32", p.heads));
-  }
+  set_scores(p, q, alibi_slopes, sinks, causal, window_left, window_right, softmax_scale, softcap);
   FM_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be at least 0 and less than 1, got ", dropout_p);
   p.dropout_threshold = static_cast<uint32_t>(std::fmin(std::floor(dropout_p * 65536.0 + 0.5), 65535.0));
   FM_CHECK(dropout_p == 0.0 || dropout_rng.has_value(), "dropout_rng must be given where dropout_p is not 0");
@@ -379,7 +340,7 @@ Gradients run_backward(const AttentionForwardParams& forward, const Tensor& give
   b.d_o = view_tokens(grad_o);
   b.lse = view_rows("lse", lse, q, b.lse_stride);
   if (grad_lse.has_value()) b.d_lse = view_rows("grad_lse", *grad_lse, q, b.d_lse_stride);
-  Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);
+  Tensor grad_q = empty_contiguous(q), grad_k = empty_contiguous(k), grad_v = empty_contiguous(v);
   b.d_q = view_tokens(grad_q);
   b.d_k = view_tokens(grad_k);
   b.d_v = view_tokens(grad_v);

@@ -8,8 +8,6 @@
 
 namespace fmkernels {
 
-constexpr int kWarp = 32;
-
 struct Add {
   __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
 };

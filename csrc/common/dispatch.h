@@ -17,6 +17,15 @@ void dispatch_dtype(DType dtype, F&& f) {
   }
 }
 
+// Calls f.template operator()<T, U>() for a second dtype that is float32 or the first one.
+template <class F>
+void dispatch_dtypes(DType dtype, DType second, F&& f) {
+  dispatch_dtype(dtype, [&]<class T>() {
+    if (second == dtype) f.template operator()<T, T>();
+    else f.template operator()<T, float>();
+  });
+}
+
 // Calls f.template operator()<T>() with T = Half or BFloat16.
 template <class F>
 void dispatch_half(DType dtype, F&& f) {

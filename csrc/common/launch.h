@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "check.h"
 
 namespace fmkernels {
@@ -21,6 +23,14 @@ __device__ __forceinline__ Smem& dynamic_smem() {
 
 inline void check_cuda(const char* name, cudaError_t status) {
   FM_CHECK(status == cudaSuccess, name, ": ", cudaGetErrorString(status));
+}
+
+// Blocks in x that cover num_items.
+inline dim3 grid_of(const char* name, int64_t num_items, int64_t items_per_block) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff;
+  const int64_t num_blocks = (num_items + items_per_block - 1) / items_per_block;
+  FM_CHECK(num_blocks <= kMaxBlocks, name, ": ", num_blocks, " blocks are more than a grid holds");
+  return dim3(static_cast<unsigned>(num_blocks));
 }
 
 template <class Params>

@@ -17,6 +17,10 @@
 
 #include "dtype.h"
 
+namespace fmkernels {
+constexpr int kWarp = 32;  // lanes
+}
+
 namespace fmkernels::ptx {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;

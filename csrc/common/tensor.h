@@ -17,14 +17,12 @@
 #include "check.h"
 #include "dtype.h"
 #include "isa.h"
+#include "stream.h"
 
 #if defined(FM_EMULATED)
 #include "emulated_memory.h"
 #elif defined(FM_CUDA)
 #include <torch/csrc/stable/accelerator.h>
-
-struct CUstream_st;
-typedef struct CUstream_st* cudaStream_t;
 
 // Lives in libtorch_cuda. Weak, so that this library also loads beside a torch without CUDA, where it stays null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -56,6 +54,13 @@ namespace fmkernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A contiguous tensor of the shape, dtype and device of another.
+inline Tensor empty_contiguous(const Tensor& like) {
+  return torch::stable::new_empty(like, {like.sizes().begin(), like.sizes().end()});
+}
+
+inline const Tensor* pointer_to(const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; }
 
 inline DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {

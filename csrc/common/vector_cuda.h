@@ -4,25 +4,34 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
+#include "dispatch.h"
 #include "dtype.h"
+#include "ptx.h"
 
 namespace fmkernels {
-
-constexpr int kWarpLanes = 32;
 
 template <class T, int kVec>
 struct alignas(sizeof(T) * kVec <= 16 ? sizeof(T) * kVec : 16) Vector {
   T lane[kVec];
 };
 
-// Whether rows of kVec-element vectors begin on 16-byte boundaries: the base, both strides and the length in elements.
-inline bool is_aligned_16(const void* base, int64_t stride_a, int64_t stride_b, int64_t row, int64_t element_bytes) {
-  const int64_t vec = 16 / element_bytes;
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride_a % vec == 0 && stride_b % vec == 0 && row % vec == 0;
+// Whether rows of `width` elements at these strides, in elements, can be read 16 bytes at a time.
+inline bool is_aligned_16(const void* data, int64_t bytes, int64_t width, std::initializer_list<int64_t> strides) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && width * bytes % 16 == 0;
+  for (const int64_t stride : strides) aligned = aligned && stride * bytes % 16 == 0;
+  return aligned;
 }
 
-#ifdef __CUDACC__
+// Calls f.template operator()<T, kVec>(): 16 bytes at a time where all is aligned, else one element.
+template <class F>
+void dispatch_vector(DType dtype, bool aligned, F&& f) {
+  dispatch_dtype(dtype, [&]<class T>() {
+    if (aligned) f.template operator()<T, 16 / sizeof(T)>();
+    else f.template operator()<T, 1>();
+  });
+}
 
 // 16 bytes move as one word, stored by an intrinsic: the compiler splits an ordinary assignment, and does not always join
 // it again. Loads do not take the read-only path, since an output may be an input.
@@ -53,10 +62,8 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kVec>& vecto
 
 // Sum over the lanes of a warp, in the same order on every run; every lane holds the result.
 __device__ __forceinline__ float warp_sum(float x) {
-  for (int step = kWarpLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(ptx::kAllLanes, x, step);
   return x;
 }
-
-#endif
 
 }  // namespace fmkernels

@@ -21,7 +21,6 @@ namespace fmkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int64_t kGradientChunk = 16384;
 constexpr int64_t kMaxRows = 0x7fffffff;  // of a grid in x
 
@@ -234,22 +233,16 @@ unsigned rows_of(const char* name, const CrossEntropyParams& p) {
   return static_cast<unsigned>(p.batch * p.num_tokens);
 }
 
-// Calls f.template operator()<T, kVec>() with the widest vectors that the alignment of the rows allows.
-template <class F>
-void dispatch_vector(const CrossEntropyParams& p, F&& f) {
+bool are_aligned(const CrossEntropyParams& p) {
   const int64_t bytes = element_bytes(p.dtype);
-  const bool aligned = is_aligned_16(p.logits, p.logits_stride[0], p.logits_stride[1], p.vocab, bytes) &&
-                       is_aligned_16(p.grad, p.grad_stride[0], p.grad_stride[1], p.vocab, bytes);
-  dispatch_dtype(p.dtype, [&]<class T>() {
-    if (aligned) f.template operator()<T, 16 / sizeof(T)>();
-    else f.template operator()<T, 1>();
-  });
+  return is_aligned_16(p.logits, bytes, p.vocab, {p.logits_stride[0], p.logits_stride[1]}) &&
+         is_aligned_16(p.grad, bytes, p.vocab, {p.grad_stride[0], p.grad_stride[1]});
 }
 
 }  // namespace
 
 void launch_cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
-  dispatch_vector(p, [&]<class T, int kVec>() {
+  dispatch_vector(p.dtype, are_aligned(p), [&]<class T, int kVec>() {
     launch("cross_entropy", cross_entropy_kernel<T, kVec>, rows_of("cross_entropy", p), kThreads, sizeof(Smem), stream,
            p);
   });
@@ -258,14 +251,14 @@ void launch_cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
 void launch_cross_entropy_backward(const CrossEntropyParams& p, cudaStream_t stream) {
   const int64_t chunks = (p.vocab + kGradientChunk - 1) / kGradientChunk;
   FM_CHECK(chunks <= 0xffff, "cross_entropy: a vocabulary of ", p.vocab, " is more than a grid holds");
-  dispatch_vector(p, [&]<class T, int kVec>() {
+  dispatch_vector(p.dtype, are_aligned(p), [&]<class T, int kVec>() {
     launch("cross_entropy_backward", cross_entropy_backward_kernel<T, kVec>,
            dim3(rows_of("cross_entropy_backward", p), static_cast<unsigned>(chunks)), kThreads, 0, stream, p);
   });
 }
 
 void launch_cross_entropy_gradient(const CrossEntropyParams& p, cudaStream_t stream) {
-  dispatch_vector(p, [&]<class T, int kVec>() {
+  dispatch_vector(p.dtype, are_aligned(p), [&]<class T, int kVec>() {
     launch("cross_entropy_gradient", cross_entropy_gradient_kernel<T, kVec>, rows_of("cross_entropy_gradient", p),
            kThreads, sizeof(Smem), stream, p);
   });

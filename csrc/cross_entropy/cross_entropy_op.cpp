@@ -95,7 +95,7 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, con
   for (const Tensor* t : {&max, &sum_exp}) FM_CHECK(t->is_contiguous(), "max and sum_exp must be contiguous");
   p.max = const_cast<float*>(float_rows("max", max, logits));
   p.sum_exp = const_cast<float*>(float_rows("sum_exp", sum_exp, logits));
-  Tensor grad = torch::stable::new_empty(logits, {logits.sizes().begin(), logits.sizes().end()});
+  Tensor grad = empty_contiguous(logits);
   p.grad = data_of(grad);
 #ifndef FM_CUDA
   prefer_huge_pages(p.grad, grad.numel() * element_bytes(p.dtype));

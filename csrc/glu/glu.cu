@@ -19,7 +19,6 @@ namespace fmkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid in x
 constexpr float kLog2E = 1.4426950409f;
 
 // act(g) / g, and act'(g).
@@ -108,37 +107,27 @@ __global__ void __launch_bounds__(kThreads) glu_backward_kernel(GluBackwardParam
   store_vector<T, kVec>(row_of<T>(p.grad_up, place) + column, grad_up);
 }
 
-// Calls f.template operator()<T, kVec>() with the widest vectors that the width and the alignment of all rows allow.
-template <class F>
-void dispatch_vector(DType dtype, int64_t width, std::initializer_list<const RowView*> views, F&& f) {
-  bool aligned = true;
+bool are_aligned(DType dtype, int64_t width, std::initializer_list<const RowView*> views) {
+  bool aligned = width * element_bytes(dtype) % 16 == 0;
   for (const RowView* view : views) aligned = aligned && rows_are_aligned(*view, element_bytes(dtype), 16);
-  dispatch_dtype(dtype, [&]<class T>() {
-    constexpr int kVec = 16 / sizeof(T);
-    if (aligned && width % kVec == 0) f.template operator()<T, kVec>();
-    else f.template operator()<T, 1>();
-  });
-}
-
-dim3 grid_of(const char* name, int64_t num_vectors) {
-  const int64_t num_blocks = (num_vectors + kThreads - 1) / kThreads;
-  FM_CHECK(num_blocks <= kMaxBlocks, name, ": ", num_blocks, " blocks are more than a grid holds");
-  return dim3(static_cast<unsigned>(num_blocks));
+  return aligned;
 }
 
 }  // namespace
 
 void launch_glu_forward(const GluForwardParams& p, cudaStream_t stream) {
-  dispatch_vector(p.dtype, p.width, {&p.gate, &p.up, &p.out}, [&]<class T, int kVec>() {
-    launch("glu_forward", glu_forward_kernel<T, kVec>, grid_of("glu_forward", p.rows.count * (p.width / kVec)),
-           kThreads, 0, stream, p);
+  const bool aligned = are_aligned(p.dtype, p.width, {&p.gate, &p.up, &p.out});
+  dispatch_vector(p.dtype, aligned, [&]<class T, int kVec>() {
+    launch("glu_forward", glu_forward_kernel<T, kVec>,
+           grid_of("glu_forward", p.rows.count * (p.width / kVec), kThreads), kThreads, 0, stream, p);
   });
 }
 
 void launch_glu_backward(const GluBackwardParams& p, cudaStream_t stream) {
-  dispatch_vector(p.dtype, p.width, {&p.grad, &p.gate, &p.up, &p.grad_gate, &p.grad_up}, [&]<class T, int kVec>() {
-    launch("glu_backward", glu_backward_kernel<T, kVec>, grid_of("glu_backward", p.rows.count * (p.width / kVec)),
-           kThreads, 0, stream, p);
+  const bool aligned = are_aligned(p.dtype, p.width, {&p.grad, &p.gate, &p.up, &p.grad_gate, &p.grad_up});
+  dispatch_vector(p.dtype, aligned, [&]<class T, int kVec>() {
+    launch("glu_backward", glu_backward_kernel<T, kVec>,
+           grid_of("glu_backward", p.rows.count * (p.width / kVec), kThreads), kThreads, 0, stream, p);
   });
 }
 

@@ -31,8 +31,6 @@ RowView second_half(const RowView& view, int64_t width, int64_t element) {
   return half;
 }
 
-const Tensor* pointer_to(const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; }
-
 Tensor empty_rows(const Tensor& like, int64_t width) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = width;

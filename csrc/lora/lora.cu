@@ -10,16 +10,14 @@
 
 #include "lora.h"
 
-#include <initializer_list>
-
 #include "../common/dispatch.h"
 #include "../common/launch.h"
 #include "../common/ptx.h"
+#include "../common/vector_cuda.h"
 
 namespace fmkernels {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarp * kWarps;
 constexpr int64_t kMaxGridY = 65535;
@@ -70,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) lora_shrink_kernel(LoraShrinkParams 
   }
   float total = sum[0];
   for (int i = 1; i < kVec; ++i) total += sum[i];
-  for (int step = kWarp / 2; step > 0; step /= 2) total += __shfl_xor_sync(ptx::kAllLanes, total, step);
+  total = warp_sum(total);
   if (lane == 0) p.h[item] = total;
 }
 
@@ -118,38 +116,21 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(ExpandKernelParam
   }
 }
 
-// Whether rows at these strides (in elements), of such a width, can be read 16 bytes at a time.
-bool is_aligned(const void* data, int64_t bytes, int64_t width, std::initializer_list<int64_t> strides) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && width * bytes % 16 == 0;
-  for (const int64_t stride : strides) aligned = aligned && stride * bytes % 16 == 0;
-  return aligned;
-}
-
-// Calls f.template operator()<T, kVec>().
-template <class F>
-void dispatch_vector(DType dtype, bool aligned, F&& f) {
-  dispatch_dtype(dtype, [&]<class T>() {
-    if (aligned) f.template operator()<T, 16 / sizeof(T)>();
-    else f.template operator()<T, 1>();
-  });
-}
-
 }  // namespace
 
 void launch_lora_shrink(const LoraShrinkParams& p, cudaStream_t stream) {
   const int64_t bytes = element_bytes(p.dtype), num_items = p.adapters.num_tokens * p.adapters.rank;
-  const int64_t num_blocks = (num_items + kWarps - 1) / kWarps;
-  FM_CHECK(num_blocks < int64_t{1} << 31, "lora_shrink: ", num_blocks, " blocks are more than a grid holds");
-  const bool aligned = is_aligned(p.x, bytes, p.in_features, {p.x_stride}) &&
-                       is_aligned(p.a, bytes, p.in_features, {p.a_stride[0], p.a_stride[1]});
+  const bool aligned = is_aligned_16(p.x, bytes, p.in_features, {p.x_stride}) &&
+                       is_aligned_16(p.a, bytes, p.in_features, {p.a_stride[0], p.a_stride[1]});
   dispatch_vector(p.dtype, aligned, [&]<class T, int kVec>() {
-    launch("lora_shrink", lora_shrink_kernel<T, kVec>, dim3(static_cast<unsigned>(num_blocks)), kThreads, 0, stream, p);
+    launch("lora_shrink", lora_shrink_kernel<T, kVec>, grid_of("lora_shrink", num_items, kWarps), kThreads, 0, stream,
+           p);
   });
 }
 
 void launch_lora_expand(const LoraExpandParams& params, cudaStream_t stream) {
   const int64_t bytes = element_bytes(params.dtype), rank = params.adapters.rank;
-  const bool aligned = is_aligned(params.b, bytes, rank, {params.b_stride[0], params.b_stride[1]});
+  const bool aligned = is_aligned_16(params.b, bytes, rank, {params.b_stride[0], params.b_stride[1]});
   dispatch_vector(params.dtype, aligned, [&]<class T, int kVec>() {
     ExpandKernelParams p{params, 1};
     while (p.group * kVec < rank && p.group < kWarp) p.group *= 2;

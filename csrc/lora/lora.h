@@ -12,13 +12,7 @@
 
 #include "../common/dtype.h"
 #include "../common/isa.h"
-
-#ifdef __CUDACC__
-#include <cuda_runtime_api.h>
-#else
-struct CUstream_st;
-typedef struct CUstream_st* cudaStream_t;
-#endif
+#include "../common/stream.h"
 
 namespace fmkernels {
 

@@ -13,23 +13,16 @@
 
 #include "../common/dispatch.h"
 #include "../common/launch.h"
+#include "../common/vector_cuda.h"
 
 namespace fmkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid in x
 
+// load_vector through the read-only path: backward needs 48 registers and not 54.
 template <class T, int kVec>
-struct alignas(sizeof(T) * kVec) Vector {
-  T lane[kVec];
-};
-
-// 16 bytes move by an intrinsic: the compiler splits an ordinary assignment, and does not always join it again. Unlike those
-// of common/vector_cuda.h these loads take the read-only path, with which backward needs 48 registers and not 54.
-template <class T, int kVec>
-__device__ __forceinline__ Vector<T, kVec> load_vector(const T* from) {
+__device__ __forceinline__ Vector<T, kVec> load_read_only(const T* from) {
   Vector<T, kVec> vector;
   if constexpr (sizeof vector == sizeof(uint4)) {
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
@@ -38,16 +31,6 @@ __device__ __forceinline__ Vector<T, kVec> load_vector(const T* from) {
     vector = *reinterpret_cast<const Vector<T, kVec>*>(from);
   }
   return vector;
-}
-template <class T, int kVec>
-__device__ __forceinline__ void store_vector(T* to, const Vector<T, kVec>& vector) {
-  if constexpr (sizeof vector == sizeof(uint4)) {
-    uint4 bits;
-    memcpy(&bits, &vector, sizeof vector);
-    __stwb(reinterpret_cast<uint4*>(to), bits);
-  } else {
-    *reinterpret_cast<Vector<T, kVec>*>(to) = vector;
-  }
 }
 
 struct Row {
@@ -97,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(MergeAttentio
   float sum[kVec] = {};
   auto add = [&](const MergeSide& side, float lse, float w) {
     if (!has_keys(lse)) return;
-    const auto part = load_vector<T, kVec>(o_row<T>(side, r) + column);
+    const auto part = load_read_only<T, kVec>(o_row<T>(side, r) + column);
     for (int i = 0; i < kVec; ++i) sum[i] += to_float(part.lane[i]) * w;
   };
   add(p.a, lse_a, weights.a);
@@ -106,12 +89,6 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(MergeAttentio
   for (int i = 0; i < kVec; ++i) o.lane[i] = from_float<T>(sum[i]);
   store_vector<T, kVec>(o_row<T>(p.merged, r) + column, o);
   if (column == 0) *lse_of(p.merged, r) = weights.lse;
-}
-
-// Sum over the lanes of a warp, in the same order on every run; every lane holds the result.
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
 }
 
 template <class T, int kVec>
@@ -127,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(Merg
 
   float sum = 0.0f;
   for (int64_t column = lane * kVec; column < p.dim; column += kWarp * kVec) {
-    const Vec grad = load_vector<T, kVec>(o_row<T>(p.grad, r) + column);
+    const Vec grad = load_read_only<T, kVec>(o_row<T>(p.grad, r) + column);
     Vec grad_a, grad_b;
     for (int i = 0; i < kVec; ++i) {
       const float g = to_float(grad.lane[i]);
@@ -137,8 +114,8 @@ __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(Merg
     store_vector<T, kVec>(o_row<T>(p.grad_a, r) + column, grad_a);
     store_vector<T, kVec>(o_row<T>(p.grad_b, r) + column, grad_b);
     if (has_a && has_b) {
-      const Vec a = load_vector<T, kVec>(o_row<T>(p.a, r) + column);
-      const Vec b = load_vector<T, kVec>(o_row<T>(p.b, r) + column);
+      const Vec a = load_read_only<T, kVec>(o_row<T>(p.a, r) + column);
+      const Vec b = load_read_only<T, kVec>(o_row<T>(p.b, r) + column);
       for (int i = 0; i < kVec; ++i) sum += to_float(grad.lane[i]) * (to_float(a.lane[i]) - to_float(b.lane[i]));
     }
   }
@@ -150,35 +127,17 @@ __global__ void __launch_bounds__(kThreads) merge_attention_backward_kernel(Merg
   }
 }
 
-// Whether every row of the side begins on a 16-byte boundary.
-bool is_aligned(const MergeSide& side, int64_t bytes) {
-  const int64_t vec = 16 / bytes;
-  return reinterpret_cast<uintptr_t>(side.o) % 16 == 0 && side.o_stride[0] % vec == 0 && side.o_stride[1] % vec == 0 &&
-         side.o_stride[2] % vec == 0;
-}
-
-dim3 grid_of(const char* name, int64_t num_items, int64_t items_per_block) {
-  const int64_t num_blocks = (num_items + items_per_block - 1) / items_per_block;
-  FM_CHECK(num_blocks <= kMaxBlocks, name, ": ", num_blocks, " blocks are more than a grid holds");
-  return dim3(static_cast<unsigned>(num_blocks));
-}
-
-// Calls f.template operator()<T, kVec>() with the widest vectors that dim and the alignment of all sides allow.
-template <class F>
-void dispatch_vector(DType dtype, int64_t dim, bool aligned, F&& f) {
-  dispatch_dtype(dtype, [&]<class T>() {
-    constexpr int kVec = 16 / sizeof(T);
-    if (aligned && dim % kVec == 0) f.template operator()<T, kVec>();
-    else f.template operator()<T, 1>();
-  });
+bool is_aligned(const MergeSide& side, int64_t bytes, int64_t dim) {
+  return is_aligned_16(side.o, bytes, dim, {side.o_stride[0], side.o_stride[1], side.o_stride[2]});
 }
 
 }  // namespace
 
 void launch_merge_attention(const MergeAttentionParams& p, cudaStream_t stream) {
   const int64_t bytes = element_bytes(p.dtype);
-  const bool aligned = is_aligned(p.a, bytes) && is_aligned(p.b, bytes) && is_aligned(p.merged, bytes);
-  dispatch_vector(p.dtype, p.dim, aligned, [&]<class T, int kVec>() {
+  const bool aligned =
+      is_aligned(p.a, bytes, p.dim) && is_aligned(p.b, bytes, p.dim) && is_aligned(p.merged, bytes, p.dim);
+  dispatch_vector(p.dtype, aligned, [&]<class T, int kVec>() {
     const int64_t num_vectors = p.batch * p.num_tokens * p.heads * (p.dim / kVec);
     launch("merge_attention", merge_attention_kernel<T, kVec>, grid_of("merge_attention", num_vectors, kThreads),
            kThreads, 0, stream, p);
@@ -188,9 +147,9 @@ void launch_merge_attention(const MergeAttentionParams& p, cudaStream_t stream) 
 void launch_merge_attention_backward(const MergeAttentionBackwardParams& p, cudaStream_t stream) {
   bool aligned = true;
   for (const MergeSide* side : {&p.a, &p.b, &p.grad, &p.grad_a, &p.grad_b}) {
-    aligned = aligned && is_aligned(*side, element_bytes(p.dtype));
+    aligned = aligned && is_aligned(*side, element_bytes(p.dtype), p.dim);
   }
-  dispatch_vector(p.dtype, p.dim, aligned, [&]<class T, int kVec>() {
+  dispatch_vector(p.dtype, aligned, [&]<class T, int kVec>() {
     const int64_t num_rows = p.batch * p.num_tokens * p.heads;
     launch("merge_attention_backward", merge_attention_backward_kernel<T, kVec>,
            grid_of("merge_attention_backward", num_rows, kThreads / kWarp), kThreads, 0, stream, p);

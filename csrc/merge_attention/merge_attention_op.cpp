@@ -49,10 +49,6 @@ Params view_sides(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b, con
 }
 
 // A contiguous output of the same shape and dtype.
-Tensor empty_contiguous(const Tensor& like) {
-  return torch::stable::new_empty(like, {like.sizes().begin(), like.sizes().end()});
-}
-
 std::tuple<Tensor, Tensor> merge_attention_forward(const Tensor& o_a, const Tensor& lse_a, const Tensor& o_b,
                                                    const Tensor& lse_b) {
   auto p = view_sides<MergeAttentionParams>(o_a, lse_a, o_b, lse_b);
@@ -69,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_backward(const Tensor
   auto p = view_sides<MergeAttentionBackwardParams>(o_a, lse_a, o_b, lse_b);
   Tensor grad_o_a = empty_contiguous(o_a), grad_lse_a = empty_contiguous(lse_a);
   Tensor grad_o_b = empty_contiguous(o_b), grad_lse_b = empty_contiguous(lse_b);
-  p.grad = view_side("grad_o", grad_o, grad_lse.has_value() ? &*grad_lse : nullptr, o_a);
+  p.grad = view_side("grad_o", grad_o, pointer_to(grad_lse), o_a);
   p.grad_a = view_side("grad_o_a", grad_o_a, &grad_lse_a, o_a);
   p.grad_b = view_side("grad_o_b", grad_o_b, &grad_lse_b, o_a);
   if (grad_lse_a.numel() > 0) FM_EXECUTE(merge_attention_backward, p, o_a);

@@ -24,7 +24,6 @@ constexpr int kHeld = 4, kHeldBackward = 2;     // vectors a thread
 constexpr int kMaxThreads = 512;                // a team
 constexpr int kShortTeams = 4;                  // a block, where a team is one warp
 constexpr int kColumns = 32, kColumnLanes = 8;  // a block of the sum over chunks
-constexpr int64_t kMaxBlocks = 0x7fffffff;      // of a grid in x
 
 // The threads that share a row: x of the block. They are the whole block where they are more than a warp.
 struct Team {
@@ -39,9 +38,9 @@ struct Team {
   // Sums over the team; every thread holds the results. `turn` is 0 and 1 alternately from one call to the next.
   template <int kCount>
   __device__ __forceinline__ void sum(float (&x)[kCount], int turn) const {
-    __shared__ float sSums[2][kCount][kWarpLanes];  // [turn, sum, warp]
+    __shared__ float sSums[2][kCount][kWarp];  // [turn, sum, warp]
     for (float& part : x) part = warp_sum(part);
-    const int num_warps = num_threads / kWarpLanes, warp = thread / kWarpLanes, lane = thread % kWarpLanes;
+    const int num_warps = num_threads / kWarp, warp = thread / kWarp, lane = thread % kWarp;
     if (num_warps == 1) return;
     for (int i = 0; i < kCount; ++i) {
       if (lane == 0) sSums[turn][i][warp] = x[i];
@@ -292,28 +291,18 @@ __global__ void __launch_bounds__(kColumns* kColumnLanes) norm_chunks_kernel(Nor
 // Calls f.template operator()<T, W, kVec>() with the widest vectors that hidden and the alignment allow.
 template <class F>
 void dispatch_types(DType dtype, DType weight_dtype, int64_t hidden, bool aligned, F&& f) {
-  dispatch_dtype(dtype, [&]<class T>() {
+  dispatch_dtypes(dtype, weight_dtype, [&]<class T, class W>() {
     constexpr int kVec = 16 / sizeof(T);
-    const auto with_weight = [&]<class W>() {
-      if (aligned && hidden % kVec == 0) f.template operator()<T, W, kVec>();
-      else f.template operator()<T, W, 1>();
-    };
-    if (weight_dtype == dtype) with_weight.template operator()<T>();
-    else with_weight.template operator()<float>();
+    if (aligned && hidden % kVec == 0) f.template operator()<T, W, kVec>();
+    else f.template operator()<T, W, 1>();
   });
 }
 
 // A block of teams, each of as many warps as hold the row in registers, at most max_threads.
 dim3 block_of(int64_t hidden, int vec, int held, int max_threads) {
-  const int64_t per_warp = static_cast<int64_t>(kWarpLanes) * vec * held, warps = (hidden + per_warp - 1) / per_warp;
-  const int threads = warps * kWarpLanes < max_threads ? static_cast<int>(warps) * kWarpLanes : max_threads;
-  return dim3(threads, threads == kWarpLanes ? kShortTeams : 1);
-}
-
-dim3 grid_of(const char* name, int64_t num_teams, int64_t teams_per_block) {
-  const int64_t num_blocks = (num_teams + teams_per_block - 1) / teams_per_block;
-  FM_CHECK(num_blocks <= kMaxBlocks, name, ": ", num_blocks, " blocks are more than a grid holds");
-  return dim3(static_cast<unsigned>(num_blocks));
+  const int64_t per_warp = static_cast<int64_t>(kWarp) * vec * held, warps = (hidden + per_warp - 1) / per_warp;
+  const int threads = warps * kWarp < max_threads ? static_cast<int>(warps) * kWarp : max_threads;
+  return dim3(threads, threads == kWarp ? kShortTeams : 1);
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

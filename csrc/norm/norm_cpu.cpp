@@ -25,15 +25,6 @@ constexpr int kRowsAtOnce = 4;
 template <class W>
 constexpr Nan kNan = std::is_same_v<W, BFloat16> ? Nan::kOfBFloat16 : Nan::kAny;
 
-// Calls f.template operator()<T, W>() with the types of the elements and of the weights.
-template <class F>
-void dispatch_types(DType dtype, DType weight_dtype, F&& f) {
-  dispatch_dtype(dtype, [&]<class T>() {
-    if (weight_dtype == dtype) f.template operator()<T, T>();
-    else f.template operator()<T, float>();
-  });
-}
-
 FM_INLINE float rstd_of(float sum_of_squares, int64_t hidden, float eps) {
   return 1.0f / std::sqrt(sum_of_squares / static_cast<float>(hidden) + eps);
 }
@@ -166,7 +157,7 @@ template <>
 void run_norm_forward<kIsa>(const NormForwardParams& p) {
   const int64_t rows_per_task = kTaskElements / p.hidden + 1, num_rows = p.rows.count;
   const int workers = workers_for(num_rows * p.hidden * element_bytes(p.dtype) * (p.residual.data == nullptr ? 2 : 4));
-  dispatch_types(p.dtype, p.weight_dtype, [&]<class T, class W>() {
+  dispatch_dtypes(p.dtype, p.weight_dtype, [&]<class T, class W>() {
     parallel_for((num_rows + rows_per_task - 1) / rows_per_task, workers, [&](int64_t task, int) {
       const int64_t begin = task * rows_per_task;
       const int64_t end = begin + rows_per_task < num_rows ? begin + rows_per_task : num_rows;
@@ -182,7 +173,7 @@ void run_norm_forward<kIsa>(const NormForwardParams& p) {
 template <>
 void run_norm_backward<kIsa>(const NormBackwardParams& p) {
   const int workers = workers_for(p.rows.count * p.hidden * element_bytes(p.dtype) * 3);
-  dispatch_types(p.dtype, p.weight_dtype, [&]<class T, class W>() {
+  dispatch_dtypes(p.dtype, p.weight_dtype, [&]<class T, class W>() {
     parallel_for(p.num_chunks, workers, [&](int64_t chunk, int) {
       float* weight_sums = p.weight_sums == nullptr ? nullptr : p.weight_sums + chunk * p.sums_stride;
       float* bias_sums = p.bias_sums == nullptr ? nullptr : p.bias_sums + chunk * p.sums_stride;

@@ -6,8 +6,6 @@
 namespace fmkernels {
 namespace {
 
-const Tensor* pointer_to(const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; }
-
 // weight or bias [hidden], in float32 or the dtype of x; both in one dtype.
 const void* view_weight(const char* name, const Tensor& t, const Tensor& x, DType& weight_dtype, bool is_first) {
   check_rank(name, t, 1);
@@ -39,10 +37,6 @@ void view_common(Params& p, const Tensor& x, const std::optional<Tensor>& weight
 
 void check_hidden(const char* name, const Tensor* t, int64_t hidden) {
   if (t != nullptr) check_size(name, *t, t->dim() - 1, hidden);
-}
-
-Tensor empty_contiguous(const Tensor& like) {
-  return torch::stable::new_empty(like, {like.sizes().begin(), like.sizes().end()});
 }
 
 void execute_forward(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,

@@ -70,13 +70,6 @@ __device__ __forceinline__ void store_columns(DType dtype, void* data, int64_t o
   }
 }
 
-__device__ __forceinline__ float* scale_at(const ScaleView& scale, int page, int slot, int head) {
-  return scale.data + page * scale.page_stride + slot * scale.slot_stride + head * scale.head_stride;
-}
-__device__ __forceinline__ int64_t offset_of(const PagesView& pages, int page, int slot, int head) {
-  return page * pages.page_stride + slot * pages.slot_stride + head * pages.head_stride;
-}
-
 // ---- append ----------------------------------------------------------------------------------------------------------
 
 struct AppendCall {
@@ -139,7 +132,7 @@ template <class Stored>
 __global__ void __launch_bounds__(kThreads) paged_kv_append_kernel(AppendCall call) {
   const PagedAppendParams& p = call.p;
   const PagedCache& cache = p.cache;
-  const int kv_heads = static_cast<int>(cache.kv_heads), heads = static_cast<int>(p.heads);
+  const int kv_heads = static_cast<int>(cache.kv_heads);
   const int row = static_cast<int>(blockIdx.x) * (kThreads / call.lanes) + static_cast<int>(threadIdx.x) / call.lanes;
   const int column = static_cast<int>(threadIdx.x) % call.lanes * kColumns;
   const int token = row / call.rows_per_token, place = row - token * call.rows_per_token.value();
@@ -147,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) paged_kv_append_kernel(AppendCall ca
   const bool is_q = place >= 2 * kv_heads, is_v = !is_q && place >= kv_heads;
   const int head = is_q ? place - 2 * kv_heads : is_v ? place - kv_heads : place;
   const RowsView& from = is_q ? p.q : is_v ? p.v : p.k;
-  const bool is_there = token < p.num_tokens && (!is_q || head < heads);
+  const bool is_there = token < p.num_tokens;
   const bool has_columns = is_there && column < (is_v ? cache.v_head_dim : cache.head_dim);
   const int64_t offset = token * from.token_stride + head * from.head_stride + column;
 
@@ -253,18 +246,6 @@ dim3 grid_of(const char* name, int64_t num_rows, int lanes, int64_t num_slots) {
   return dim3(static_cast<unsigned>((num_rows + rows_per_block - 1) / rows_per_block));
 }
 
-// Calls f.template operator()<Stored>().
-template <class F>
-void dispatch_stored(CacheDType dtype, F&& f) {
-  switch (dtype) {
-    case CacheDType::kFloat32: return f.template operator()<float>();
-    case CacheDType::kFloat16: return f.template operator()<Half>();
-    case CacheDType::kBFloat16: return f.template operator()<BFloat16>();
-    case CacheDType::kFloat8E4M3: return f.template operator()<Float8E4M3>();
-    case CacheDType::kInt8: return f.template operator()<Int8>();
-  }
-}
-
 }  // namespace
 
 void launch_paged_kv_append(const PagedAppendParams& p, cudaStream_t stream) {
@@ -280,7 +261,7 @@ void launch_paged_kv_append(const PagedAppendParams& p, cudaStream_t stream) {
                  is_aligned(cache.k, cache.dtype) && is_aligned(cache.v, cache.dtype);
   call.angles_aligned =
       p.rotary_dim / 2 % kColumns == 0 && is_aligned(p.rotary_cos, 4, p.rotary_stride) && is_aligned(p.rotary_sin, 4);
-  dispatch_stored(cache.dtype, [&]<class Stored>() {
+  dispatch_cache(cache.dtype, [&]<class Stored>() {
     launch("paged_kv.append", paged_kv_append_kernel<Stored>, grid, kThreads, 0, stream, call);
   });
 }
@@ -293,7 +274,7 @@ void launch_paged_kv_gather(const PagedGatherParams& p, cudaStream_t stream) {
   call.kv_heads = Divisor(static_cast<int32_t>(p.kv_heads));
   call.page_size = Divisor(static_cast<int32_t>(p.page_size));
   call.aligned = is_aligned(p.cache, p.dtype) && is_aligned(p.out, p.out_dtype);
-  dispatch_stored(p.dtype, [&]<class Stored>() {
+  dispatch_cache(p.dtype, [&]<class Stored>() {
     launch("paged_kv.gather", paged_kv_gather_kernel<Stored>, grid, kThreads, 0, stream, call);
   });
 }

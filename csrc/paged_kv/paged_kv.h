@@ -28,14 +28,8 @@
 
 #include "../common/dtype.h"
 #include "../common/isa.h"
+#include "../common/stream.h"
 #include "paged_kv_number.h"
-
-#ifdef __CUDACC__
-#include <cuda_runtime_api.h>
-#else
-struct CUstream_st;
-typedef struct CUstream_st* cudaStream_t;
-#endif
 
 namespace fmkernels {
 
@@ -61,6 +55,13 @@ struct ScaleView {
   int64_t page_stride, slot_stride, head_stride;
   bool per_token;  // [num_pages, page_size, kv_heads]: append writes it, others read it; else it is read by all
 };
+
+FM_HOST_DEVICE float* scale_at(const ScaleView& scale, int64_t page, int64_t slot, int64_t head) {
+  return scale.data + page * scale.page_stride + slot * scale.slot_stride + head * scale.head_stride;
+}
+FM_HOST_DEVICE int64_t offset_of(const PagesView& pages, int64_t page, int64_t slot, int64_t head) {
+  return page * pages.page_stride + slot * pages.slot_stride + head * pages.head_stride;
+}
 
 struct PagedCache {
   CacheDType dtype;  // of both

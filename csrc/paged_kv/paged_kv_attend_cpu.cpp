@@ -73,7 +73,7 @@ void run_attend(const Attend& x) {
   const PagedTileShape shape{tile_rows, head_dim, columns, min(max_blocks, affordable_slots)};
 
   const int64_t num_partials = total_chunks * kv_heads, direct_heads = heads_per_task(cache, total_chunks, workers);
-  const int64_t acc_floats = num_partials * kDirectRows * v_head_dim, state_floats = num_partials * kStateRows;
+  const int64_t acc_floats = num_partials * kDirectRows * v_head_dim, state_floats = num_partials * kDirectRows;
   const int64_t direct_bytes = total_chunks == 0 ? 0 : DirectScratch::num_bytes(direct_heads, head_dim);
   const int64_t scratch_bytes = direct_bytes + PagedTileScratch::num_bytes(shape);
   const Workspace workspace(Arena::array_bytes<RequestPlan>(batch) + Arena::array_bytes<float>(acc_floats) +
@@ -86,7 +86,7 @@ void run_attend(const Attend& x) {
   Partial* partials = arena.take<Partial>(num_partials);  // [request][chunk][kv head]
   char* scratch = arena.take<char>(workers * scratch_bytes);
   for (int64_t i = 0; i < num_partials; ++i) {
-    partials[i] = {partial_acc + i * kDirectRows * v_head_dim, partial_state.from(i * kStateRows)};
+    partials[i] = {partial_acc + i * kDirectRows * v_head_dim, partial_state.from(i * kDirectRows)};
   }
   for (int worker = 0; worker < workers; ++worker) {
     const PagedTileScratch buffers(Arena(scratch + worker * scratch_bytes + direct_bytes), shape);

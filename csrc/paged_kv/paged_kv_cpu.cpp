@@ -61,7 +61,7 @@ float largest_of(const float* row, int64_t dim) {
   VecF largest{}, zero{};
   for (int64_t c = 0; c < dim; c += kLanes) {
     const VecF x = load(row + c);
-    largest = max(largest, (VecF)((VecI)x & 0x7fffffff));
+    largest = max(largest, absolute(x));
     zero += x * 0.0f;
   }
   float result = 0.0f;
@@ -75,7 +75,7 @@ void store_row(const float* row, int64_t dim, Stored* to, [[maybe_unused]] const
   if constexpr (kIsQuantized<Stored>) {
     float divisor = 1.0f;
     if (scale.data != nullptr) {
-      float* at = const_cast<float*>(scale_at(scale, page, slot, head));
+      float* at = scale_at(scale, page, slot, head);
       if (scale.per_token) *at = scale_of_row<Stored>(largest_of(row, dim));
       divisor = *at;
     }

@@ -8,13 +8,13 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kDirectRows = 8;               // the most rows of a kv head that go this way
-constexpr int kStateRows = kDirectRows + 4;  // states of a partial: a step from row 4 on touches a whole vector
+constexpr int kDirectRows = 8;  // the most rows of a kv head that go this way
+static_assert(kDirectRows % kLanes == 0, "a step of the softmax takes as many rows as a vector has lanes");
 
 // Unfinished result of the rows of one (request, kv head) over one chunk of keys.
 struct Partial {
   float* acc;       // [kDirectRows][v_head_dim]
-  RowStates state;  // [kStateRows]
+  RowStates state;  // [kDirectRows]
 };
 
 // What is asked of memory while something else is multiplied: some rows, all heads of them, line by line in the order in
@@ -149,15 +149,15 @@ void add_row_values(const float* weights, const T* data, const int64_t* offsets,
 struct DirectBlock {
   const BlockSlots* slots;
   Range keys;
-  Range visible[kStateRows];  // {0, 0} where empty
+  Range visible[kDirectRows];  // {0, 0} where empty
   KeyBits seen[kDirectRows];
   bool has_holes;
 };
 
 // Scores, then weights, of the rows of one head for one block.
 struct DirectHead {
-  float* weights;           // [kStateRows][kBlockK]
-  float alpha[kStateRows];  // for what was accumulated before the block; 1 once it was applied
+  float* weights;            // [kDirectRows][kBlockK]
+  float alpha[kDirectRows];  // for what was accumulated before the block; 1 once it was applied
 };
 
 Range overlap(Range a, Range b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
@@ -176,9 +176,7 @@ void weigh_block(const Attend& x, const Sequence& s, const DirectBlock& d, const
     if (d.has_holes) hide(scores, d.seen[row], d.visible[row], -kInfinity);
   }
   for (int64_t row = 0; row < s.num_rows; row += kLanes) {
-    float alpha[kLanes];
-    weigh(head.weights + row * kBlockK, d.visible + row, partial.state.from(row), alpha);
-    memcpy(head.alpha + row, alpha, sizeof(float) * static_cast<size_t>(min(kLanes, kStateRows - row)));
+    weigh(head.weights + row * kBlockK, d.visible + row, partial.state.from(row), head.alpha + row);
   }
   if (!cache.v_scale.per_token) return;
   find_scales(x, s.batch, s.kv_head, *d.slots, begin, cache.v_scale, scales);
@@ -234,16 +232,16 @@ int64_t part_tokens(int64_t token_bytes) {
 // Scratch of a worker for num_heads heads.
 struct DirectScratch {
   float* q;           // [head][kDirectRows][head_dim]
-  float* weights;     // [head][kStateRows][kBlockK]
+  float* weights;     // [head][kDirectRows][kBlockK]
   DirectHead* heads;  // [head]
 
   DirectScratch(Arena arena, int64_t num_heads, int64_t head_dim)
       : q(arena.take<float>(num_heads * kDirectRows * head_dim)),
-        weights(arena.take<float>(num_heads * kStateRows * kBlockK)),
+        weights(arena.take<float>(num_heads * kDirectRows * kBlockK)),
         heads(arena.take<DirectHead>(num_heads)) {}
   static int64_t num_bytes(int64_t num_heads, int64_t head_dim) {
     return Arena::array_bytes<float>(num_heads * kDirectRows * head_dim) +
-           Arena::array_bytes<float>(num_heads * kStateRows * kBlockK) + Arena::array_bytes<DirectHead>(num_heads);
+           Arena::array_bytes<float>(num_heads * kDirectRows * kBlockK) + Arena::array_bytes<DirectHead>(num_heads);
   }
 };
 
@@ -266,9 +264,9 @@ void run_direct(const Attend& x, Sequence s, int64_t num_heads, int64_t begin, i
   for (int64_t head = 0; head < num_heads; ++head) {
     s.kv_head = first_head + head;
     const Partial& partial = partials[head];
-    for (int64_t row = 0; row < kStateRows; ++row) partial.state.set(row, {-kInfinity, 0.0f});
+    for (int64_t row = 0; row < kDirectRows; ++row) partial.state.set(row, {-kInfinity, 0.0f});
     memset(partial.acc, 0, static_cast<size_t>(s.num_rows * v_head_dim) * sizeof(float));
-    scratch.heads[head].weights = scratch.weights + head * kStateRows * kBlockK;
+    scratch.heads[head].weights = scratch.weights + head * kDirectRows * kBlockK;
     const float scale = query_scale(x.a) * head_scale(cache.k_scale, s.kv_head);
     for (int64_t row = 0; row < s.num_rows; ++row) {
       load_query(x, s, row, scale, scratch.q + (head * kDirectRows + row) * head_dim);

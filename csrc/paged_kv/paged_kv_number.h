@@ -25,6 +25,18 @@ inline constexpr bool kIsQuantized<Float8E4M3> = true;
 template <>
 inline constexpr bool kIsQuantized<Int8> = true;
 
+// Calls f.template operator()<T>() with what the cache stores.
+template <class F>
+void dispatch_cache(CacheDType dtype, F&& f) {
+  switch (dtype) {
+    case CacheDType::kFloat32: return f.template operator()<float>();
+    case CacheDType::kFloat16: return f.template operator()<Half>();
+    case CacheDType::kBFloat16: return f.template operator()<BFloat16>();
+    case CacheDType::kFloat8E4M3: return f.template operator()<Float8E4M3>();
+    case CacheDType::kInt8: return f.template operator()<Int8>();
+  }
+}
+
 // The largest number of a quantised type, which the largest of a row becomes where every row has its own scale.
 template <class T>
 constexpr float kLargestStored = 448.0f;

@@ -44,24 +44,5 @@ FM_INLINE void store_as(T* p, VecF x) {
   }
 }
 
-// Calls f.template operator()<T>() with what the cache stores.
-template <class F>
-void dispatch_cache(CacheDType dtype, F&& f) {
-  switch (dtype) {
-    case CacheDType::kFloat32: return f.template operator()<float>();
-    case CacheDType::kFloat16: return f.template operator()<Half>();
-    case CacheDType::kBFloat16: return f.template operator()<BFloat16>();
-    case CacheDType::kFloat8E4M3: return f.template operator()<Float8E4M3>();
-    case CacheDType::kInt8: return f.template operator()<Int8>();
-  }
-}
-
-FM_INLINE const float* scale_at(const ScaleView& scale, int64_t page, int64_t slot, int64_t head) {
-  return scale.data + page * scale.page_stride + slot * scale.slot_stride + head * scale.head_stride;
-}
-FM_INLINE int64_t offset_of(const PagesView& pages, int64_t page, int64_t slot, int64_t head) {
-  return page * pages.page_stride + slot * pages.slot_stride + head * pages.head_stride;
-}
-
 }  // namespace
 }  // namespace fmkernels

@@ -16,12 +16,12 @@
 #include "../common/divisor.h"
 #include "../common/launch.h"
 #include "../common/ptx.h"
+#include "../common/vector_cuda.h"
 #include "quantized_linear.h"
 
 namespace fmkernels {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kSumStride = kPanel + 4;  // floats; the lanes of a store stand on different banks
@@ -205,12 +205,6 @@ __device__ __forceinline__ void store_sums(float (*sum)[kSumStride], float (&tot
   }
 }
 
-__device__ __forceinline__ float bias_of(const QuantizedLinearParams& p, int64_t feature) {
-  if (p.bias_dtype == DType::kFloat32) return static_cast<const float*>(p.bias)[feature];
-  if (p.bias_dtype == DType::kFloat16) return to_float(static_cast<const Half*>(p.bias)[feature]);
-  return to_float(static_cast<const BFloat16*>(p.bias)[feature]);
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(kThreads, 2) quantized_linear_kernel(KernelParams p) {
   using T = typename Traits::Element;
@@ -285,15 +279,13 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
   }
 }
 
-bool is_aligned(const QuantizedLinearParams& p) {
-  const int64_t vec = 16 / element_bytes(p.dtype);
-  return reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride[0] % vec == 0 && p.x_stride[1] % vec == 0;
-}
-
 }  // namespace
 
 void launch_quantized_linear(const QuantizedLinearParams& params, cudaStream_t stream) {
-  KernelParams p{params, is_aligned(params), Divisor(static_cast<int32_t>(params.weight.chunks_per_group))};
+  // Rows may have any length: load_columns looks at their ends.
+  const bool aligned =
+      is_aligned_16(params.x, element_bytes(params.dtype), 0, {params.x_stride[0], params.x_stride[1]});
+  KernelParams p{params, aligned, Divisor(static_cast<int32_t>(params.weight.chunks_per_group))};
   const bool is_small = p.num_rows <= (p.dtype == DType::kFloat32 ? 1 : 8);
   dispatch_dtype(p.dtype, [&]<class T>() {
     dispatch_int<4, 8>("bits", p.weight.bits, [&]<int kBits>() {
@@ -309,12 +301,10 @@ void launch_quantized_linear(const QuantizedLinearParams& params, cudaStream_t s
 }
 
 void launch_quantized_linear_dequantize(const DequantizeParams& p, cudaStream_t stream) {
-  const int64_t num_blocks = (p.weight.num_panels() * p.weight.num_chunks + kWarps - 1) / kWarps;
-  FM_CHECK(num_blocks < int64_t{1} << 31, "dequantize_weight: ", num_blocks, " blocks are more than a grid holds");
+  const dim3 grid = grid_of("dequantize_weight", p.weight.num_panels() * p.weight.num_chunks, kWarps);
   dispatch_dtype(p.dtype, [&]<class T>() {
     dispatch_int<4, 8>("bits", p.weight.bits, [&]<int kBits>() {
-      launch("dequantize_weight", dequantize_kernel<T, kBits>, dim3(static_cast<unsigned>(num_blocks)), kThreads, 0,
-             stream, p);
+      launch("dequantize_weight", dequantize_kernel<T, kBits>, grid, kThreads, 0, stream, p);
     });
   });
 }

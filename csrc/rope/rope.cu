@@ -19,7 +19,6 @@ namespace fmkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid in x
 
 template <class T>
 struct Heads {
@@ -140,33 +139,22 @@ __global__ void __launch_bounds__(kThreads) rope_forward_kernel(RopeParams p) {
   }
 }
 
-bool is_aligned(const void* data, const int64_t (&strides)[3], int64_t bytes) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (const int64_t stride : strides) aligned = aligned && stride * bytes % 16 == 0;
-  return aligned;
-}
-bool is_aligned(const RopeSide& side, int64_t bytes) {
-  return is_aligned(side.in, side.in_stride, bytes) && is_aligned(side.out, side.out_stride, bytes);
-}
-
 }  // namespace
 
 void launch_rope_forward(const RopeParams& p, cudaStream_t stream) {
-  const int64_t bytes = element_bytes(p.dtype), cache_bytes = element_bytes(p.cache_dtype), vec = 16 / bytes;
-  const bool aligned = p.head_dim % vec == 0 && p.rotary_dim % (2 * vec) == 0 && is_aligned(p.q, bytes) &&
-                       is_aligned(p.k, bytes) && reinterpret_cast<uintptr_t>(p.cos_sin) % 16 == 0 &&
-                       p.cos_sin_stride * cache_bytes % 16 == 0;
-  const int64_t num_blocks = p.batch * p.num_tokens;
-  FM_CHECK(num_blocks <= kMaxBlocks, "rope_forward: ", num_blocks, " blocks are more than a grid holds");
-  const dim3 grid(static_cast<unsigned>(num_blocks));
-  dispatch_dtype(p.dtype, [&]<class T>() {
+  const int64_t bytes = element_bytes(p.dtype);
+  bool aligned = is_aligned_16(p.cos_sin, element_bytes(p.cache_dtype), 0, {p.cos_sin_stride}) &&
+                 p.rotary_dim * bytes % 32 == 0;  // of either half of the pairs
+  for (const RopeSide* side : {&p.q, &p.k}) {
+    const int64_t (&in)[3] = side->in_stride, (&out)[3] = side->out_stride;
+    aligned = aligned && is_aligned_16(side->in, bytes, p.head_dim, {in[0], in[1], in[2]}) &&
+              is_aligned_16(side->out, bytes, p.head_dim, {out[0], out[1], out[2]});
+  }
+  const dim3 grid = grid_of("rope_forward", p.batch * p.num_tokens, 1);
+  dispatch_dtypes(p.dtype, p.cache_dtype, [&]<class T, class W>() {
     constexpr int kVec = 16 / sizeof(T);
-    const auto with_cache = [&]<class W>() {
-      if (aligned) launch("rope_forward", rope_forward_kernel<T, W, kVec>, grid, kThreads, 0, stream, p);
-      else launch("rope_forward", rope_forward_kernel<T, W, 1>, grid, kThreads, 0, stream, p);
-    };
-    if (p.cache_dtype == p.dtype) with_cache.template operator()<T>();
-    else with_cache.template operator()<float>();
+    if (aligned) launch("rope_forward", rope_forward_kernel<T, W, kVec>, grid, kThreads, 0, stream, p);
+    else launch("rope_forward", rope_forward_kernel<T, W, 1>, grid, kThreads, 0, stream, p);
   });
 }
 

@@ -11,13 +11,7 @@
 
 #include "../common/dtype.h"
 #include "../common/isa.h"
-
-#ifdef __CUDACC__
-#include <cuda_runtime_api.h>
-#else
-struct CUstream_st;
-typedef struct CUstream_st* cudaStream_t;
-#endif
+#include "../common/stream.h"
 
 namespace fmkernels {
 
@@ -42,19 +36,16 @@ struct RopeParams {
   int64_t num_positions, cos_sin_stride;
 };
 
-// The row of the cache for a token.
-FM_HOST_DEVICE int64_t cache_row(const RopeParams& p, int64_t batch, int64_t token) {
+FM_HOST_DEVICE int64_t position_of(const RopeParams& p, int64_t batch, int64_t token) {
   const int64_t at = batch * p.position_stride[0] + token * p.position_stride[1];
-  const int64_t position = p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[at]
-                                                 : static_cast<const int32_t*>(p.positions)[at];
-  return position < 0 ? 0 : position < p.num_positions ? position : p.num_positions - 1;
+  return p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[at]
+                               : static_cast<const int32_t*>(p.positions)[at];
 }
 
-// Whether rotating writes over what it reads, so that the columns beyond rotary_dim already stand in place.
-inline bool is_in_place(const RopeSide& side) {
-  bool same = side.in == side.out;
-  for (int dim = 0; dim < 3; ++dim) same = same && side.in_stride[dim] == side.out_stride[dim];
-  return same;
+// The row of the cache for a token.
+FM_HOST_DEVICE int64_t cache_row(const RopeParams& p, int64_t batch, int64_t token) {
+  const int64_t position = position_of(p, batch, token);
+  return position < 0 ? 0 : position < p.num_positions ? position : p.num_positions - 1;
 }
 
 template <Isa isa>

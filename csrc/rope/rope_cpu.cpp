@@ -127,16 +127,12 @@ void run_rope_forward<kIsa>(const RopeParams& p) {
   const int64_t num_tasks = (p.num_tokens + kTaskTokens - 1) / kTaskTokens;
   const int64_t elements = p.batch * p.num_tokens * (p.q.num_heads + p.k.num_heads) * p.head_dim;
   const int workers = workers_for(2 * elements * element_bytes(p.dtype));
-  dispatch_dtype(p.dtype, [&]<class T>() {
-    const auto with_cache = [&]<class W>() {
-      parallel_for(p.batch * num_tasks, workers, [&](int64_t task, int) {
-        const int64_t batch = task / num_tasks, begin = task % num_tasks * kTaskTokens;
-        const int64_t end = begin + kTaskTokens < p.num_tokens ? begin + kTaskTokens : p.num_tokens;
-        for (int64_t token = begin; token < end; ++token) rotate_token<T, W>(p, batch, token);
-      });
-    };
-    if (p.cache_dtype == p.dtype) with_cache.template operator()<T>();
-    else with_cache.template operator()<float>();
+  dispatch_dtypes(p.dtype, p.cache_dtype, [&]<class T, class W>() {
+    parallel_for(p.batch * num_tasks, workers, [&](int64_t task, int) {
+      const int64_t batch = task / num_tasks, begin = task % num_tasks * kTaskTokens;
+      const int64_t end = begin + kTaskTokens < p.num_tokens ? begin + kTaskTokens : p.num_tokens;
+      for (int64_t token = begin; token < end; ++token) rotate_token<T, W>(p, batch, token);
+    });
   });
 }
 

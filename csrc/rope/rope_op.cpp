@@ -33,14 +33,19 @@ RopeSide view_side(const char* name, const Tensor& in, const char* out_name, con
   return side;
 }
 
+// Whether rotating writes over what it reads, so that the columns beyond rotary_dim already stand in place.
+bool is_in_place(const RopeSide& side) {
+  bool same = side.in == side.out;
+  for (int dim = 0; dim < 3; ++dim) same = same && side.in_stride[dim] == side.out_stride[dim];
+  return same;
+}
+
 // The CPU's own kernel sees positions anyway; the others clamp them, and Python looks at them when it is told to.
 void check_positions([[maybe_unused]] const RopeParams& p) {
 #ifndef FM_CUDA
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     for (int64_t token = 0; token < p.num_tokens; ++token) {
-      const int64_t at = batch * p.position_stride[0] + token * p.position_stride[1];
-      const int64_t position = p.positions_are_int64 ? static_cast<const int64_t*>(p.positions)[at]
-                                                     : static_cast<const int32_t*>(p.positions)[at];
+      const int64_t position = position_of(p, batch, token);
       FM_CHECK(position >= 0 && position < p.num_positions, "positions must be in [0, ", p.num_positions, "), got ",
                position);
     }
@@ -95,10 +100,6 @@ void execute(const Tensor& q, const std::optional<Tensor>& k, const Tensor& posi
   FM_EXECUTE(rope_forward, p, q);
 }
 
-Tensor empty_contiguous(const Tensor& like) {
-  return torch::stable::new_empty(like, {like.sizes().begin(), like.sizes().end()});
-}
-
 std::tuple<Tensor, Tensor> rope_forward(const Tensor& q, const std::optional<Tensor>& k, const Tensor& positions,
                                         const Tensor& cos_sin, bool interleaved, bool inverse) {
   Tensor q_out = empty_contiguous(q);
@@ -109,7 +110,7 @@ std::tuple<Tensor, Tensor> rope_forward(const Tensor& q, const std::optional<Ten
 
 void rope_forward_out(const Tensor& q, const std::optional<Tensor>& k, const Tensor& positions, const Tensor& cos_sin,
                       bool interleaved, bool inverse, const Tensor& q_out, const std::optional<Tensor>& k_out) {
-  execute(q, k, positions, cos_sin, interleaved, inverse, q_out, k_out.has_value() ? &*k_out : nullptr);
+  execute(q, k, positions, cos_sin, interleaved, inverse, q_out, pointer_to(k_out));
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include "../common/dispatch.h"
 #include "../common/launch.h"
 #include "../common/ptx.h"
+#include "../common/vector_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -218,7 +219,7 @@ __device__ __forceinline__ float logprob_of(const T* logits, int64_t vocab, int6
   float sum = 0.0f;
 #pragma unroll 2
   for (int64_t v = threadIdx.x; v < vocab; v += kThreads) sum += expf(to_float(logits[v]) - largest);
-  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ptx::kAllLanes, sum, step);
+  sum = warp_sum(sum);
   __syncthreads();  // the results of the last reduction have been read
   if (threadIdx.x % kWarp == 0) smem.block.warp[threadIdx.x / kWarp] = float_bits(sum);
   __syncthreads();  // every warp has written

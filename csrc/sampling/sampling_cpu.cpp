@@ -156,7 +156,7 @@ FM_INLINE VecI bin_of(VecF x, float max) {
   return x == max ? VecI{} : __builtin_convertvector(bounded, VecI);
 }
 
-// The bins of all tokens, -1 outside S1, and what is in each.
+// The bins of all tokens, and what of S1 is in each.
 void fill_bins(const Scratch& s, int64_t vocab, float max, uint64_t min_weight) {
   std::fill_n(s.bins, kBins, Bin{});
   int64_t v = 0;
@@ -259,8 +259,8 @@ int64_t draw_of_top(const SamplingRow& r, const Scratch& s, int64_t vocab, float
       }
     }
   }
-  if (count <
-      r.top_k) {  // min_p keeps fewer, or more below the bound: weights there are below its own, but for rounding
+  // min_p keeps fewer, or more below the bound: weights there are below its own, but for rounding
+  if (count < r.top_k) {
     const uint64_t at_bound = sampling_weight(bound, max, r.temperature);
     if (at_bound + (at_bound >> 18) + 2 >= r.min_weight) return kNotTold;
   }
@@ -285,8 +285,7 @@ float logprob_of(const T* logits, int64_t vocab, int64_t token) {
   VecF top = broadcast(-kInfinity);
   int64_t v = 0;
   for (; v + kLanes <= vocab; v += kLanes) top = max(load(logits + v), top);
-  float largest = -kInfinity;
-  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, top[i]);
+  float largest = largest_lane(top);
   for (; v < vocab; ++v) largest = std::max(largest, to_float(logits[v]));
   double sum = 0.0;
   v = 0;

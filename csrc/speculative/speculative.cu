@@ -30,7 +30,7 @@ struct Smem {
 struct Residual {
   const SpeculativeParams& params;
   int64_t row, place, rejected_end;  // children below this node are rejected
-  const float *target, *draft;       // draft: null where there is none, or nothing was rejected
+  const float *target, *draft;       // draft: null where there is none, or the place is the last
   double alpha;
 
   __device__ __forceinline__ uint64_t operator()(int64_t v) const {
