@@ -13,7 +13,7 @@ import peers_vllm
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Contender, num_sets
+from measure import Contender, seeds
 from torch import Tensor
 
 import fmkernels
@@ -48,9 +48,9 @@ def test_glu(compare, device, cache_bytes, kind, name, shape, dtype):
         pytest.skip("the chunk says it already")
     function, activation, vllm_name = KINDS[kind]
     set_bytes = packed(shape, dtype, device, 0).nbytes
-    seeds = range(num_sets(set_bytes, cache_bytes)) if set_bytes > cache_bytes else range(1)
     sets = [
-        (x, torch.empty(shape, dtype=dtype, device=device)) for x in (packed(shape, dtype, device, s) for s in seeds)
+        (x, torch.empty(shape, dtype=dtype, device=device))
+        for x in (packed(shape, dtype, device, s) for s in seeds(set_bytes, cache_bytes))
     ]
 
     def eager(x, out):
@@ -89,10 +89,9 @@ def with_gradients(function):
 def test_gradients(compare, device, cache_bytes, name, shape, dtype):
     """Forward and backward."""
     set_bytes = packed(shape, dtype, device, 0).nbytes
-    seeds = range(num_sets(set_bytes, cache_bytes)) if set_bytes > cache_bytes else range(1)
     sets = [
         (packed(shape, dtype, device, seed).requires_grad_(), packed(shape, dtype, device, seed + 100)[:, : shape[1]])
-        for seed in seeds
+        for seed in seeds(set_bytes, cache_bytes)
     ]
     theirs = with_gradients(lambda x: F.silu(x[:, : shape[1]]) * x[:, shape[1] :])
     compare(

@@ -13,7 +13,7 @@ import peers_vllm
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Contender, num_sets
+from measure import Contender, seeds
 from torch import Tensor
 
 import fmkernels
@@ -29,11 +29,6 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-
-def seeds(set_bytes: int, cache_bytes: int) -> range:
-    """A set that fits the cache was written a moment ago, so it is there; larger ones rotate."""
-    return range(num_sets(set_bytes, cache_bytes) if set_bytes > cache_bytes else 1)
 
 
 def own(sets: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

