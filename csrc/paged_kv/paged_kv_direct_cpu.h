@@ -18,48 +18,55 @@ struct Partial {
 };
 
 // What is asked of memory while something else is multiplied: some rows, all heads of them, line by line in the order in
-// which they lie.
+// which they lie. Requests that come evenly are what keeps memory busy: in bursts of a row they cost decode a third.
 template <class T>
 class Ahead {
  public:
   Ahead() = default;
   Ahead(const PagesView& pages, int64_t first_head, int64_t num_heads, int64_t dim, const int64_t* offsets, int count)
-      : offsets_(offsets), count_(count) {
-    data_ = static_cast<const T*>(pages.data) + first_head * pages.head_stride;
+      : data_(static_cast<const T*>(pages.data) + first_head * pages.head_stride),
+        offsets_(offsets),
+        end_(offsets + count) {
     const bool joined = pages.head_stride == dim;  // a token is one run
     num_heads_ = joined ? 1 : num_heads;
     head_stride_ = pages.head_stride;
-    num_lines_ = ceil_div((joined ? num_heads : 1) * dim * static_cast<int64_t>(sizeof(T)), 64);
-    if (count_ > 0) row_ = data_ + offsets_[0];
+    row_bytes_ = (joined ? num_heads : 1) * dim * static_cast<int64_t>(sizeof(T));
+    if (count > 0) begin_row();
   }
 
   FM_INLINE void next_line() {
-    if (token_ >= count_) return;
-    __builtin_prefetch(reinterpret_cast<const char*>(row_) + 64 * line_, 0, 2);
-    if (++line_ == num_lines_) next_row();
+    if (line_ == nullptr) return;
+    __builtin_prefetch(line_, 0, 2);
+    line_ += 64;
+    if (line_ >= row_end_) next_row();
   }
 
  private:
+  void begin_row() {
+    line_ = reinterpret_cast<const char*>(data_ + *offsets_ + head_ * head_stride_);
+    row_end_ = line_ + row_bytes_;
+  }
   void next_row() {
-    line_ = 0;
-    if (++head_ == num_heads_) head_ = 0, ++token_;
-    if (token_ < count_) row_ = data_ + offsets_[token_] + head_ * head_stride_;
+    if (++head_ == num_heads_) head_ = 0, ++offsets_;
+    if (offsets_ == end_) line_ = nullptr;
+    else begin_row();
   }
 
-  const T *data_ = nullptr, *row_ = nullptr;
-  const int64_t* offsets_ = nullptr;
-  int64_t line_ = 0, num_lines_ = 0, head_ = 0, num_heads_ = 0, head_stride_ = 0;
-  int token_ = 0, count_ = 0;
+  const char *line_ = nullptr, *row_end_ = nullptr;  // the next line, of a row that ends there; null: nothing is left
+  const T* data_ = nullptr;
+  const int64_t *offsets_ = nullptr, *end_ = nullptr;
+  int64_t head_ = 0, num_heads_ = 0, head_stride_ = 0, row_bytes_ = 0;
 };
 
 // scores[r][j] = <q[r], keys[j]> for kRows rows and j in [begin, end); score rows are kBlockK apart. A lane sums every
 // kLanes-th column, then join_lanes the lanes: the order that ordered_score_tile keeps to.
 template <int kRows, class T>
-void direct_scores(const float* q, const T* data, const int64_t* offsets, int begin, int end, int64_t head_dim,
-                   Ahead<T>& ahead, float* scores) {
+__attribute__((noinline)) void direct_scores(const float* q, const T* data, const int64_t* offsets, int begin, int end,
+                                             int64_t head_dim, Ahead<T>& request, float* scores) {
   constexpr int kKeys = kRows == 1 ? 8 : kRows == 2 ? 4 : kRows == 3 ? 4 : 2;
   constexpr int kSums = (kRows * kKeys + kLanes - 1) / kLanes * kLanes;
   constexpr int64_t kLine = 64 / sizeof(T);
+  Ahead<T> ahead = request;  // in registers
   for (int j = begin; j < end; j += kKeys) {
     VecF acc[kSums] = {};
     const T* key[kKeys];
@@ -80,18 +87,24 @@ void direct_scores(const float* q, const T* data, const int64_t* offsets, int be
     for (int i = 0; i < kSums; i += kLanes) {
       store(sums + i, join_lanes(acc + i, [](VecF a, VecF b) { return a + b; }));
     }
+    const int count = min(kKeys, end - j);
     for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < kKeys && j + i < end; ++i) scores[r * kBlockK + j + i] = sums[r * kKeys + i];
+      float* out = scores + r * kBlockK + j;
+      if (count == kKeys) memcpy(out, sums + r * kKeys, sizeof(float) * kKeys);
+      else memcpy(out, sums + r * kKeys, sizeof(float) * count);
     }
   }
+  request = ahead;
 }
 
 // acc[r][0, kVecs * kLanes) = alpha[r] * acc[r][.] + sum over j in [begin, end) of weights[r][j] * values[j][.].
 template <int kRows, int kVecs, class T>
-FM_INLINE void direct_value_tile(const float* weights, const T* data, const int64_t* offsets, int begin, int end,
-                                 const float* alpha, Ahead<T>& ahead, float* acc, int64_t acc_stride) {
+__attribute__((noinline)) void direct_value_tile(const float* weights, const T* data, const int64_t* offsets, int begin,
+                                                 int end, const float* alpha, Ahead<T>& request, float* acc,
+                                                 int64_t acc_stride) {
   constexpr int kTileBytes = kVecs * kLanes * static_cast<int>(sizeof(T));
   constexpr int kLines = kTileBytes > 64 ? kTileBytes / 64 : 1, kEvery = kTileBytes < 64 ? 64 / kTileBytes : 1;
+  Ahead<T> ahead = request;  // in registers
   VecF sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kVecs; ++i) sum[r][i] = load(acc + r * acc_stride + i * kLanes) * alpha[r];
@@ -111,6 +124,7 @@ FM_INLINE void direct_value_tile(const float* weights, const T* data, const int6
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kVecs; ++i) store(acc + r * acc_stride + i * kLanes, sum[r][i]);
   }
+  request = ahead;
 }
 
 template <int kRows, class T>
