@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of a block-sparse and a dense matrix: `dsd`, `dds` and `sdd`, named by output, left and right operand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _check as check
+from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from .block_sparse_matrix import BlockSparse
+from .block_topology import BLOCK_SIZES, BlockTopology
+
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
+_FUNCTIONS = (None, F.relu, F.gelu, F.silu)
+
+
+def dsd(
+    s: BlockSparse,
+    b: Tensor,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """A block-sparse matrix times a dense one.
+
+        out[i, n] = activation(scale[i] * sum_k s[i, k] b[k, n] + bias[i])
+
+    Args:
+        s: [rows, inner], or [batch, rows, inner]; as it is stored or transposed (`s.t()`).
+        b: [inner, columns] or [batch, inner, columns], dtype of s, contiguous in its rows or in its columns. A batch
+            with an s of 2 dimensions: each is multiplied by the same s.
+        scale: [rows] float32; a constant.
+        bias: [rows], float32 or the dtype of s.
+        activation: None, "relu", "gelu" (by erf) or "silu".
+
+    Returns:
+        [rows, columns] or [batch, rows, columns], dtype of s, contiguous. Rows without a block are activation(bias).
+
+    Raises:
+        ValueError, TypeError: one sentence with the argument, its rule and what came.
+
+    CPU: float32, bfloat16, float16; CUDA (sm_80 and later): bfloat16, float16. Accumulates in float32 in the order of
+    the blocks. Differentiable once in the values of s, b and bias. Deterministic; a column has the same bits whatever
+    the others are. FLOPs are counted; under autocast values and b take the autocast dtype. After Gale et al. 2022,
+    MegaBlocks, and Gray et al. 2017, GPU kernels for block-sparse weights.
+    """
+    _check_matrix("dsd", s)
+    check.is_tensor("dsd", "b", b)
+    _check_dense("dsd", "b", b, s, -2, "columns")
+    return _multiply("dsd", s, b, False, scale, bias, activation)
+
+
+def dds(
+    a: Tensor,
+    s: BlockSparse,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """A dense matrix times a block-sparse one; `dds(x, w.t())` is a linear layer with weight w.
+
+        out[m, j] = activation(scale[j] * sum_k a[m, k] s[k, j] + bias[j])
+
+    Args:
+        a: [..., inner], dtype of s; with an s of 3 dimensions [batch, rows, inner]. Contiguous in its rows or columns.
+        s: [inner, columns], or [batch, inner, columns]; as it is stored or transposed (`s.t()`).
+        scale: [columns] float32; a constant.
+        bias: [columns], float32 or the dtype of s.
+        activation: None, "relu", "gelu" (by erf) or "silu".
+
+    Returns:
+        [..., columns], dtype of s, contiguous. Columns without a block are activation(bias).
+
+    Raises:
+        ValueError, TypeError: as `dsd`.
+
+    As `dsd`, in all else.
+    """
+    _check_matrix("dds", s)
+    check.is_tensor("dds", "a", a)
+    if len(s.shape) == 3 or a.dim() == 2:
+        _check_dense("dds", "a", a, s, -1, "rows")
+        return _multiply("dds", s.t(), a.mT, True, scale, bias, activation)
+    if a.dim() == 0:
+        raise ValueError("dds: a must be [..., inner], got 0 dimensions [].")
+    flat = a.reshape(-1, a.shape[-1])
+    _check_dense("dds", "a", flat, s, -1, "rows")
+    return _multiply("dds", s.t(), flat.mT, True, scale, bias, activation).view(*a.shape[:-1], s.shape[-1])
+
+
+def sdd(
+    a: Tensor,
+    b: Tensor,
+    topology: BlockTopology,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> BlockSparse:
+    """The blocks of a product of two dense matrices that a topology names.
+
+        s[i, j] = activation(scale[j] * sum_k a[i, k] b[k, j] + bias[j])
+
+    Args:
+        a: [rows, inner] or [batch, rows, inner], contiguous in its rows or in its columns.
+        b: [inner, columns] or [batch, inner, columns], dtype of a, likewise.
+        topology: of shape (rows, columns) or (batch, rows, columns).
+        scale: [columns] float32; a constant.
+        bias: [columns], float32 or the dtype of a.
+        activation: None, "relu", "gelu" (by erf) or "silu".
+
+    Returns:
+        A `BlockSparse` of the topology; zeros in its blocks past the edge of the matrix.
+
+    Raises:
+        ValueError, TypeError: as `dsd`.
+
+    As `dsd`, in all else; differentiable once in a, b and bias.
+    """
+    op = "sdd"
+    if not isinstance(topology, BlockTopology):
+        raise TypeError(f"{op}: topology must be a BlockTopology, got {type(topology).__name__}.")
+    dims = len(topology.shape)
+    for name, t, dim, expected in (("a", a, -2, topology.shape[-2]), ("b", b, -1, topology.shape[-1])):
+        check.is_tensor(op, name, t)
+        check.rank(op, name, t, dims, "[batch, rows, columns]" if dims == 3 else "[rows, columns]")
+        check.size(op, name, t, dim, f"for this topology, of shape {topology.shape}, size", expected)
+        if dims == 3:
+            check.size(op, name, t, 0, "the batch of the topology,", topology.shape[0])
+        _check_major(op, name, t)
+    _check_epilogue(op, topology.shape[-1], a, scale, bias, activation)
+    three = [t if dims == 3 else t[None] for t in (a, b)]
+    indices = (topology.row_indices, topology.column_indices)
+    if not needs_grad(a, b, bias):
+        args = (*three, *indices, scale, _as_float(bias), *topology.block, ACTIVATIONS[activation])
+        return BlockSparse.of(call(ops.block_sparse_sdd, args, _check_sdd), topology)
+    values = _Sdd.apply(*three, topology)
+    if scale is None and bias is None and activation is None:
+        return BlockSparse.of(values, topology)
+    return BlockSparse.of(_finish_blocks(values, topology, scale, bias, activation), topology)
+
+
+# ---- dsd, of which dds is one ---------------------------------------------------------------------------------------
+
+
+def _multiply(
+    op: str,
+    s: BlockSparse,
+    dense: Tensor,
+    transposed_out: bool,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """op(S) dense, or its transpose."""
+    rows = s.shape[-2]
+    _check_epilogue(op, rows, s.values, scale, bias, activation)
+    three = dense if dense.dim() == 3 else dense[None]
+    if needs_grad(s.values, dense, bias):
+        out = _Dsd.apply(s.values, three, bias, s.topology, s.is_transposed, transposed_out, scale)
+        if activation is not None:
+            out = _FUNCTIONS[ACTIVATIONS[activation]](out)
+    else:
+        out = _run_dsd(s, three, transposed_out, scale, bias, ACTIVATIONS[activation])
+    return out if dense.dim() == 3 else out[0]
+
+
+def _run_dsd(
+    s: BlockSparse,
+    dense: Tensor,
+    transposed_out: bool,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: int = 0,
+) -> Tensor:
+    lists = s.topology.lists(s.is_transposed)
+    epilogue = (scale, _as_float(bias), s.shape[-2], s.is_transposed, transposed_out, activation)
+    return call(ops.block_sparse_dsd, (s.values, dense, *lists, *epilogue), _check_dsd)
+
+
+class _Dsd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        dense: Tensor,
+        bias: Tensor | None,
+        topology: BlockTopology,
+        is_transposed: bool,
+        transposed_out: bool,
+        scale: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(values, dense, scale)
+        ctx.topology, ctx.is_transposed, ctx.transposed_out = topology, is_transposed, transposed_out
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _run_dsd(BlockSparse.of(values, topology, is_transposed), dense, transposed_out, scale, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        values, dense, scale = ctx.saved_tensors
+        grad = grad_out.mT if ctx.transposed_out else grad_out  # [batch, rows, columns]
+        grad_values = grad_dense = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2), dtype=torch.float32).to(ctx.bias_dtype)
+        if scale is not None:
+            grad = (grad * scale[:, None]).to(values.dtype)
+        grad = _with_major(grad)
+        if ctx.needs_input_grad[1]:
+            s = BlockSparse.of(values, ctx.topology, not ctx.is_transposed)
+            by_columns = dense.stride(-1) != 1 and dense.stride(-2) == 1
+            grad_dense = _run_dsd(s, grad, by_columns)
+            grad_dense = grad_dense.mT if by_columns else grad_dense
+        if ctx.needs_input_grad[0]:
+            if ctx.topology.num_lists == 1 and len(dense) > 1:  # the sum over the batch is one more inner dimension
+                grad, dense = (t.transpose(0, 1).flatten(1)[None] for t in (grad, dense))
+            left, right = (dense, grad.mT) if ctx.is_transposed else (grad, dense.mT)
+            grad_values = _run_sdd(left, right, ctx.topology)
+        return grad_values, grad_dense, grad_bias, None, None, None, None
+
+
+# ---- sdd ------------------------------------------------------------------------------------------------------------
+
+
+def _run_sdd(a: Tensor, b: Tensor, topology: BlockTopology) -> Tensor:
+    args = (a, b, topology.row_indices, topology.column_indices, None, None, *topology.block, 0)
+    return call(ops.block_sparse_sdd, args, _check_sdd)
+
+
+class _Sdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, topology: BlockTopology) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.topology = topology
+        return _run_sdd(a, b, topology)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        s = BlockSparse.of(grad_values.contiguous(), ctx.topology)
+        grad_a = _run_dsd(s, b.mT, False) if ctx.needs_input_grad[0] else None
+        grad_b = _run_dsd(s.t(), a.mT.mT, False) if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b, None
+
+
+def _finish_blocks(
+    values: Tensor, topology: BlockTopology, scale: Tensor | None, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """The epilogue of sdd by torch's operations, for gradients; past the edge of the matrix stay zeros."""
+    (block_rows, block_columns), (rows, columns) = topology.block, topology.shape[-2:]
+
+    def of_blocks(vector: Tensor) -> Tensor:
+        padded = F.pad(vector, (0, topology.num_block_columns * block_columns - columns))
+        return padded.view(-1, 1, block_columns)[topology.column_indices.long().clamp(0, max(0, topology.num_block_columns - 1))]
+
+    out = values if scale is None else (values * of_blocks(scale)).to(values.dtype)
+    out = out if bias is None else (out + of_blocks(bias)).to(values.dtype)
+    out = out if activation is None else _FUNCTIONS[ACTIVATIONS[activation]](out)
+    row = topology.row_indices.long()
+    first = row.remainder(max(1, topology.num_block_rows)) * block_rows
+    left = torch.where(row < 0, 0, rows - first)
+    is_inside = torch.arange(block_rows, device=row.device) < left[:, None]
+    return torch.where(is_inside[:, :, None], out, 0)
+
+
+# ---- checks, fake kernels, rules ------------------------------------------------------------------------------------
+
+
+def _as_float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _with_major(t: Tensor) -> Tensor:
+    """As it is where rows or columns are contiguous, else copied: gradients come in any strides."""
+    return t if t.stride(-1) == 1 or t.stride(-2) == 1 else t.contiguous()
