@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._library import needs_grad, ops
+from ._library import autocast, needs_grad, ops
 from .cross_entropy import check_options, check_target, num_counted, reduced
 
 CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
@@ -59,12 +59,7 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     options = (ignore_index, label_smoothing, z_loss, softcap)
     check_options(op, *options, reduction)
-    if check.under_autocast(hidden):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (
-            x.to(dtype) if isinstance(x, Tensor) and x.dtype in check.FLOAT_DTYPES else x
-            for x in (hidden, weight, bias)
-        )
+    hidden, weight, bias = autocast(3, hidden, weight, bias)
     args = (hidden, weight, bias, target, reduction, *options)
     _check_tensors(*args)
     return (_LinearCrossEntropy.apply if needs_grad(hidden, weight, bias) else _loss)(*args)

@@ -391,6 +391,22 @@ def test_compile_is_one_graph(form, dynamic):
     assert torch.equal(dense(w), dequantize_weight(w))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("how", ["compiled", "checked"])
+def test_autocast_is_refused_neither_compiled_nor_with_checked_values(how, grad, monkeypatch):
+    """The checks once saw the dtypes of the caller, and not those that autocast gives the kernel."""
+    w, x, bias = weight("int8"), normal(4, IN).requires_grad_(grad), normal(OUT, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    function = torch.compile(quantized_linear, fullgraph=True, backend="aot_eager") if how == "compiled" else None
+    monkeypatch.setattr(_library, "check_values", how == "checked")  # as FMKERNELS_CHECK=1
+    with torch.autocast("cpu", torch.bfloat16):
+        y = (function or quantized_linear)(x, w, bias)
+    assert torch.equal(y, quantized_linear(x.bfloat16(), w, bias))
+    if grad:
+        y.sum().backward()
+        assert x.grad.dtype == torch.float32
+
+
 def test_autocast_and_flops():
     w, x, bias = weight("int8"), normal(4, IN), normal(OUT)
     with torch.autocast("cpu", torch.bfloat16):
