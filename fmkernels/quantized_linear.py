@@ -135,7 +135,7 @@ class _QuantizedLinear(torch.autograd.Function):
             weight = ops.quantized_linear_dequantize(*ctx.saved_tensors, *ctx.sizes, dtype)
             grad_x = (grad.to(dtype) @ weight).to(ctx.x_dtype)
         if ctx.needs_input_grad[4]:
-            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, *[None] * len(ctx.sizes)
 
 

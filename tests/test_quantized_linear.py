@@ -193,6 +193,13 @@ def test_only_what_wants_a_gradient_gets_one():
     torch.testing.assert_close(one_row.grad, dequantize_weight(w).sum(0), atol=1e-4, rtol=1e-4)
 
 
+def test_the_bias_of_a_single_row_gets_its_gradient():
+    """An IndexError: a row without leading dimensions had none to sum over."""
+    bias = normal(OUT).requires_grad_()
+    quantized_linear(normal(IN), weight("int8"), bias).backward(torch.arange(OUT).float())
+    assert torch.equal(bias.grad, torch.arange(OUT).float())
+
+
 def test_a_second_derivative_is_refused_and_not_wrong():
     x = normal(4, IN).requires_grad_()
     (grad,) = torch.autograd.grad(quantized_linear(x, weight("int8")).square().sum(), x, create_graph=True)
