@@ -59,8 +59,7 @@ def check_scalars(
             raise ValueError(f"{op}: softmax_scale must be at most 2**127 in magnitude, got {softmax_scale}.")
     check.number(op, "softcap", softcap, non_negative=True)
     largest_scale = 1.0 if softmax_scale is None else abs(softmax_scale)
-    vanishes = softcap <= 2.0**-150  # in float32
-    if softcap != 0 and (vanishes or largest_scale > check.FLOAT32_MAX * softcap):
+    if softcap != 0 and (check.vanishes(softcap) or largest_scale > check.FLOAT32_MAX * softcap):
         raise ValueError(f"{op}: softcap must be 0 or leave softmax_scale / softcap finite in float32, got {softcap}.")
     check.number(op, "dropout_p", dropout_p, non_negative=True)
     if dropout_p >= 1:

@@ -131,6 +131,11 @@ def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> Non
         raise ValueError(f"{op}: {name} must not be negative, got {value}.")
 
 
+def vanishes(value: Any) -> bool:
+    """Whether a number other than 0 is 0 in float32."""
+    return 0 < abs(value) <= 2.0**-150
+
+
 def flag(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")

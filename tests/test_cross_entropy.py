@@ -263,6 +263,7 @@ ERRORS = [
     ({"z_loss": "a"}, TypeError, "z_loss must be a number, got str."),
     ({"z_loss": -1.0}, ValueError, "z_loss must not be negative, got -1.0."),
     ({"softcap": math.nan}, ValueError, "softcap must be finite in float32, got nan."),
+    ({"softcap": 1e-46}, ValueError, "softcap must be 0 or a number that is not 0 in float32, got 1e-46."),
     ({"reduction": "max"}, ValueError, "reduction must be mean, sum or none, got 'max'."),
 ]  # fmt: skip
 
