@@ -145,17 +145,27 @@ def _gradients(
             torch.mm(logits, weight, out=grad_hidden[rows])
         if wanted[1]:
             if grad_weight is None:
-                grad_weight = torch.mm(logits.t(), part)
+                grad_weight = _weight_product(logits, part)
                 grad_weight = grad_weight if chunks.is_one else grad_weight.float()
             elif logits.dtype == torch.float32:
                 grad_weight.addmm_(logits.t(), part)
             else:
-                grad_weight += torch.mm(logits.t(), part)
+                grad_weight += _weight_product(logits, part)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
     if wanted[1] and grad_weight is None:  # no tokens
         grad_weight = torch.zeros_like(weight)
     return loss, [grad_hidden, grad_weight, grad_bias]
+
+
+def _weight_product(grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """[vocab, dim]: float32 of float16, in which a sum over tokens overflows while it waits for its factor."""
+    if grad_logits.dtype != torch.float16:
+        return torch.mm(grad_logits.t(), hidden)
+    if hidden.device.type == "cuda":
+        return torch.mm(grad_logits.t(), hidden, out_dtype=torch.float32)
+    product = hidden.new_empty(grad_logits.shape[1], hidden.shape[1], dtype=torch.float32)
+    return torch.mm(grad_logits.t().float(), hidden.float(), out=product)  # an `out`, for autocast to leave it alone
 
 
 def _flat(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
