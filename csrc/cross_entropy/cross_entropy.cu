@@ -137,9 +137,21 @@ struct Stats {
   float max, sum_exp, mean_below;  // mean_below: of s - max
 };
 
+// Something near which logits lie, for sums of small differences: the largest of 32. One of them alone may be masked, and
+// the distance to finfo.min or -1e9 overflows a sum or takes its digits.
+template <class T>
+__device__ __forceinline__ float anchor_of(const CrossEntropyParams& p, const T* x) {
+  float largest = to_float(x[threadIdx.x % kWarp * p.vocab / kWarp]);
+#pragma unroll
+  for (int lane_step = kWarp / 2; lane_step > 0; lane_step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(ptx::kAllLanes, largest, lane_step));
+  }
+  return bounded_anchor(capped(p, largest));
+}
+
 template <class T, int kVec>
 __device__ __forceinline__ Stats stats_of_row(const CrossEntropyParams& p, const T* x, Smem& smem) {
-  const float first = capped(p, to_float(x[0])), anchor = isfinite(first) ? first : 0.0f;
+  const float anchor = p.label_smoothing == 0.0f ? 0.0f : anchor_of(p, x);
   const Part part = part_of_row<T, kVec>(p, x, anchor, smem);
   return {part.max, part.sum, part.above / static_cast<float>(p.vocab) + (anchor - part.max)};
 }
