@@ -30,7 +30,8 @@ class QuantizedWeight:
     Args:
         values: [panels, words, 32] int32, contiguous: four columns of q a word, or eight.
         scales: [panels, groups, 32] float32, contiguous.
-        zeros: [panels, groups, 32] uint8, contiguous, from 0 to 15; None: 0 with bits=8, 8 with bits=4.
+        zeros: [panels, groups, 32] uint8, contiguous, of which the lower 4 bits count; None: 0 with bits=8, 8 with
+            bits=4.
         bits: 8, q from -128 to 127, or 4, q from 0 to 15.
         group_size: columns that share a scale, 32, 64 or 128; None: all of a row.
         out_features, in_features: the size of the matrix.
@@ -128,7 +129,7 @@ class QuantizedWeight:
         """(q, scales, zeros) as `from_integers` takes them: int8 or uint8, float32, uint8 or None."""
         scales, zeros = (None if t is None else _rows(t)[: self.out_features] for t in (self.scales, self.zeros))
         q = _unpack(_rows(self.values), self.bits)[: self.out_features, : self.in_features]
-        return q.view(torch.int8) if self.bits == 8 else q, scales, zeros
+        return q.view(torch.int8) if self.bits == 8 else q, scales, None if zeros is None else zeros & 15
 
     @property
     def device(self) -> torch.device:

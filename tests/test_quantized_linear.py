@@ -2,11 +2,11 @@
 """quantized_linear, dequantize_weight: values, gradients, edges, errors, and what torch asks of an op."""
 
 import copy
+import dataclasses
 import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_the_code_for_sm_90(form, num_rows):
     if sm_80 is None:
         pytest.skip("no emulated backend")
     w, x = weight(form), normal(num_rows, IN, dtype=torch.bfloat16)
-    sm_90 = replace(sm_80, architecture=90)
+    sm_90 = dataclasses.replace(sm_80, architecture=90)
     assert torch.equal(sm_90.run(quantized_linear, x, w), sm_80.run(quantized_linear, x, w))
 
 
@@ -240,6 +240,21 @@ def test_values_near_the_ends_of_float32(form, size):
         assert y.isfinite().all()
         truth = reference.quantized_linear(rows.double(), w)
         assert (y - truth).abs().max() < 1e-6 * truth.abs().max()
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_beyond_a_nibble_are_the_same_everywhere(dtype, backend):
+    """bfloat16 kernels of a GPU read 128 and more as another number than the others did."""
+    w = weight("int4 with zeros")
+    wide = dataclasses.replace(w, zeros=w.zeros | 0xC0)
+    assert torch.equal(wide.integers()[2], w.integers()[2])
+    x = normal(3, IN, dtype=dtype).to(backend.device)
+    actual = backend.run(quantized_linear, x, on(backend, wide))
+    assert torch.equal(actual, backend.run(quantized_linear, x, on(backend, w)))
+    assert torch.equal(
+        backend.run(dequantize_weight, on(backend, wide)), reference.dequantize_weight(w).to(backend.device)
+    )
 
 
 @EVERY_BACKEND

@@ -53,7 +53,7 @@ FM_INLINE void load_zeros(const PackedWeight& w, int64_t panel, int64_t group, V
       VecI z = VecI{} + 8;
       if (w.zeros != nullptr) {
         const uint8_t* from = w.zeros + (panel * w.num_groups + group) * kPanel + v * kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) z[lane] = from[lane];
+        for (int lane = 0; lane < kLanes; ++lane) z[lane] = from[lane] & 15;
       }
       for (int i = 0; i < 4; ++i) zeros[v][i] = z << (4 * i);
     }
