@@ -242,6 +242,19 @@ def test_values_near_the_ends_of_float32(form, size):
         assert (y - truth).abs().max() < 1e-6 * truth.abs().max()
 
 
+@pytest.mark.parametrize("num_rows", [1, 7])
+@pytest.mark.parametrize("largest", [2.0**-60, 2.0**-31, 2.0**33, 2.0**60])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_values_beside_large_ones_keep_their_digits(bits, largest, num_rows):
+    """Of 2^-60 and 2^-110 in a row, the lower digits of the second were lost, where the weight of the first is 0."""
+    q = torch.full((3, 64), 7 if bits == 8 else 15)
+    q[:, 0] = 0 if bits == 8 else 8
+    w = QuantizedWeight.from_integers(q, torch.full((3, 1), 2.0**-3), bits=bits)
+    x = torch.full((num_rows, 64), 0.0)
+    x[:, 0], x[:, 1:9] = largest, largest * 2.0**-60 * (1 + 1 / 3)
+    assert_as_good_as_torch(quantized_linear(x, w), reference.quantized_linear, x, w)
+
+
 @EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_beyond_a_nibble_are_the_same_everywhere(dtype, backend):
