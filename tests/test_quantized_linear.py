@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """quantized_linear, dequantize_weight: values, gradients, edges, errors, and what torch asks of an op."""
 
-import copy
 import dataclasses
 import math
 import os
@@ -16,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-import fmkernels.nn
 from fmkernels import QuantizedWeight, _library, dequantize_weight, quantize_weight, quantized_linear, reference
 from fmkernels.testing import assert_as_good_as_torch, backends
 
@@ -450,41 +448,3 @@ def test_autocast_and_flops():
     with FlopCounterMode(display=False) as counter:
         quantized_linear(x, w, bias)
     assert counter.get_total_flops() == 2 * 4 * OUT * IN
-
-
-# ---- the module ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@EVERY_FORMAT
-def test_module_of_a_linear_layer(form, bias):
-    linear = torch.nn.Linear(IN, OUT, bias)
-    module = fmkernels.nn.QuantizedLinear.from_linear(linear, **FORMATS[form])
-    x = normal(3, IN)
-    expected = quantized_linear(x, quantize_weight(linear.weight, **FORMATS[form]), linear.bias)
-    assert torch.equal(module(x), expected)
-    other = fmkernels.nn.QuantizedLinear(IN, OUT, bias, **FORMATS[form])
-    other.load_state_dict(module.state_dict())
-    assert torch.equal(other(x), expected)
-    assert torch.equal(copy.deepcopy(module).to(torch.bfloat16)(x.bfloat16()), module.bfloat16()(x.bfloat16()))
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), expected)
-    assert module.scales.dtype == torch.float32  # whatever dtype the module takes
-    assert len(list(module.parameters())) == int(bias)
-
-
-def test_module_is_made_on_the_meta_device():
-    """Whose values nobody can look at."""
-    module = fmkernels.nn.QuantizedLinear(64, 40, bits=4, group_size=32, device="meta")
-    like = fmkernels.nn.QuantizedLinear(64, 40, bits=4, group_size=32)
-    assert {n: (t.shape, t.dtype) for n, t in module.state_dict().items()} == {
-        n: (t.shape, t.dtype) for n, t in like.state_dict().items()
-    }
-    assert all(t.is_meta for t in module.state_dict().values())
-
-
-def test_module_says_what_it_is_and_what_it_takes():
-    module = fmkernels.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 40), bits=4, group_size=32)
-    assert repr(module) == "QuantizedLinear(in_features=64, out_features=40, bias=True, bits=4, group_size=32)"
-    with pytest.raises(TypeError, match=r"nn.QuantizedLinear.from_linear: module must be a torch.nn.Linear, got ReLU"):
-        fmkernels.nn.QuantizedLinear.from_linear(torch.nn.ReLU())
