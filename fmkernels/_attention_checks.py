@@ -21,11 +21,10 @@ _PACKED_LAYOUTS = ("[total_q, heads, head_dim]", "[total_k, kv_heads, head_dim]"
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, layouts: tuple[str, str, str]) -> None:
-    any_dtype = check.under_autocast(q)
     for name, t, layout in zip("qkv", (q, k, v), layouts, strict=True):
         check.is_tensor(op, name, t)
         check.rank(op, name, t, 4 if op == "attention" else 3, layout)
-        if t is q or any_dtype:
+        if t is q:
             check.dtype(op, name, t, check.FLOAT_DTYPES)
         else:
             check.same_dtype(op, name, t, "q", q)
@@ -60,8 +59,7 @@ def check_scalars(
             raise ValueError(f"{op}: softmax_scale must be at most 2**127 in magnitude, got {softmax_scale}.")
     check.number(op, "softcap", softcap, non_negative=True)
     largest_scale = 1.0 if softmax_scale is None else abs(softmax_scale)
-    vanishes = softcap <= 2.0**-150  # in float32
-    if softcap != 0 and (vanishes or largest_scale > check.FLOAT32_MAX * softcap):
+    if softcap != 0 and (check.vanishes(softcap) or largest_scale > check.FLOAT32_MAX * softcap):
         raise ValueError(f"{op}: softcap must be 0 or leave softmax_scale / softcap finite in float32, got {softcap}.")
     check.number(op, "dropout_p", dropout_p, non_negative=True)
     if dropout_p >= 1:
@@ -131,8 +129,7 @@ def check_attention(
         check.is_tensor(op, "bias", bias)
         check.rank(op, "bias", bias, 4, "[1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k]")
         check.same_device(op, "bias", bias, "q", q)
-        bias_dtypes = (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype)
-        check.dtype(op, "bias", bias, check.FLOAT_DTYPES if check.under_autocast(q) else bias_dtypes)
+        check.dtype(op, "bias", bias, tuple(dict.fromkeys((torch.float32, q.dtype))))
         for dim, (what, full) in enumerate(
             (("batch", q.shape[0]), ("heads", q.shape[2]), ("seq_q", q.shape[1]), ("seq_k", k.shape[1]))
         ):

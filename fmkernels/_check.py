@@ -94,12 +94,6 @@ def unsupported(op: str, **arguments: Any) -> None:
             raise ValueError(f"{op}: {name} must be None: it is not supported, got {type(value).__name__}.")
 
 
-def under_autocast(value: Any) -> bool:
-    """Whether ops on the device of this tensor will be given other dtypes than the caller's."""
-    has_autocast = isinstance(value, Tensor) and value.device.type in ("cpu", "cuda")  # asking for meta raises
-    return has_autocast and torch.is_autocast_enabled(value.device.type)
-
-
 def size(op: str, name: str, value: Tensor, dim: int, what: str, expected: int) -> None:
     if value.shape[dim] != expected:
         raise ValueError(f"{op}: {name} must have {what} {expected}, got {value.shape[dim]}.")
@@ -135,6 +129,11 @@ def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> Non
         raise ValueError(f"{op}: {name} must be finite in float32, got {value}.")
     if non_negative and value < 0:
         raise ValueError(f"{op}: {name} must not be negative, got {value}.")
+
+
+def vanishes(value: Any) -> bool:
+    """Whether a number other than 0 is 0 in float32."""
+    return 0 < abs(value) <= 2.0**-150
 
 
 def flag(op: str, name: str, value: Any) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the compiled libraries and registers what torch needs to know about each op.
 
-The only module that touches `torch.ops.fmkernels`. Fake kernels, autocast rules and FLOP formulas stand beside the
-public function of their op and are registered through the helpers here.
+The only module that touches `torch.ops.fmkernels`. Fake kernels and FLOP formulas stand beside the public function of
+their op and are registered through the helpers here; `autocast` gives a public function its arguments.
 
 Autograd: a public function calls its op directly when no gradient is wanted and an `autograd.Function` otherwise
 (`needs_grad`). `torch.library.register_autograd` costs 6-9 us a call even without gradients, the branch 1.
@@ -10,7 +10,6 @@ Autograd: a public function calls its op directly when no gradient is wanted and
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -117,30 +116,31 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return torch.library.register_fake(f"fmkernels::{name}")
 
 
-_fragment = torch.library.Library("fmkernels", "FRAGMENT")
+def under_autocast(value: Any) -> bool:
+    """Whether ops on the device of this tensor are given other dtypes than the caller's."""
+    if not torch._C._is_any_autocast_enabled():  # 0.1 us
+        return False
+    has_autocast = isinstance(value, Tensor) and value.device.type in ("cpu", "cuda")  # asking for meta raises
+    return has_autocast and torch.is_autocast_enabled(value.device.type)
 
 
-def register_autocast(name: str, num_cast: int) -> None:
+def autocast(num_cast: int, *args: Any) -> tuple[Any, ...]:
     """Under autocast the first `num_cast` arguments take the autocast dtype, and tensors of the other half dtype too.
 
-    float32 among the later arguments stays, it is there for its precision; float64 is left alone, as torch does.
+    float32 among the later arguments stays, it is there for its precision; float64 is left alone, as torch does. Public
+    functions ask before anything else looks at a dtype. A rule of the dispatcher would come too late: the checks under
+    torch.compile and FMKERNELS_CHECK=1, and an autograd.Function, had seen the caller's dtypes and not those of the op.
     """
+    if not under_autocast(args[0]):
+        return args
     halves = (torch.bfloat16, torch.float16)
-    for device in ("cpu", "cuda"):
-        key = f"Autocast{device.upper()}"
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-        def with_casts(*args: Any, _device: str = device, _keys: Any = keys) -> Any:
-            dtype = torch.get_autocast_dtype(_device)
-
-            def cast(index: int, x: Any) -> Any:
-                following = (*halves, torch.float32) if index < num_cast else halves
-                return x.to(dtype) if isinstance(x, Tensor) and x.dtype in following else x
-
-            with torch._C._ExcludeDispatchKeyGuard(_keys):
-                return getattr(ops, name)(*itertools.starmap(cast, enumerate(args)))
-
-        _fragment.impl(name, with_casts, key)
+    dtype = torch.get_autocast_dtype(args[0].device.type)
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, Tensor) and (x.dtype in halves or (i < num_cast and x.dtype == torch.float32))
+        else x
+        for i, x in enumerate(args)
+    )
 
 
 def register_flop_formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _check as check
 from ._attention_checks import check_attention, check_attention_varlen, check_mask_fits, check_scalars, default_scale
-from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
 from .block_mask import BlockMask
 
 
@@ -146,6 +146,7 @@ def attention_varlen(
 
 def _call(op: Any, args: tuple[Any, ...], differentiable: tuple[Any, ...], check_tensors: Any) -> tuple[Tensor, Tensor]:
     """The op, through autograd where a gradient is wanted."""
+    args = autocast(3, *args)
     if needs_grad(*differentiable):
         function = _Attention if op is ops.attention_forward else _AttentionVarlen
         return call(function.apply, args, check_tensors)
@@ -262,10 +263,6 @@ def _(
 def _(grad_o, grad_lse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, slopes, sinks, *scalars):
     sinks_shape = (q.shape[-2] if sinks is not None else 0,)
     return (*[t.new_empty(t.shape) for t in (q, k, v)], q.new_empty(sinks_shape, dtype=torch.float32))
-
-
-register_autocast("attention_forward", num_cast=3)
-register_autocast("attention_varlen_forward", num_cast=3)
 
 
 @register_flop_formula("attention_forward")

@@ -85,6 +85,8 @@ def check_options(
         raise ValueError(f"{op}: label_smoothing must be at most 1, got {label_smoothing}.")
     check.number(op, "z_loss", z_loss, non_negative=True)
     check.number(op, "softcap", softcap, non_negative=True)
+    if check.vanishes(softcap):  # and 0 is no cap at all
+        raise ValueError(f"{op}: softcap must be 0 or a number that is not 0 in float32, got {softcap}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be mean, sum or none, got {reduction!r}.")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._library import needs_grad, ops
+from ._library import autocast, needs_grad, ops
 from .cross_entropy import check_options, check_target, num_counted, reduced
 
 CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
@@ -59,12 +59,7 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     options = (ignore_index, label_smoothing, z_loss, softcap)
     check_options(op, *options, reduction)
-    if check.under_autocast(hidden):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (
-            x.to(dtype) if isinstance(x, Tensor) and x.dtype in check.FLOAT_DTYPES else x
-            for x in (hidden, weight, bias)
-        )
+    hidden, weight, bias = autocast(3, hidden, weight, bias)
     args = (hidden, weight, bias, target, reduction, *options)
     _check_tensors(*args)
     return (_LinearCrossEntropy.apply if needs_grad(hidden, weight, bias) else _loss)(*args)
@@ -150,17 +145,27 @@ def _gradients(
             torch.mm(logits, weight, out=grad_hidden[rows])
         if wanted[1]:
             if grad_weight is None:
-                grad_weight = torch.mm(logits.t(), part)
+                grad_weight = _weight_product(logits, part)
                 grad_weight = grad_weight if chunks.is_one else grad_weight.float()
             elif logits.dtype == torch.float32:
                 grad_weight.addmm_(logits.t(), part)
             else:
-                grad_weight += torch.mm(logits.t(), part)
+                grad_weight += _weight_product(logits, part)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
     if wanted[1] and grad_weight is None:  # no tokens
         grad_weight = torch.zeros_like(weight)
     return loss, [grad_hidden, grad_weight, grad_bias]
+
+
+def _weight_product(grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """[vocab, dim]: float32 of float16, in which a sum over tokens overflows while it waits for its factor."""
+    if grad_logits.dtype != torch.float16:
+        return torch.mm(grad_logits.t(), hidden)
+    if hidden.device.type == "cuda":
+        return torch.mm(grad_logits.t(), hidden, out_dtype=torch.float32)
+    product = hidden.new_empty(grad_logits.shape[1], hidden.shape[1], dtype=torch.float32)
+    return torch.mm(grad_logits.t().float(), hidden.float(), out=product)  # an `out`, for autocast to leave it alone
 
 
 def _flat(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
 
 MAX_RANK = 128
 
@@ -39,6 +39,7 @@ def lora(x: Tensor, base: Tensor, a: Tensor, b: Tensor, idx: Tensor, scale: Tens
     same bits whatever the other tokens are. For inference: no gradient. FLOPs are counted; under autocast x, base, a
     and b take the autocast dtype. After Chen et al. 2023, Punica, and Sheng et al. 2023, S-LoRA.
     """
+    x, base, a, b = autocast(4, x, base, a, b)
     if isinstance(base, Tensor) and isinstance(x, Tensor):
         check.same_dtype("lora", "base", base, "x", x)
     return lora_expand(lora_shrink(x, a, idx), base, b, idx, scale)
@@ -57,6 +58,7 @@ def lora_shrink(x: Tensor, a: Tensor, idx: Tensor) -> Tensor:
         ValueError, TypeError: as `lora`.
     """
     _refuse_gradients("lora_shrink", x, a)
+    x, a = autocast(2, x, a)
     return call(ops.lora_shrink, (x, a, idx), _check_shrink)
 
 
@@ -74,6 +76,7 @@ def lora_expand(h: Tensor, base: Tensor, b: Tensor, idx: Tensor, scale: Tensor |
         ValueError, TypeError: as `lora`.
     """
     _refuse_gradients("lora_expand", h, base, b, scale)
+    base, b = autocast(2, base, b)
     return call(ops.lora_expand, (base, b, h, idx, scale), _check_expand)
 
 
@@ -151,10 +154,6 @@ def _(x, a, idx):
 def _(base, b, h, idx, scale):
     _check_expand(base, b, h, idx, scale)
     return base.new_empty(base.shape)
-
-
-register_autocast("lora_shrink", num_cast=2)
-register_autocast("lora_expand", num_cast=2)
 
 
 @register_flop_formula("lora_shrink")

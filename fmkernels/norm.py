@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._library import call, needs_grad, ops, register_fake
+from ._library import call, needs_grad, ops, register_fake, under_autocast
 
 
 def rms_norm(
@@ -118,7 +118,7 @@ def _norm(
 def _autocast(x: Any, residual: Any) -> tuple[Any, Any]:
     """Under autocast a stream of residuals in float32 meets activations in half: the sum is float32, as in torch."""
     are_two = isinstance(residual, Tensor) and isinstance(x, Tensor) and residual.dtype != x.dtype
-    if are_two and {x.dtype, residual.dtype} <= set(check.FLOAT_DTYPES) and check.under_autocast(x):
+    if are_two and {x.dtype, residual.dtype} <= set(check.FLOAT_DTYPES) and under_autocast(x):
         return x.float(), residual.float()
     return x, residual
 

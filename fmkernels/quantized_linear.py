@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
 from .quantized_weight import QuantizedWeight
 
 
@@ -35,7 +35,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
     CPU and CUDA (sm_80 and later). Accumulates in float32. Differentiable once in x and bias; the weight is constant.
     Deterministic, and a row has the same bits whatever the other rows are and however many. FLOPs are counted; under
-    autocast x takes the autocast dtype.
+    autocast x takes the autocast dtype, and a half bias too.
     """
     op = "quantized_linear"
     if not isinstance(weight, QuantizedWeight):
@@ -50,6 +50,7 @@ def multiply(
     """`quantized_linear` of the fields of a weight; sizes: bits, group_size or 0, out_features, in_features."""
     if isinstance(x, Tensor) and x.dim() > 3:  # joined where strides allow it, else copied
         return multiply(x.flatten(1, -2), values, scales, zeros, bias, *sizes).unflatten(1, x.shape[1:-1])
+    x, bias = autocast(1, x, bias)
     op = _QuantizedLinear.apply if needs_grad(x, bias) else ops.quantized_linear_forward
     return call(op, (x, values, scales, zeros, bias, *sizes), _check_tensors)
 
@@ -134,7 +135,7 @@ class _QuantizedLinear(torch.autograd.Function):
             weight = ops.quantized_linear_dequantize(*ctx.saved_tensors, *ctx.sizes, dtype)
             grad_x = (grad.to(dtype) @ weight).to(ctx.x_dtype)
         if ctx.needs_input_grad[4]:
-            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, None, None, None, grad_bias, *[None] * len(ctx.sizes)
 
 
@@ -147,9 +148,6 @@ def _(x, values, scales, zeros, bias, bits, group_size, out_features, in_feature
 @register_fake("quantized_linear_dequantize")
 def _(values, scales, zeros, bits, group_size, out_features, in_features, dtype):
     return values.new_empty((out_features, in_features), dtype=dtype)
-
-
-register_autocast("quantized_linear_forward", num_cast=1)
 
 
 @register_flop_formula("quantized_linear_forward")

@@ -12,6 +12,8 @@ from torch import Tensor
 from . import _check as check
 
 GROUP_SIZES = (32, 64, 128)
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+_INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, *_WIDE_UNSIGNED)
 _PANEL, _CHUNK = 32, 32  # rows and columns that the tensors are padded to
 _NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of a word is, from the lowest
 
@@ -28,7 +30,8 @@ class QuantizedWeight:
     Args:
         values: [panels, words, 32] int32, contiguous: four columns of q a word, or eight.
         scales: [panels, groups, 32] float32, contiguous.
-        zeros: [panels, groups, 32] uint8, contiguous, from 0 to 15; None: 0 with bits=8, 8 with bits=4.
+        zeros: [panels, groups, 32] uint8, contiguous, of which the lower 4 bits count; None: 0 with bits=8, 8 with
+            bits=4.
         bits: 8, q from -128 to 127, or 4, q from 0 to 15.
         group_size: columns that share a scale, 32, 64 or 128; None: all of a row.
         out_features, in_features: the size of the matrix.
@@ -110,7 +113,7 @@ class QuantizedWeight:
         check.dtype(op, "scales", scales, check.FLOAT_DTYPES)
         if zeros is not None:
             _check_integers(op, "zeros", zeros, 0, 15)
-        values = _panels(_pack(F.pad(q, (0, -columns % _CHUNK)).to(torch.uint8), bits))
+        values = _panels(_pack(F.pad(q.to(torch.uint8), (0, -columns % _CHUNK)), bits))
         scales = _panels(scales.detach().float())
         return cls(
             values,
@@ -126,7 +129,7 @@ class QuantizedWeight:
         """(q, scales, zeros) as `from_integers` takes them: int8 or uint8, float32, uint8 or None."""
         scales, zeros = (None if t is None else _rows(t)[: self.out_features] for t in (self.scales, self.zeros))
         q = _unpack(_rows(self.values), self.bits)[: self.out_features, : self.in_features]
-        return q.view(torch.int8) if self.bits == 8 else q, scales, zeros
+        return q.view(torch.int8) if self.bits == 8 else q, scales, None if zeros is None else zeros & 15
 
     @property
     def device(self) -> torch.device:
@@ -232,10 +235,15 @@ def _check_format(op: str, bits: int, group_size: int | None) -> None:
 
 
 def _check_integers(op: str, name: str, t: Tensor, low: int, high: int) -> None:
-    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+    if t.dtype not in _INTEGER_DTYPES:
         raise ValueError(f"{op}: {name} must be integers, got {check.dtype_names((t.dtype,))}.")
-    if not t.is_meta and t.numel() > 0 and (t.min() < low or t.max() > high):
-        raise ValueError(f"{op}: {name} must lie from {low} to {high}, got {t.min()} to {t.max()}.")
+    if t.is_meta or t.numel() == 0:
+        return
+    if t.dtype in _WIDE_UNSIGNED:  # torch takes no minimum of them, and uint64 beyond int64 becomes negative
+        t, low = t.long(), 0
+    smallest, largest = (int(x) for x in t.aminmax())  # compared as Python's: -128 is 128 in uint8
+    if smallest < low or largest > high:
+        raise ValueError(f"{op}: {name} must lie from {low} to {high}, got {smallest} to {largest}.")
 
 
 def _pack(q: Tensor, bits: int) -> Tensor:

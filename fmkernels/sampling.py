@@ -22,7 +22,7 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "top_k": (lambda x: x >= 0, "not negative"),
     "top_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1"),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1"),
-    "repetition_penalty": (lambda x: (x > 0) & (x < math.inf), "finite and positive"),
+    "repetition_penalty": (lambda x: (x > 0) & (x < math.inf), "finite and positive in float32"),
     "frequency_penalty": (lambda x: abs(x) < math.inf, "finite"),
     "presence_penalty": (lambda x: abs(x) < math.inf, "finite"),
 }
@@ -77,7 +77,8 @@ def sample(
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came. Values in tensors are checked on
-            the CPU, and on CUDA under FMKERNELS_CHECK=1; there they are otherwise clamped to their range.
+            the CPU, and on CUDA under FMKERNELS_CHECK=1; there they are otherwise clamped to their range, and NaN, a
+            penalty that is not finite or a repetition_penalty that is not positive is taken as the default.
 
     CPU and CUDA (sm_80 and later). Not differentiable. Deterministic. The generator is Philox4x32-10: Salmon, Moraes,
     Dror and Shaw 2011; its key is the seed, its counter the offset.
@@ -108,7 +109,7 @@ def _as_tensor(name: str, value: Any, logits: Any) -> Tensor | None:
         check.number("sample", name, value)
         dtype = torch.float32
         rule, sentence = _RULES[name]
-        if not rule(value):
+        if not rule(0.0 if check.vanishes(value) else value):  # of the number that the kernel is given
             raise ValueError(f"sample: {name} must be {sentence}, got {value}.")
     if not isinstance(logits, Tensor) or logits.dim() != 2:  # refused later
         return None

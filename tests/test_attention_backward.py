@@ -414,3 +414,16 @@ def test_compiled_gradients_have_the_same_bits():
         results.append([t.grad for t in leaves])
     for name, eager, compiled in zip(names, *results, strict=True):
         assert torch.equal(eager, compiled), name
+
+
+def test_a_loss_under_autocast_may_go_backward_after_it():
+    """Which is how torch says to do it; q was kept as float32 beside an o in half, and the backward refused the two."""
+    names, tensors, call = inputs_of(Case("autocast", bias="hqk", sinks=True))
+    halves = [t.bfloat16() if name in "qkv" else t for name, t in zip(names, tensors, strict=True)]
+    leaves, expected = ([t.clone().requires_grad_() for t in given] for given in (tensors, halves))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = call(attention, leaves).sum()
+    loss.backward()
+    call(attention, expected).sum().backward()
+    for name, leaf, half in zip(names, leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, half.grad.float()), name

@@ -173,6 +173,39 @@ def reference_gradient_with_nan(logits, target):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("masked", [torch.finfo(torch.float32).min, -1e9], ids=["finfo.min", "-1e9"])
+@pytest.mark.parametrize("where", ["first", "target", "first and target"])
+def test_a_masked_class_leaves_the_mean_over_classes_its_digits(where, masked, smoothing, backend):
+    """Logits were summed relative to the first, and a first one of finfo.min made the loss -infinity."""
+    logits = torch.randn(3, 1500, generator=torch.Generator().manual_seed(0)) + 40
+    target = torch.tensor([5, 700, 1499])
+    value = masked if where != "first and target" else masked / 2  # a sum of two of finfo.min would overflow
+    if where != "target":
+        logits[:, 0] = value
+    if where != "first":
+        logits.scatter_(1, target[:, None], value)
+    logits, target = logits.to(backend.device), target.to(backend.device)
+    options = {"label_smoothing": smoothing, "reduction": "none"}
+    loss = backend.run(cross_entropy, logits, target, **options)
+    assert_as_good_as_torch(loss, reference.cross_entropy, logits, target, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize(
+    ("vocab", "masked"), [(1500, slice(1024)), (64, slice(0, None, 2))], ids=["begin", "every other"]
+)
+def test_many_masked_classes_have_a_mean_of_minus_infinity_and_not_of_infinity(vocab, masked, backend):
+    """They are more than a first chunk of the CPU, and all of those in whose midst a GPU looks for an anchor."""
+    logits, target = torch.randn(2, vocab), torch.full((2,), vocab - 1)
+    logits[:, masked] = torch.finfo(torch.float32).min
+    options = {"label_smoothing": 0.1, "reduction": "none"}
+    assert (F.cross_entropy(logits, target, **options) == math.inf).all()
+    loss = backend.run(cross_entropy, logits.to(backend.device), target.to(backend.device), **options)
+    assert (loss == math.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_all_ignored(backend):
     logits, target = torch.randn(4, 9).to(backend.device), torch.full((4,), IGNORED, device=backend.device)
     assert backend.run(cross_entropy, logits, target).isnan()
@@ -263,6 +296,7 @@ ERRORS = [
     ({"z_loss": "a"}, TypeError, "z_loss must be a number, got str."),
     ({"z_loss": -1.0}, ValueError, "z_loss must not be negative, got -1.0."),
     ({"softcap": math.nan}, ValueError, "softcap must be finite in float32, got nan."),
+    ({"softcap": 1e-46}, ValueError, "softcap must be 0 or a number that is not 0 in float32, got 1e-46."),
     ({"reduction": "max"}, ValueError, "reduction must be mean, sum or none, got 'max'."),
 ]  # fmt: skip
 

@@ -51,6 +51,26 @@ int main() {
   std::printf(" | %d %d %d", share_of(0.0f, 7) == 1, share_of(1.0f, 7) == 7, share_of(0.5f, 7) == 4);
 }
 """
+FIRST_ABOVE = """
+#include "common/fixed_weight_cpu.h"
+#include <cstdio>
+
+int main() {
+  using namespace fmkernels;
+  long wrong = 0;
+  for (int64_t count = 1; count <= 23; ++count) {  // parts of a block of 4, whole blocks, and both
+    uint64_t weights[23], sum = 0;
+    for (int64_t v = 0; v < count; ++v) weights[v] = v % 3;  // some are 0
+    weights[count - 1] = 2;
+    for (int64_t v = 0; v < count; ++v) {
+      for (uint64_t i = 0; i < weights[v]; ++i, ++sum) {
+        wrong += first_above<4>(count, sum, [&](int64_t at) { return weights[at]; }) != v;
+      }
+    }
+  }
+  std::printf("%ld", wrong);
+}
+"""
 
 
 def test_the_exponential(run_cpp):
@@ -71,3 +91,7 @@ def test_draws(run_cpp):
     assert counts != pytest.approx([10000] * 10, abs=5)  # nor are they a sequence
     assert edges.split() == ["1", "1", "1"]
     assert shares.split() == ["1", "1", "1"]
+
+
+def test_a_draw_finds_every_number_in_its_block(run_cpp):
+    assert run_cpp(FIRST_ABOVE) == "0"

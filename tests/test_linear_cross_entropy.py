@@ -97,6 +97,20 @@ def test_a_loss_scale_reaches_gradients_that_float16_would_lose():
     assert (hidden.grad.float() - truth.grad).abs().max() < 0.01 * truth.grad.abs().max()
 
 
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_a_sum_over_tokens_does_not_overflow_float16_before_its_factor(autocast, backend):
+    """The gradient of the mean is -1875; that of the sum, which waits for 1 / tokens, is 64 times as large."""
+    hidden = torch.full((64, 4), 2000.0, dtype=torch.float16, device=backend.device)
+    weight = torch.zeros(16, 4, dtype=torch.float16, device=backend.device)
+    target = torch.zeros(64, dtype=torch.int64, device=backend.device)
+    with torch.autocast(backend.device, torch.float16, enabled=autocast):
+        _, _, grad_weight = backend.run(run, linear_cross_entropy, hidden, weight, None, target)
+    assert (grad_weight[0] == -1875).all()
+    assert (grad_weight[1:] == 125).all()
+
+
 def test_strided_and_empty_inputs():
     hidden, weight, bias, target = inputs()
     sliced = run(linear_cross_entropy, hidden[:, :-1], weight, bias, target[:, 1:])

@@ -323,11 +323,26 @@ def test_compile_is_one_graph(dynamic):
         assert torch.equal(second(first(x, a, idx), base, b, idx, scale), expected)
 
 
+@pytest.mark.parametrize("how", ["compiled", "checked"])
+def test_autocast_is_refused_neither_compiled_nor_with_checked_values(how, monkeypatch):
+    """The checks once saw the dtypes of the caller, and not those that autocast gives the kernels."""
+    x, base, a, b, idx, scale = inputs()
+    torch._dynamo.reset()
+    function = torch.compile(lora, fullgraph=True, backend="aot_eager") if how == "compiled" else lora
+    monkeypatch.setattr(_library, "check_values", how == "checked")  # as FMKERNELS_CHECK=1
+    with torch.autocast("cpu", torch.bfloat16):
+        y = function(x, base.bfloat16(), a, b.half(), idx, scale)
+    expected = lora(*(t.bfloat16() for t in (x, base, a)), b.half().bfloat16(), idx, scale)
+    assert torch.equal(y, expected)
+
+
 def test_autocast_and_flops():
     x, base, a, b, idx, scale = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         y = lora(x, base, a, b, idx, scale)
     assert torch.equal(y, lora(*(t.bfloat16() for t in (x, base, a, b)), idx, scale))
+    with torch.autocast("cpu", torch.bfloat16):  # a layer's output is half there, its input still float32
+        assert torch.equal(lora(x, base.bfloat16(), a, b, idx, scale), y)
     with FlopCounterMode(display=False) as counter:
         lora(x, base, a, b, idx, scale)
     assert counter.get_total_flops() == 2 * 9 * 16 * (72 + 40)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """quantized_linear, dequantize_weight: values, gradients, edges, errors, and what torch asks of an op."""
 
-import copy
+import dataclasses
 import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-import fmkernels.nn
 from fmkernels import QuantizedWeight, _library, dequantize_weight, quantize_weight, quantized_linear, reference
 from fmkernels.testing import assert_as_good_as_torch, backends
 
@@ -97,7 +95,7 @@ def test_the_code_for_sm_90(form, num_rows):
     if sm_80 is None:
         pytest.skip("no emulated backend")
     w, x = weight(form), normal(num_rows, IN, dtype=torch.bfloat16)
-    sm_90 = replace(sm_80, architecture=90)
+    sm_90 = dataclasses.replace(sm_80, architecture=90)
     assert torch.equal(sm_90.run(quantized_linear, x, w), sm_80.run(quantized_linear, x, w))
 
 
@@ -193,6 +191,13 @@ def test_only_what_wants_a_gradient_gets_one():
     torch.testing.assert_close(one_row.grad, dequantize_weight(w).sum(0), atol=1e-4, rtol=1e-4)
 
 
+def test_the_bias_of_a_single_row_gets_its_gradient():
+    """An IndexError: a row without leading dimensions had none to sum over."""
+    bias = normal(OUT).requires_grad_()
+    quantized_linear(normal(IN), weight("int8"), bias).backward(torch.arange(OUT).float())
+    assert torch.equal(bias.grad, torch.arange(OUT).float())
+
+
 def test_a_second_derivative_is_refused_and_not_wrong():
     x = normal(4, IN).requires_grad_()
     (grad,) = torch.autograd.grad(quantized_linear(x, weight("int8")).square().sum(), x, create_graph=True)
@@ -233,6 +238,34 @@ def test_values_near_the_ends_of_float32(form, size):
         assert y.isfinite().all()
         truth = reference.quantized_linear(rows.double(), w)
         assert (y - truth).abs().max() < 1e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("num_rows", [1, 7])
+@pytest.mark.parametrize("largest", [2.0**-60, 2.0**-31, 2.0**33, 2.0**60])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_values_beside_large_ones_keep_their_digits(bits, largest, num_rows):
+    """Of 2^-60 and 2^-110 in a row, the lower digits of the second were lost, where the weight of the first is 0."""
+    q = torch.full((3, 64), 7 if bits == 8 else 15)
+    q[:, 0] = 0 if bits == 8 else 8
+    w = QuantizedWeight.from_integers(q, torch.full((3, 1), 2.0**-3), bits=bits)
+    x = torch.full((num_rows, 64), 0.0)
+    x[:, 0], x[:, 1:9] = largest, largest * 2.0**-60 * (1 + 1 / 3)
+    assert_as_good_as_torch(quantized_linear(x, w), reference.quantized_linear, x, w)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_beyond_a_nibble_are_the_same_everywhere(dtype, backend):
+    """bfloat16 kernels of a GPU read 128 and more as another number than the others did."""
+    w = weight("int4 with zeros")
+    wide = dataclasses.replace(w, zeros=w.zeros | 0xC0)
+    assert torch.equal(wide.integers()[2], w.integers()[2])
+    x = normal(3, IN, dtype=dtype).to(backend.device)
+    actual = backend.run(quantized_linear, x, on(backend, wide))
+    assert torch.equal(actual, backend.run(quantized_linear, x, on(backend, w)))
+    assert torch.equal(
+        backend.run(dequantize_weight, on(backend, wide)), reference.dequantize_weight(w).to(backend.device)
+    )
 
 
 @EVERY_BACKEND
@@ -391,6 +424,22 @@ def test_compile_is_one_graph(form, dynamic):
     assert torch.equal(dense(w), dequantize_weight(w))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("how", ["compiled", "checked"])
+def test_autocast_is_refused_neither_compiled_nor_with_checked_values(how, grad, monkeypatch):
+    """The checks once saw the dtypes of the caller, and not those that autocast gives the kernel."""
+    w, x, bias = weight("int8"), normal(4, IN).requires_grad_(grad), normal(OUT, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    function = torch.compile(quantized_linear, fullgraph=True, backend="aot_eager") if how == "compiled" else None
+    monkeypatch.setattr(_library, "check_values", how == "checked")  # as FMKERNELS_CHECK=1
+    with torch.autocast("cpu", torch.bfloat16):
+        y = (function or quantized_linear)(x, w, bias)
+    assert torch.equal(y, quantized_linear(x.bfloat16(), w, bias))
+    if grad:
+        y.sum().backward()
+        assert x.grad.dtype == torch.float32
+
+
 def test_autocast_and_flops():
     w, x, bias = weight("int8"), normal(4, IN), normal(OUT)
     with torch.autocast("cpu", torch.bfloat16):
@@ -399,41 +448,3 @@ def test_autocast_and_flops():
     with FlopCounterMode(display=False) as counter:
         quantized_linear(x, w, bias)
     assert counter.get_total_flops() == 2 * 4 * OUT * IN
-
-
-# ---- the module ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@EVERY_FORMAT
-def test_module_of_a_linear_layer(form, bias):
-    linear = torch.nn.Linear(IN, OUT, bias)
-    module = fmkernels.nn.QuantizedLinear.from_linear(linear, **FORMATS[form])
-    x = normal(3, IN)
-    expected = quantized_linear(x, quantize_weight(linear.weight, **FORMATS[form]), linear.bias)
-    assert torch.equal(module(x), expected)
-    other = fmkernels.nn.QuantizedLinear(IN, OUT, bias, **FORMATS[form])
-    other.load_state_dict(module.state_dict())
-    assert torch.equal(other(x), expected)
-    assert torch.equal(copy.deepcopy(module).to(torch.bfloat16)(x.bfloat16()), module.bfloat16()(x.bfloat16()))
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), expected)
-    assert module.scales.dtype == torch.float32  # whatever dtype the module takes
-    assert len(list(module.parameters())) == int(bias)
-
-
-def test_module_is_made_on_the_meta_device():
-    """Whose values nobody can look at."""
-    module = fmkernels.nn.QuantizedLinear(64, 40, bits=4, group_size=32, device="meta")
-    like = fmkernels.nn.QuantizedLinear(64, 40, bits=4, group_size=32)
-    assert {n: (t.shape, t.dtype) for n, t in module.state_dict().items()} == {
-        n: (t.shape, t.dtype) for n, t in like.state_dict().items()
-    }
-    assert all(t.is_meta for t in module.state_dict().values())
-
-
-def test_module_says_what_it_is_and_what_it_takes():
-    module = fmkernels.nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 40), bits=4, group_size=32)
-    assert repr(module) == "QuantizedLinear(in_features=64, out_features=40, bias=True, bits=4, group_size=32)"
-    with pytest.raises(TypeError, match=r"nn.QuantizedLinear.from_linear: module must be a torch.nn.Linear, got ReLU"):
-        fmkernels.nn.QuantizedLinear.from_linear(torch.nn.ReLU())

@@ -92,6 +92,20 @@ def test_integers_survive_packing(form, columns):
     assert w.shape == (35, columns)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+def test_integers_of_every_dtype(name, bits):
+    """uint8 was refused with bits=8, whatever it held: -128 was 128 in the comparison. Of uint16 torch has no min."""
+    q = torch.arange(3 * 70).view(3, 70) % (128 if bits == 8 else 16)
+    zeros = q[:, :1] % 16 if bits == 4 else None
+    expected = QuantizedWeight.from_integers(q, torch.ones(3, 1), zeros, bits=bits)
+    dtype = getattr(torch, name)
+    narrow = [None if t is None else t.to(dtype) for t in (q, zeros)]
+    w = QuantizedWeight.from_integers(narrow[0], torch.ones(3, 1), narrow[1], bits=bits)
+    assert torch.equal(w.values, expected.values)
+    assert bits == 8 or torch.equal(w.zeros, expected.zeros)
+
+
 def test_words_as_they_are_drawn():
     """A row of integers that count up, read as bytes and nibbles."""
     q = torch.arange(64).expand(33, 64).clone()
@@ -148,6 +162,10 @@ ERRORS_OF_INTEGERS = [
     ({"q": Q.float()}, ValueError, "q must be integers, got float32."),
     ({"q": Q + 128}, ValueError, "q must lie from -128 to 127, got 128 to 128."),
     ({"q": Q - 1, "bits": 4}, ValueError, "q must lie from 0 to 15, got -1 to -1."),
+    ({"q": (Q + 200).to(torch.uint8)}, ValueError, "q must lie from -128 to 127, got 200 to 200."),
+    ({"q": (Q + 200).to(torch.uint16)}, ValueError, "q must lie from 0 to 127, got 200 to 200."),
+    ({"q": (Q - 5).view(torch.uint64)}, ValueError, "q must lie from 0 to 127, got -5 to -5."),
+    ({"q": Q.bool()}, ValueError, "q must be integers, got bool."),
     ({"q": Q[:, :0]}, ValueError, "q must have a row and a column, got [4, 0]."),
     ({"scales": SCALES[:3]}, ValueError, "scales must be [4, 1] for this q, got [3, 1]."),
     ({"scales": SCALES.double()}, ValueError, "scales must be float32 or bfloat16 or float16, got float64."),

@@ -201,6 +201,8 @@ def test_a_gpu_clamps_options_out_of_their_range(backend, monkeypatch):
     logits, randoms = inputs(5, 50, device=backend.device)
     for wrong, right in (
         ({"temperature": -1.0}, {"temperature": 0.0}),
+        ({"temperature": math.nan}, {}),
+        ({"temperature": math.inf}, {"temperature": torch.finfo(torch.float32).max}),
         ({"top_p": 1.5}, {"top_p": 1.0}),
         ({"top_p": math.nan}, {}),
         ({"top_p": -0.5}, {"top_p": 0.0}),
@@ -208,9 +210,12 @@ def test_a_gpu_clamps_options_out_of_their_range(backend, monkeypatch):
         ({"min_p": -1.0}, {}),
         ({"top_k": -3}, {}),
         ({"top_k": 2**31 - 1}, {}),
+        *(({"repetition_penalty": x}, {}) for x in (0.0, -2.0, math.inf, math.nan)),
+        *(({name: x}, {}) for name in ("frequency_penalty", "presence_penalty") for x in (-math.inf, math.nan)),
     ):
-        tokens = backend.run(sample, logits, **randoms, **per_row(wrong, 5, backend.device))
-        assert torch.equal(tokens, backend.run(sample, logits, **randoms, **right))
+        old = {"output_counts": torch.ones(5, 50, dtype=torch.int32, device=backend.device)}
+        tokens = backend.run(sample, logits, **randoms, **old, **per_row(wrong, 5, backend.device))
+        assert torch.equal(tokens, backend.run(sample, logits, **randoms, **old, **right))
     monkeypatch.setattr(_library, "check_values", True)  # as FMKERNELS_CHECK=1
     with pytest.raises(ValueError, match=r"top_p must be from 0 to 1, got 1\.5"):
         backend.run(sample, logits, **randoms, **per_row({"top_p": 1.5}, 5, backend.device))
@@ -241,7 +246,10 @@ ERRORS = [
     ({"top_k": LONGS}, ValueError, "top_k must be int32, got int64."),
     ({"top_p": 1.1}, ValueError, "top_p must be from 0 to 1, got 1.1."),
     ({"min_p": FLOATS + math.nan}, ValueError, "min_p must be from 0 to 1, got nan."),
-    ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty must be finite and positive, got 0.0."),
+    *(
+        ({"repetition_penalty": x}, ValueError, f"repetition_penalty must be finite and positive in float32, got {x}.")
+        for x in (0.0, 1e-50)
+    ),
     ({"presence_penalty": FLOATS + math.inf}, ValueError, "presence_penalty must be finite, got inf."),
     ({"output_counts": LOGITS}, ValueError, "output_counts must be int32, got float32."),
     ({"prompt_mask": LOGITS.bool()[0]}, ValueError, "prompt_mask must have the shape of logits, [2, 5], got [5]."),

@@ -1,14 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operations of fixed_weight.h on vectors of a CPU. Internal linkage, as in vec.h.
+// Draws from weights on a CPU, and the operations of fixed_weight.h on its vectors. Internal linkage, as in vec.h.
 #pragma once
 
 #include "fixed_weight.h"
 #include "vec.h"
 
-#ifdef __AVX2__
-
 namespace fmkernels {
 namespace {
+
+// The first v from 0 up at which the sum of weight_at(v) exceeds `number`, which is below the sum up to `count`. kBlock
+// weights are added at once, by vectors, while it is not among them.
+template <int64_t kBlock, class F>
+FM_INLINE int64_t first_above(int64_t count, uint64_t number, const F& weight_at) {
+  uint64_t sum = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    uint64_t of_block = 0;
+    for (int64_t v = begin; v < end; ++v) of_block += weight_at(v);
+    if (sum + of_block <= number) {
+      sum += of_block;
+      continue;
+    }
+    for (int64_t v = begin; v < end; ++v) {
+      sum += weight_at(v);
+      if (sum > number) return v;
+    }
+  }
+  return -1;  // not reached
+}
+
+#ifdef __AVX2__
 
 struct Weights8 {
   __m256i low, high;  // of lanes 0 to 3, and 4 to 7
@@ -39,7 +60,7 @@ FM_INLINE uint64_t sum_of_lanes(__m256i x) {
   return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
 }
 
+#endif
+
 }  // namespace
 }  // namespace fmkernels
-
-#endif

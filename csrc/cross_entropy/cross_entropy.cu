@@ -22,7 +22,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kGradientChunk = 16384;
-constexpr int64_t kMaxRows = 0x7fffffff;  // of a grid in x
 
 // Of some elements of a row: the largest s, the sum of exp(s - max), and the sum of s - anchor.
 struct Part {
@@ -138,9 +137,21 @@ struct Stats {
   float max, sum_exp, mean_below;  // mean_below: of s - max
 };
 
+// Something near which logits lie, for sums of small differences: the largest of 32. One of them alone may be masked, and
+// the distance to finfo.min or -1e9 overflows a sum or takes its digits.
+template <class T>
+__device__ __forceinline__ float anchor_of(const CrossEntropyParams& p, const T* x) {
+  float largest = to_float(x[threadIdx.x % kWarp * p.vocab / kWarp]);
+#pragma unroll
+  for (int lane_step = kWarp / 2; lane_step > 0; lane_step /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(ptx::kAllLanes, largest, lane_step));
+  }
+  return bounded_anchor(capped(p, largest));
+}
+
 template <class T, int kVec>
 __device__ __forceinline__ Stats stats_of_row(const CrossEntropyParams& p, const T* x, Smem& smem) {
-  const float first = capped(p, to_float(x[0])), anchor = isfinite(first) ? first : 0.0f;
+  const float anchor = p.label_smoothing == 0.0f ? 0.0f : anchor_of(p, x);
   const Part part = part_of_row<T, kVec>(p, x, anchor, smem);
   return {part.max, part.sum, part.above / static_cast<float>(p.vocab) + (anchor - part.max)};
 }
@@ -228,10 +239,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_gradient_kernel(CrossE
   if (threadIdx.x == 0) p.loss[r.index] = loss;
 }
 
-unsigned rows_of(const char* name, const CrossEntropyParams& p) {
-  FM_CHECK(p.batch * p.num_tokens <= kMaxRows, name, ": ", p.batch * p.num_tokens, " rows are more than a grid holds");
-  return static_cast<unsigned>(p.batch * p.num_tokens);
-}
+dim3 grid_of_rows(const char* name, const CrossEntropyParams& p) { return grid_of(name, p.batch * p.num_tokens, 1); }
 
 bool are_aligned(const CrossEntropyParams& p) {
   const int64_t bytes = element_bytes(p.dtype);
@@ -243,23 +251,24 @@ bool are_aligned(const CrossEntropyParams& p) {
 
 void launch_cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
   dispatch_vector(p.dtype, are_aligned(p), [&]<class T, int kVec>() {
-    launch("cross_entropy", cross_entropy_kernel<T, kVec>, rows_of("cross_entropy", p), kThreads, sizeof(Smem), stream,
-           p);
+    launch("cross_entropy", cross_entropy_kernel<T, kVec>, grid_of_rows("cross_entropy", p), kThreads, sizeof(Smem),
+           stream, p);
   });
 }
 
 void launch_cross_entropy_backward(const CrossEntropyParams& p, cudaStream_t stream) {
   const int64_t chunks = (p.vocab + kGradientChunk - 1) / kGradientChunk;
   FM_CHECK(chunks <= 0xffff, "cross_entropy: a vocabulary of ", p.vocab, " is more than a grid holds");
+  dim3 grid = grid_of_rows("cross_entropy_backward", p);
+  grid.y = static_cast<unsigned>(chunks);
   dispatch_vector(p.dtype, are_aligned(p), [&]<class T, int kVec>() {
-    launch("cross_entropy_backward", cross_entropy_backward_kernel<T, kVec>,
-           dim3(rows_of("cross_entropy_backward", p), static_cast<unsigned>(chunks)), kThreads, 0, stream, p);
+    launch("cross_entropy_backward", cross_entropy_backward_kernel<T, kVec>, grid, kThreads, 0, stream, p);
   });
 }
 
 void launch_cross_entropy_gradient(const CrossEntropyParams& p, cudaStream_t stream) {
   dispatch_vector(p.dtype, are_aligned(p), [&]<class T, int kVec>() {
-    launch("cross_entropy_gradient", cross_entropy_gradient_kernel<T, kVec>, rows_of("cross_entropy_gradient", p),
+    launch("cross_entropy_gradient", cross_entropy_gradient_kernel<T, kVec>, grid_of_rows("cross_entropy_gradient", p),
            kThreads, sizeof(Smem), stream, p);
   });
 }

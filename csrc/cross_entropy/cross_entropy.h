@@ -35,6 +35,9 @@ struct CrossEntropyParams {
   int64_t grad_stride[2];
 };
 
+// What is subtracted before s are summed for their mean; 0 where the distance to it would overflow the sum by itself.
+FM_HOST_DEVICE float bounded_anchor(float s) { return s < 0x1p90f && s > -0x1p90f ? s : 0.0f; }
+
 template <Isa isa>
 void run_cross_entropy(const CrossEntropyParams& p);
 template <Isa isa>

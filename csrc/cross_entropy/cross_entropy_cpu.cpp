@@ -102,7 +102,7 @@ Stats stats_of(const T* x, int64_t vocab, float softcap) {
       max = chunk_max;
     }
     const float shift = max == -kInfinity ? 0.0f : max;
-    if (begin == 0) anchor = shift;
+    if (begin == 0) anchor = bounded_anchor(max);
     VecF sum[2] = {}, above[2] = {};
     int64_t v = begin;
     for (int chain = 0; v + kChains * kLanes <= end; v += kChains * kLanes, chain ^= 1) {

@@ -104,7 +104,9 @@ __device__ __forceinline__ ChunkOfLane<Traits::kLoads> load_chunk(const KernelPa
   const float4 scales = __ldg(reinterpret_cast<const float4*>(w.scales + group * kPanel + 4 * g));
   result.scales[0] = scales.x, result.scales[1] = scales.y, result.scales[2] = scales.z, result.scales[3] = scales.w;
   result.zeros = 0x08080808u;
-  if (w.zeros != nullptr) result.zeros = __ldg(reinterpret_cast<const uint32_t*>(w.zeros + group * kPanel + 4 * g));
+  if (w.zeros != nullptr) {
+    result.zeros = __ldg(reinterpret_cast<const uint32_t*>(w.zeros + group * kPanel + 4 * g)) & 0x0f0f0f0fu;
+  }
   return result;
 }
 
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
   for (int i = 0; i < kPanel && panel * kPanel + i < w.out_features; ++i) {
     int integer;
     if constexpr (kBits == 4) {
-      const int zero = w.zeros == nullptr ? 8 : w.zeros[group + i];
+      const int zero = w.zeros == nullptr ? 8 : w.zeros[group + i] & 15;
       integer = static_cast<int>(words[i] >> (4 * (in_word / 2 + in_word % 2 * 4)) & 15u) - zero;
     } else {
       integer = static_cast<int8_t>(words[i] >> (8 * in_word));

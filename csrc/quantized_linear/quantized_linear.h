@@ -24,7 +24,7 @@ constexpr int kChunk = 32;  // columns that share a scale in any case, and that 
 struct PackedWeight {
   const uint32_t* values;  // [panels, words of a row, kPanel]: a word is 4 columns (bits = 8) or 8 (bits = 4)
   const float* scales;     // [panels, groups, kPanel]
-  const uint8_t* zeros;    // [panels, groups, kPanel], of bits = 4; null: 8
+  const uint8_t* zeros;    // [panels, groups, kPanel], of bits = 4: the lower 4 bits of each; null: 8
   int bits;                // 8: signed bytes; 4: nibbles from 0 to 15
   int64_t out_features, in_features;
   int64_t num_chunks, num_groups, chunks_per_group;

@@ -6,7 +6,8 @@
 //            registers and multiplied at once. More rows: a chunk is decoded to a tile of 4 KiB, which is then a matrix
 //            product with all rows, 6 rows x 2 vectors of features at a time.
 // Numerics   A decoded integer is off by a power of two, which x makes good: shifts and masks that a wider decoding would
-//            need are saved, and products have the bits that they would have without. Deterministic.
+//            need are saved, and products have the bits that they would have without, but for the tiniest x of a row
+//            (factor_of_range). Deterministic.
 // Cost       One row: 3 instructions a vector of weights (4 of nibbles) and a load of its share of the word; bound by
 //            memory where the weight does not fit into the caches. More rows: 2 * rows flops a weight.
 
@@ -53,7 +54,7 @@ FM_INLINE void load_zeros(const PackedWeight& w, int64_t panel, int64_t group, V
       VecI z = VecI{} + 8;
       if (w.zeros != nullptr) {
         const uint8_t* from = w.zeros + (panel * w.num_groups + group) * kPanel + v * kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) z[lane] = from[lane];
+        for (int lane = 0; lane < kLanes; ++lane) z[lane] = from[lane] & 15;
       }
       for (int i = 0; i < 4; ++i) zeros[v][i] = z << (4 * i);
     }
@@ -91,10 +92,11 @@ struct Panel {
 // ---- x -----------------------------------------------------------------------------------------------------------------
 
 // A power of two that brings the largest finite |x| of a row near to 1 where it is far from it, so that no product with
-// an integer leaves the range of float32 that its product with the weight does not leave; else 1.
+// an integer leaves the range of float32 that its product with the weight does not leave; else 1. The shift of a column is
+// up to 2^24: an |x| below 2^-70 of the largest is rounded by it, by at most 2^-94 of the largest.
 float factor_of_range(float largest) {
-  if (largest > 0x1p60f) return 0x1p-64f;
-  if (largest < 0x1p-60f && largest > 0.0f) return 0x1p64f;
+  if (largest > 0x1p32f) return 0x1p-64f;
+  if (largest < 0x1p-32f && largest > 0.0f) return 0x1p64f;
   return 1.0f;
 }
 

@@ -25,7 +25,6 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
-constexpr int64_t kMaxRows = 0x7fffffff;  // of a grid in x
 
 struct Smem {
   BlockSum<kWarps> block;
@@ -285,9 +284,8 @@ __global__ void __launch_bounds__(kThreads, 1) sampling_kernel(SamplingParams p)
 }  // namespace
 
 void launch_sampling(const SamplingParams& p, cudaStream_t stream) {
-  FM_CHECK(p.batch <= kMaxRows, "sampling: ", p.batch, " rows are more than a grid holds");
   dispatch_dtype(p.dtype, [&]<class T>() {
-    launch("sampling", sampling_kernel<T>, dim3(static_cast<unsigned>(p.batch)), kThreads, sizeof(Smem), stream, p);
+    launch("sampling", sampling_kernel<T>, grid_of("sampling", p.batch, 1), kThreads, sizeof(Smem), stream, p);
   });
 }
 

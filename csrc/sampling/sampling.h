@@ -40,8 +40,10 @@ struct SamplingParams {
 };
 
 constexpr uint32_t kSamplingStream = 1;  // of random_bits
+constexpr float kLargestFloat = 3.4028234663852886e38f;
 
-// What a kernel does with options that only the device sees: they are clamped to their range, NaN is off.
+// What a kernel does with options that only the device sees: they are clamped to their range, and off where NaN; penalties
+// are off where they are not finite, a repetition where it is not positive.
 struct SamplingRow {
   float temperature, top_p;
   int64_t top_k;        // vocab: off
@@ -55,8 +57,11 @@ struct SamplingRow {
 FM_HOST_DEVICE SamplingRow sampling_row(const SamplingParams& p, int64_t row) {
   SamplingRow r{};
   const auto option = [row](const float* values, float off) { return values == nullptr ? off : values[row]; };
+  const auto is_finite = [](float x) { return x - x == 0.0f; };
   r.temperature = option(p.temperature, 1.0f);
-  if (!(r.temperature >= 0.0f)) r.temperature = 0.0f;
+  if (r.temperature != r.temperature) r.temperature = 1.0f;
+  if (r.temperature < 0.0f) r.temperature = 0.0f;
+  if (r.temperature > kLargestFloat) r.temperature = kLargestFloat;
   r.top_p = option(p.top_p, 1.0f);
   if (!(r.top_p < 1.0f)) r.top_p = 1.0f;
   if (r.top_p < 0.0f) r.top_p = 0.0f;
@@ -65,8 +70,11 @@ FM_HOST_DEVICE SamplingRow sampling_row(const SamplingParams& p, int64_t row) {
   const float min_p = option(p.min_p, 0.0f);
   r.min_weight = min_p > 0.0f ? share_of(min_p < 1.0f ? min_p : 1.0f, kWeightOne) : 0;
   r.repetition = option(p.repetition_penalty, 1.0f);
+  if (!(r.repetition > 0.0f && is_finite(r.repetition))) r.repetition = 1.0f;
   r.frequency = option(p.frequency_penalty, 0.0f);
+  if (!is_finite(r.frequency)) r.frequency = 0.0f;
   r.presence = option(p.presence_penalty, 0.0f);
+  if (!is_finite(r.presence)) r.presence = 0.0f;
   r.output_counts = p.output_counts == nullptr ? nullptr : p.output_counts + row * p.output_counts_stride;
   r.prompt_mask = p.prompt_mask == nullptr ? nullptr : p.prompt_mask + row * p.prompt_mask_stride;
   r.has_penalties = (r.output_counts != nullptr || r.prompt_mask != nullptr) &&

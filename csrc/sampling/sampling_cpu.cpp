@@ -224,21 +224,7 @@ int64_t draw(const SamplingRow& r, const Scratch& s, int64_t vocab, const Cut& c
     const bool is_member = (s.x[v] > cut.last.x) | ((s.x[v] == cut.last.x) & (v <= cut.last.id));
     return is_member & (s.weight[v] >= r.min_weight) ? s.weight[v] : uint64_t{0};
   };
-  uint64_t sum = 0;
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, vocab);
-    uint64_t of_block = 0;
-    for (int64_t v = begin; v < end; ++v) of_block += weight_at(v);
-    if (sum + of_block <= number) {
-      sum += of_block;
-      continue;
-    }
-    for (int64_t v = begin; v < end; ++v) {
-      sum += weight_at(v);
-      if (sum > number) return v;
-    }
-  }
-  return -1;  // no row comes here: the number is below the sum
+  return first_above<kBlock>(vocab, number, weight_at);
 }
 
 // The token of a row with a top_k below its number of blocks: no token outside the top_k is weighed. Every block whose

@@ -1,25 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // sampling_tokens: tensors in, checks, Params out.
+#include "../common/row_tensors.h"
 #include "../common/tensor.h"
 #include "sampling.h"
 
 namespace fmkernels {
 namespace {
 
-// [batch], contiguous; null where it is left out.
-template <class T>
-const T* view_option(const char* name, const std::optional<Tensor>& t, const Tensor& logits, ScalarType type,
-                     const char* type_name) {
-  if (!t.has_value()) return nullptr;
-  check_rank(name, *t, 1);
-  check_same_device(name, *t, logits);
-  check_size(name, *t, 0, logits.size(0));
-  check_scalar_type(name, *t, type, type_name);
-  FM_CHECK(t->is_contiguous(), name, " must be contiguous");
-  return static_cast<const T*>(data_of(*t));
-}
+// Null where it is left out.
 const float* view_floats(const char* name, const std::optional<Tensor>& t, const Tensor& logits) {
-  return view_option<float>(name, t, logits, ScalarType::Float, "float32");
+  return t.has_value() ? view_one_a_row<float>(name, *t, logits, ScalarType::Float, "float32") : nullptr;
 }
 
 // [batch, vocab] with vocab contiguous.
@@ -77,10 +67,10 @@ std::tuple<Tensor, Tensor> sampling_tokens(const Tensor& logits, const Tensor& s
            p.vocab);
   p.logits = data_of(logits);
   p.logits_stride = stride_of(logits, 0);
-  p.seed = view_option<int64_t>("seed", seed, logits, ScalarType::Long, "int64");
-  p.offset = view_option<int64_t>("offset", offset, logits, ScalarType::Long, "int64");
+  p.seed = view_one_a_row<int64_t>("seed", seed, logits, ScalarType::Long, "int64");
+  p.offset = view_one_a_row<int64_t>("offset", offset, logits, ScalarType::Long, "int64");
   p.temperature = view_floats("temperature", temperature, logits);
-  p.top_k = view_option<int32_t>("top_k", top_k, logits, ScalarType::Int, "int32");
+  if (top_k.has_value()) p.top_k = view_one_a_row<int32_t>("top_k", *top_k, logits, ScalarType::Int, "int32");
   p.top_p = view_floats("top_p", top_p, logits);
   p.min_p = view_floats("min_p", min_p, logits);
   p.repetition_penalty = view_floats("repetition_penalty", repetition_penalty, logits);

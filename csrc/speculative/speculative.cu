@@ -19,7 +19,6 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kMaxRows = 0x7fffffff;  // of a grid in x
 
 struct Smem {
   BlockSum<kWarps> block;
@@ -155,8 +154,7 @@ __global__ void __launch_bounds__(kThreads) speculative_kernel(SpeculativeParams
 }  // namespace
 
 void launch_speculative(const SpeculativeParams& p, cudaStream_t stream) {
-  FM_CHECK(p.batch <= kMaxRows, "speculative: ", p.batch, " rows are more than a grid holds");
-  launch("speculative", speculative_kernel, dim3(static_cast<unsigned>(p.batch)), kThreads, sizeof(Smem), stream, p);
+  launch("speculative", speculative_kernel, grid_of("speculative", p.batch, 1), kThreads, sizeof(Smem), stream, p);
 }
 
 }  // namespace fmkernels

@@ -14,7 +14,7 @@
 namespace fmkernels {
 namespace {
 
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 256;  // tokens whose sum of weights is taken together in a draw
 
 // Weights of a row of probabilities; their sum, 0 where one is NaN.
 uint64_t fill_weights(const float* x, int64_t vocab, uint64_t* weight) {
@@ -39,23 +39,6 @@ uint64_t fill_weights(const float* x, int64_t vocab, uint64_t* weight) {
     total += weight[v];
   }
   return is_nan ? 0 : total;
-}
-
-int64_t draw(const uint64_t* weight, int64_t vocab, uint64_t number) {
-  uint64_t sum = 0;
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t end = begin + kBlock < vocab ? begin + kBlock : vocab;
-    uint64_t of_block = 0;
-    for (int64_t v = begin; v < end; ++v) of_block += weight[v];
-    if (sum + of_block <= number) {
-      sum += of_block;
-      continue;
-    }
-    for (int64_t v = begin; v < end; ++v) {
-      if ((sum += weight[v]) > number) return v;
-    }
-  }
-  return -1;  // no row comes here: the number is below the sum
 }
 
 // Walks one request. p and q hold the weights of a place; R is written over p.
@@ -107,7 +90,7 @@ void verify(const SpeculativeParams& params, int64_t row, uint64_t* p, uint64_t*
     }
     if (!moved && r_sum > 0) {
       const uint64_t bits = random_bits(seed, offset, 0, kSpeculativeStream);
-      tokens[accepted] = draw(p, vocab, uniform_below(r_sum, bits));
+      tokens[accepted] = first_above<kBlock>(vocab, uniform_below(r_sum, bits), [p](int64_t v) { return p[v]; });
     }
   }
   params.num_accepted[row] = accepted;

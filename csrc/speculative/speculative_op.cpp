@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // speculative_verify: tensors in, checks, Params out.
+#include "../common/row_tensors.h"
 #include "../common/tensor.h"
 #include "speculative.h"
 
@@ -30,15 +31,6 @@ const int64_t* view_nodes(const char* name, const Tensor& t, const Tensor& token
     check_size(name, t, dim, tokens.size(dim));
     stride[dim] = stride_of(t, dim);
   }
-  return static_cast<const int64_t*>(data_of(t));
-}
-
-const int64_t* view_numbers(const char* name, const Tensor& t, const Tensor& tokens) {
-  check_rank(name, t, 1);
-  check_same_device(name, t, tokens);
-  check_scalar_type(name, t, ScalarType::Long, "int64");
-  check_size(name, t, 0, tokens.size(0));
-  FM_CHECK(t.is_contiguous(), name, " must be contiguous");
   return static_cast<const int64_t*>(data_of(t));
 }
 
@@ -75,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> speculative_verify(const Tensor& draft_tokens
     p.draft = view_probs("draft_probs", *draft_probs, draft_tokens, p.num_nodes, p.vocab, p.draft_stride);
   }
   if (parents.has_value()) p.parents = view_nodes("parents", *parents, draft_tokens, p.parents_stride);
-  p.seed = view_numbers("seed", seed, draft_tokens);
-  p.offset = view_numbers("offset", offset, draft_tokens);
+  p.seed = view_one_a_row<int64_t>("seed", seed, draft_tokens, ScalarType::Long, "int64");
+  p.offset = view_one_a_row<int64_t>("offset", offset, draft_tokens, ScalarType::Long, "int64");
 #ifndef FM_CUDA
   check_values(p);
 #endif

@@ -46,7 +46,7 @@ def dequantize_weight(weight: QuantizedWeight, dtype: torch.dtype = torch.float3
     else:
         nibble = k % 8 // 2 + k % 2 * 4
         q = words[n // 32, k // 8, n % 32] >> (4 * nibble) & 15
-        q = q - (8 if weight.zeros is None else weight.zeros.long()[n // 32, group, n % 32])
+        q = q - (8 if weight.zeros is None else weight.zeros.long()[n // 32, group, n % 32] & 15)
     return weight.scales.to(dtype)[n // 32, group, n % 32] * q
 
 
