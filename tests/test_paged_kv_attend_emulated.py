@@ -194,6 +194,27 @@ def test_a_poisoned_token_reaches_the_rows_that_see_it(seq_q, stored):
             assert torch.equal(o[o.isfinite()], clean[o.isfinite()]), (more, token)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_an_infinite_value_whose_weight_underflows_is_nan_in_every_chunk(head_dim, dtype, heads):
+    """It was +inf where not all rows of a tile see the block, and 0 * inf = NaN where all do."""
+    underflow = case("underflow", ((70, 70),), head_dim, heads=heads, kv_heads=1, dtype=dtype)
+    args, kwargs = underflow.inputs()
+    place = int(args[3][0, 0]), 3
+    args[0].fill_(1.0)
+    args[1][place] = -100.0
+    args[2][place][:, 0] = math.inf
+    o, _ = attend(args, kwargs)
+    truth, _ = reference.paged_kv.attend(*args, **kwargs)
+    assert truth[3:, :, 0].isnan().all()
+    assert torch.equal(o.isnan(), truth.isnan())
+    for first in (69, 61, 50):
+        part, _ = alone(attend, args, kwargs, 0, first, 70)
+        assert torch.equal(part.isnan(), o[first:].isnan())
+        assert torch.equal(part.nan_to_num(), o[first:].nan_to_num())
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
 def test_poisoned_keys_queries_and_scales_reach_what_depends_on_them(poison):
     poisoned = case("poison", ((9, 140), (1, 30)), heads=2, kv_heads=1, page_size=8)

@@ -165,7 +165,7 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
     else __syncthreads();  // B2: every warp sees the values and the weights, and has read the keys
     copy_keys(block + T::kStages);
     if (__builtin_expect(nonfinite, 0)) {
-      add_nonfinite<T>(w, smem.kv[1][stage_of<T>(block)][0], a, u, first_key, by_tree);
+      add_nonfinite<T>(w, s, smem, smem.kv[1][stage_of<T>(block)][0], a, u, first_key, by_tree);
       __syncthreads();  // every warp has read what is not finite
       values.zero_nonfinite(copy_to + stage_bytes(block));
       __syncthreads();  // every warp sees zeros in its place
