@@ -163,6 +163,34 @@ __device__ __forceinline__ void add_nonfinite(RowState<T>& w, const BlockScores<
 
 // ---- results --------------------------------------------------------------------------------------------------------
 
+// The queries that requests have: those before and after them have none.
+__device__ __forceinline__ Range queries_of_requests(const PagedAttendParams& p) {
+  const int total = static_cast<int>(p.total_q);
+  if (p.cu_seqlens_q == nullptr) return {0, total};
+  const int begin = clamp(p.cu_seqlens_q[0], 0, total);
+  return {begin, clamp(p.cu_seqlens_q[p.batch], begin, total)};
+}
+
+// o = 0 and lse = -infinity of queries that no request has, which graphs are padded with; a block takes every
+// gridDim.y'th of them.
+template <class T>
+__device__ __forceinline__ void store_padding(const AttendArgs& a, Range queries) {
+  const PagedAttendParams& p = a.p;
+  const int num_queries = queries.end - queries.begin, group = a.group.value();
+#pragma unroll 1
+  for (int token = blockIdx.y; token < static_cast<int>(p.total_q) - num_queries; token += gridDim.y) {
+    const int64_t to = token < queries.begin ? token : token + num_queries,
+                  head = static_cast<int64_t>(blockIdx.x) * group;
+    uint4* o = reinterpret_cast<uint4*>(static_cast<typename T::Element*>(p.o.data) + to * p.o.token_stride +
+                                        head * p.o.head_stride);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < group * static_cast<int>(p.cache.v_head_dim) / T::kChunkElements; i += T::kThreads)
+      o[i] = uint4{};
+#pragma unroll 1
+    for (int i = threadIdx.x; i < group; i += T::kThreads) p.lse[(head + i) * p.lse_head_stride + to] = -INFINITY;
+  }
+}
+
 // What a row's weights of a chunk add up to, in a fixed order of lanes and keys. All threads together where warps share
 // rows.
 template <class T>
