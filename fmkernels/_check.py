@@ -59,6 +59,25 @@ def last_dim_contiguous(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have a contiguous last dimension, got stride {value.stride(-1)}.")
 
 
+def written(op: str, name: str, value: Tensor) -> None:
+    """Of a tensor that is written: two elements in one place, as expanding gives, would be written in no order."""
+    for dim, (count, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if count > 1 and stride == 0 and value.numel() != 0:
+            raise ValueError(
+                f"{op}: {name} is written and must have a place for each element, got stride 0 in dimension {dim}."
+            )
+
+
+def copied(op: str, name: str, out: Any, result: Tensor) -> Tensor:
+    """The tensor that was given for a result, which is copied to it: not converted, not broadcast."""
+    is_tensor(op, name, out)
+    shape(op, name, out, "the result", result)
+    same_dtype(op, name, out, "the result", result)
+    same_device(op, name, out, "the result", result)
+    written(op, name, out)
+    return out.copy_(result)
+
+
 def plain(
     op: str, name: str, value: Any, num_dims: int, layout: str, only: torch.dtype, other_name: str, other: Tensor
 ) -> None:

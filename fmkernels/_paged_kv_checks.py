@@ -102,6 +102,9 @@ def check_append(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, q, cos,
     check.rank(op, "k", k, 3, "[num_tokens, kv_heads, head_dim]")
     check.dtype(op, "k", k, check.FLOAT_DTYPES)
     check_caches(op, k_cache, v_cache, k_scale, v_scale, "k", k)
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if t is not None and t.dim() >= 3:  # other scales are read
+            check.written(op, name, t)
     rows = (("k", k, k_cache.shape[2], k_cache), ("v", v, v_cache.shape[2], v_cache), ("q", q, None, k_cache))
     for name, t, heads, cache in rows if q is not None else rows[:2]:
         check.is_tensor(op, name, t)
@@ -113,6 +116,8 @@ def check_append(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, q, cos,
         if heads is not None:
             check.size(op, name, t, 1, "the kv_heads of the caches,", heads)
         check.size(op, name, t, 2, "the dim of its cache,", cache.shape[3])
+        if name == "q":
+            check.written(op, name, t)
     check.plain(op, "slot_mapping", slot_mapping, 1, "[num_tokens]", torch.int64, "k", k)
     check.size(op, "slot_mapping", slot_mapping, 0, "num_tokens", k.shape[0])
     if not (cos is None) == (sin is None) == (positions is None):

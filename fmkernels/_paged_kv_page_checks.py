@@ -65,6 +65,7 @@ def check_gather(cache, table, cu_seqlens, num_tokens, scale, dtype) -> None:
 def check_copy_pages(cache, src, dst) -> None:
     op = "paged_kv.copy_pages"
     check_pages_tensor(op, cache)
+    check.written(op, "cache", cache)
     sources, targets = (check_page_list(op, name, t, cache) for name, t in (("src", src), ("dst", dst)))
     check.size(op, "dst", dst, 0, "as many pages as src,", src.shape[0])
     taken = set(sources)
@@ -87,6 +88,7 @@ def check_swap(name, cache, pages, host_buffer) -> None:
         )
     check.same_dtype(op, "host_buffer", host_buffer, "cache", cache)
     check.last_dim_contiguous(op, "host_buffer", host_buffer)
+    check.written(op, *(("cache", cache) if name == "swap_in" else ("host_buffer", host_buffer)))
     if host_buffer.shape[0] < pages.shape[0]:
         raise ValueError(f"{op}: host_buffer must hold {pages.shape[0]} pages, got {host_buffer.shape[0]}.")
     if host_buffer.device.type not in ("cpu", "meta"):
@@ -101,6 +103,7 @@ def check_swap(name, cache, pages, host_buffer) -> None:
 def check_compact(cache, keep) -> None:
     op = "paged_kv.compact"
     check_pages_tensor(op, cache)
+    check.written(op, "cache", cache)
     values = check_page_list(op, "keep", keep, cache)
     if keep.shape[0] > cache.shape[0]:
         raise ValueError(f"{op}: keep must name at most {cache.shape[0]} pages, got {keep.shape[0]}.")

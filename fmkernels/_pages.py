@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a `PagePool` keeps of its pages and of a sequence."""
+"""What a `PagePool` keeps of its pages and of a sequence, and the tokens that it is given."""
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -152,3 +153,28 @@ class Batch(NamedTuple):
     block_table: Tensor  # [batch, max_pages], int32: the pages of each sequence, in order; 0 after its last
     cache_seqlens: Tensor  # [batch], int32: tokens and reserved slots
     cu_seqlens_q: Tensor  # [batch + 1], int32: where the slots of each sequence begin and end in slot_mapping
+
+
+def int64_tokens(op: str, tokens: Any) -> array[int]:
+    if isinstance(tokens, Tensor):
+        tokens = tokens.tolist()
+    if type(tokens) is not list:
+        if isinstance(tokens, str | bytes | bytearray | memoryview) or not isinstance(tokens, Iterable):
+            raise TypeError(f"{op}: tokens must be a list of integers, got {type(tokens).__name__}.")
+        tokens = list(tokens)
+    try:
+        return array("q", tokens)
+    except TypeError:
+        wrong = next(type(t).__name__ for t in tokens if not _is_integer(t))
+        raise TypeError(f"{op}: tokens must be integers, got a {wrong}.") from None
+    except OverflowError:
+        wrong = next(t for t in tokens if not -(2**63) <= operator.index(t) < 2**63)
+        raise ValueError(f"{op}: tokens must be integers of 64 bits, got {wrong}.") from None
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)  # arrays and tensors have __index__, and some of them only an error in it
+    except TypeError:
+        return False
+    return True

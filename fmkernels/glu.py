@@ -97,6 +97,8 @@ def _check_tensors(op: str, gate: Any, up: Any, out: Any) -> None:
         elif name == "out" and t.shape != _shape_of(gate, up):
             raise ValueError(f"{op}: out must be {list(_shape_of(gate, up))} for this gate, got {list(t.shape)}.")
         check.last_dim_contiguous(op, name, t)
+        if name == "out":
+            check.written(op, name, t)
     check.rows_merge(op, [t for t in (gate, up, out) if t is not None])
     check.kernel_exists(op, "glu_forward", gate)
 

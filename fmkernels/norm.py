@@ -137,6 +137,8 @@ def _check_tensors(op: str, x: Any, residual: Any, weight: Any, bias: Any, out: 
             check.same_dtype(op, name, t, "x", x)
             check.shape(op, name, t, "x", x)
             check.last_dim_contiguous(op, name, t)
+            if name.endswith("out"):
+                check.written(op, name, t)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             check.is_tensor(op, name, t)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._pages import Batch, OutOfPages, PagedSequence, Pages
+from ._pages import Batch, OutOfPages, PagedSequence, Pages, int64_tokens
 
 __all__ = ["Batch", "OutOfPages", "PagePool", "PagedSequence"]
 
@@ -93,7 +93,7 @@ class PagePool:
             key: whatever else keys and values depend on: a LoRA, the version of the weights, the salt of a tenant.
                 Only equal keys share; object() shares with nobody.
         """
-        tokens = _int64("PagePool.add", tokens)
+        tokens = int64_tokens("PagePool.add", tokens)
         try:
             hash(key)
         except TypeError:
@@ -154,7 +154,7 @@ class PagePool:
     def extend(self, sequence: PagedSequence, tokens: Iterable[int]) -> None:
         """Appends the tokens whose keys and values are in the first reserved slots."""
         self._expect("extend", sequence)
-        tokens = _int64("PagePool.extend", tokens)
+        tokens = int64_tokens("PagePool.extend", tokens)
         if len(tokens) > sequence._num_reserved:
             raise ValueError(
                 f"PagePool.extend: tokens must be at most the {sequence._num_reserved} reserved, got {len(tokens)}."
@@ -276,23 +276,6 @@ class PagePool:
         if sequence._state not in states:
             expected = " or ".join(states)
             raise ValueError(f"PagePool.{method}: sequence must be {expected}, got one that is {sequence._state}.")
-
-
-def _int64(op: str, tokens: Any) -> array[int]:
-    if isinstance(tokens, Tensor):
-        tokens = tokens.tolist()
-    if type(tokens) is not list:
-        if isinstance(tokens, str | bytes | bytearray | memoryview) or not isinstance(tokens, Iterable):
-            raise TypeError(f"{op}: tokens must be a list of integers, got {type(tokens).__name__}.")
-        tokens = list(tokens)
-    try:
-        return array("q", tokens)
-    except TypeError:
-        wrong = next(type(t).__name__ for t in tokens if not hasattr(t, "__index__"))
-        raise TypeError(f"{op}: tokens must be integers, got a {wrong}.") from None
-    except OverflowError:
-        wrong = next(t for t in tokens if not -(2**63) <= t < 2**63)
-        raise ValueError(f"{op}: tokens must be integers of 64 bits, got {wrong}.") from None
 
 
 def _tensor(values: array[int] | bytearray, dtype: torch.dtype) -> Tensor:

@@ -131,7 +131,9 @@ def attend(
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came. Lengths and page ids out of range
-            are refused on the CPU, on CUDA under FMKERNELS_CHECK=1; without it such keys read as zeros.
+            are refused on the CPU, on CUDA under FMKERNELS_CHECK=1; without it such keys read as zeros. Likewise
+            queries that cu_seqlens_q gives to no request, as a captured graph is padded with: without it o = 0 there
+            and lse = -inf.
 
     CPU and CUDA (sm_80 and later); not differentiable. Deterministic, and batch invariant: the bits of a row depend on
     its query, its position and the keys that it sees, not on other requests, other queries of its own, or page_size.

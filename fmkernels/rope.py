@@ -101,6 +101,8 @@ def _check_tensors(
                 f"{op}: k must have the shape of q but for the heads, {list(q.shape)}, got {list(t.shape)}."
             )
         check.last_dim_contiguous(op, name, t)
+        if name.startswith("out"):
+            check.written(op, name, t)
     check.is_tensor(op, "positions", positions)
     check.same_device(op, "positions", positions, "q", q)
     check.dtype(op, "positions", positions, (torch.int32, torch.int64))

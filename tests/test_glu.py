@@ -254,6 +254,12 @@ ERRORS = [
     ("up", X.to("meta"), ValueError, "up must be on the device of gate, cpu, got meta."),
     ("up", NARROW, ValueError, "up must have a contiguous last dimension, got stride 2."),
     ("out", X[..., :4], ValueError, "out must be [2, 3, 8] for this gate, got [2, 3, 4]."),
+    (
+        "out",
+        X[:1].expand(2, 3, 8),
+        ValueError,
+        "out is written and must have a place for each element, got stride 0 in dimension 0.",
+    ),
     ("out", X.half(), ValueError, "out must have the dtype of gate, float32, got float16."),
     ("approximate", "erf", ValueError, "approximate must be 'none' or 'tanh', got 'erf'."),
 ]

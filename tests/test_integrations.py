@@ -328,10 +328,20 @@ def test_flash_attn_drops_as_attention_does():
         assert torch.equal(actual, own(*args, dropout_p=0.5))
 
 
-def test_flash_attn_refuses_what_it_has_not():
-    args, _ = Case("packed", seqlens=((3, 5),)).inputs()
-    with pytest.raises(ValueError, match=r"^flash_attn_varlen_func: block_table must be None"):
-        flash_attn_varlen_func(*args, block_table=torch.zeros(1, 1, dtype=torch.int32))
+def test_flash_attn_reads_pages_by_their_table():
+    args, kwargs = Case("packed", seqlens=((3, 5), (1, 7), (7, 7)), alibi="heads", causal=True).inputs()
+    q, k, v, cu_q, cu_k, *longest = args
+    pages, table = [torch.zeros(8, 3, *t.shape[1:]) for t in (k, v)], torch.tensor([[6, 2, 0], [1, 7, 3], [4, 0, 5]])
+    for row, begin, end in zip(table, cu_k.tolist(), cu_k[1:].tolist(), strict=False):
+        for token in range(begin, end):
+            place = int(row[(token - begin) // 3]), (token - begin) % 3
+            pages[0][place], pages[1][place] = k[token], v[token]
+    options = {"window_size": (4, 0), "softmax_scale": 0.3, "return_attn_probs": True, **kwargs}
+    expected = flash_attn_varlen_func(*args, **options)
+    actual = flash_attn_varlen_func(q, *pages, cu_q, cu_k, *longest, **options, block_table=table.int())
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises(ValueError, match=r"^flash_attn_varlen_func: dropout_p must be 0 with block_table, got 0\.5\."):
+        flash_attn_varlen_func(q, *pages, cu_q, cu_k, *longest, 0.5, block_table=table.int())
 
 
 @pytest.mark.parametrize(

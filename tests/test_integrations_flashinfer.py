@@ -111,6 +111,17 @@ def test_positions_without_a_page():
     assert torch.equal(cache, before)
 
 
+def test_pages_that_kv_indptr_names_and_kv_indices_has_not():
+    """The token went to the last page there is, which is another request's."""
+    cache, _ = cache_of("NHD", "one")
+    before, x = cache.clone(), torch.zeros(1, KV_HEADS, HEAD_DIM)
+    where = [torch.tensor([i], dtype=torch.int32) for i in (3, 5)]
+    for indptr in ([0, 2, 2, 5, 8], [-9, -9, -9, -9, 8]):
+        with pytest.raises(ValueError, match="got position 5 of request 3"):
+            flashinfer.append_paged_kv_cache(x, x, *where, cache, INDICES, torch.tensor(indptr), LAST)
+    assert torch.equal(cache, before)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_single_requests(layout):
     _, requests = cache_of("NHD", "one")
@@ -207,7 +218,39 @@ def test_errors():
             call()
         assert str(raised.value) == sentence
     decode.plan(*PLAN)
+    overlaps = "is written and must have a place for each element, got stride 0 in dimension 1."
+    for given, sentence in (
+        ({"out": torch.empty(4, HEADS, 1)}, "out must have the shape of the result, [4, 6, 16], got [4, 6, 1]."),
+        ({"out": torch.empty(5, 4, HEADS, HEAD_DIM)},
+         "out must have the shape of the result, [4, 6, 16], got [5, 4, 6, 16]."),
+        ({"out": q.half()}, "out must have the dtype of the result, float32, got float16."),
+        ({"out": q[:, :1].expand(4, HEADS, HEAD_DIM)}, f"out {overlaps}"),
+        ({"lse": torch.empty(5, 4, HEADS)}, "lse must have the shape of the result, [4, 6], got [5, 4, 6]."),
+        ({"lse": torch.empty(4, HEADS).double()}, "lse must have the dtype of the result, float32, got float64."),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\.$") as raised:
+            decode.run(q, cache, return_lse=True, **given)
+        assert str(raised.value) == f"{name}: {sentence}"
+    with pytest.raises(ValueError, match=f"merge_state_in_place: s {overlaps}"):
+        flashinfer.merge_state_in_place(q, q[:, :1, 0].expand(4, HEADS), q, q[:, :, 0])
     with pytest.raises(ValueError, match=f"{name}: num_qo_heads must be that of plan, 6, got 5."):
         decode.run(q[:, :5], cache)
     with pytest.raises(TypeError, match="paged_kv_cache must be a tensor or a pair of them, got str"):
         decode.run(q, "cache")
+
+
+def test_a_plan_that_fails_leaves_the_one_before():
+    """It was mixed of both, and run gave numbers of neither."""
+    cache, _ = cache_of("NHD", "one")
+    q = torch.randn(4, HEADS, HEAD_DIM)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(None)
+    wrapper.plan(*PLAN)
+    o = wrapper.run(q, cache)
+    for wrong in (
+        (INDPTR, INDICES[:3], LAST, HEADS + 1, KV_HEADS, HEAD_DIM, PAGE_SIZE),
+        (INDPTR, INDICES, LAST[:3], HEADS + 1, KV_HEADS, HEAD_DIM, PAGE_SIZE),
+        (INDPTR, INDICES.flip(0), LAST, HEADS, KV_HEADS, "16", PAGE_SIZE),
+    ):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            wrapper.plan(*wrong)
+        assert torch.equal(wrapper.run(q, cache), o)

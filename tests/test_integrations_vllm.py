@@ -102,6 +102,53 @@ def test_attention_over_an_fp8_cache():
     assert_as_good_as_torch(o, lambda *batch: expected(*batch, causal=True)[0], q, *values, *rest)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.uint8], ids=str)
+def test_the_arguments_that_vllm_gives_are_taken(stored):
+    """Those of its backend, literally: it gives all three scales whatever the cache holds; they were refused once."""
+    q, k_cache, v_cache, table, seqused, cu_q = paged_batch()
+    values = [cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache)]
+    caches = [k_cache, v_cache] if stored == torch.float32 else [cache.view(torch.uint8) for cache in values]
+    output, one = torch.full((12, HEADS, HEAD_DIM), 7.0), torch.tensor([0.5])
+    result = vllm.flash_attn_varlen_func(
+        q=q,
+        k=caches[0],
+        v=caches[1],
+        out=output[:9],
+        cu_seqlens_q=cu_q,
+        max_seqlen_q=5,
+        seqused_k=seqused,
+        max_seqlen_k=40,
+        softmax_scale=0.25,
+        causal=True,
+        alibi_slopes=None,
+        window_size=[-1, -1],
+        block_table=table,
+        softcap=0.0,
+        scheduler_metadata=None,
+        fa_version=2,
+        q_descale=one.expand(3, KV_HEADS),
+        k_descale=one.expand(3, KV_HEADS),
+        v_descale=one.expand(3, KV_HEADS),
+        num_splits=0,
+        s_aux=None,
+    )
+    truth = [k_cache, v_cache] if stored == torch.float32 else [cache.float() * one for cache in values]
+    batch = (q, *truth, table, seqused, cu_q)
+    assert_as_good_as_torch(result, lambda *batch: expected(*batch, causal=True, softmax_scale=0.25)[0], *batch)
+    assert result.data_ptr() == output.data_ptr()
+    assert output[9:].eq(7.0).all()
+
+
+def test_scales_are_not_read_without_pages():
+    """vLLM's encoder gives them too."""
+    q, k_cache, v_cache, *_ = paged_batch()
+    k, v = k_cache.flatten(0, 1)[:62], v_cache.flatten(0, 1)[:62]
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 6, 9], [0, 5, 45, 62]))
+    scales = {f"{name}_descale": torch.tensor([0.5]).expand(3, KV_HEADS) for name in "qkv"}
+    args = (q, k, v, 5, cu_q, 40, cu_k)
+    assert torch.equal(vllm.flash_attn_varlen_func(*args, **scales), vllm.flash_attn_varlen_func(*args))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms(dtype):
     x, residual, weight = (torch.randn(shape).to(dtype) for shape in ((7, 40), (7, 40), (40,)))
@@ -173,25 +220,54 @@ def test_merge(num_with_context):
 NONE_OF = torch.zeros(3, 2)
 ERRORS = [
     ({"q_v": NONE_OF}, "q_v must be None: it is not supported, got Tensor."),
-    ({"q_descale": NONE_OF}, "q_descale must be None: it is not supported, got Tensor."),
+    ({"q": NONE_OF.to(torch.float8_e4m3fn)}, "q must be float32 or bfloat16 or float16, got float8_e4m3fn."),
     ({"dropout_p": 0.1}, "dropout_p must be 0: nothing else is supported, got 0.1."),
     ({"cp_world_size": 2}, "cp_world_size must be 1: nothing else is supported, got 2."),
-    ({"k_descale": NONE_OF}, "k_descale must be one row expanded to all requests, got strides [2, 1]."),
+    (
+        {"k": paged_batch()[1].char(), "v": paged_batch()[2].char(), "k_descale": NONE_OF},
+        "k_descale must be one row expanded to all requests, got strides [2, 1].",
+    ),
     ({"seqused_k": None}, "seqused_k must be given with block_table, and cu_seqlens_k must not."),
     ({"block_table": None}, "seqused_k must be None without block_table, got Tensor."),
     ({"block_table": None, "seqused_k": None}, "cu_seqlens_k must be given without block_table, got None."),
     ({"out": torch.zeros(2)}, "out must have the shape of the result, [9, 6, 16], got [2]."),
+    (
+        {"out": torch.zeros(1, 6, 16).expand(9, 6, 16)},
+        "out is written and must have a place for each element, got stride 0 in dimension 0.",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("given", "sentence"), ERRORS)
 def test_what_attention_refuses(given, sentence):
     q, k_cache, v_cache, table, seqused, cu_q = paged_batch()
+    right = {"q": q, "k": k_cache, "v": v_cache, "max_seqlen_q": 5, "cu_seqlens_q": cu_q, "max_seqlen_k": 40}
     with pytest.raises(ValueError, match="flash_attn_varlen_func: ") as raised:
-        vllm.flash_attn_varlen_func(
-            q, k_cache, v_cache, 5, cu_q, 40, **{"seqused_k": seqused, "block_table": table, **given}
-        )
+        vllm.flash_attn_varlen_func(**{**right, "seqused_k": seqused, "block_table": table, **given})
     assert str(raised.value) == f"flash_attn_varlen_func: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "stored", "allowed"),
+    [
+        ("auto", torch.float8_e4m3fn, "float32"),
+        ("auto", torch.uint8, "float32"),
+        ("auto", torch.bfloat16, "float32"),
+        ("fp8", torch.float32, "float8_e4m3fn or uint8"),
+        ("fp8_e4m3", torch.int8, "float8_e4m3fn or uint8"),
+        ("int8", torch.uint8, "int8"),
+    ],
+    ids=str,
+)
+def test_a_cache_of_another_dtype_than_its_name_is_refused(kv_cache_dtype, stored, allowed):
+    """It was quantised with scale 1, whatever scale came."""
+    x, slots, scale = torch.zeros(1, KV_HEADS, HEAD_DIM), torch.zeros(1, dtype=torch.int64), torch.tensor([0.5])
+    caches = [torch.zeros(1, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(stored) for _ in "kv"]
+    with pytest.raises(ValueError, match=r"^reshape_and_cache_flash: ") as raised:
+        vllm.reshape_and_cache_flash(x, x, *caches, slots, kv_cache_dtype, scale, scale)
+    got = str(stored).removeprefix("torch.")
+    wanted = f"key_cache must be {allowed} for this key and kv_cache_dtype {kv_cache_dtype}, got {got}."
+    assert str(raised.value) == f"reshape_and_cache_flash: {wanted}"
 
 
 def test_what_the_others_refuse():

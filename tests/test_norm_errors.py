@@ -15,6 +15,7 @@ from fmkernels import layer_norm, nn, rms_norm
 
 X, W = torch.zeros(2, 3, 8), torch.zeros(8)
 NARROW = torch.zeros(2, 3, 16)[..., ::2]
+OVERLAPS = "is written and must have a place for each element, got stride 0 in dimension 0."
 ERRORS = [
     ("x", None, TypeError, "x must be a tensor, got NoneType."),
     ("x", torch.zeros(()), ValueError, "x must be [..., hidden], got 0 dimensions []."),
@@ -54,6 +55,8 @@ def test_wrong_arguments(name, value, error, sentence):
     [
         ({"out": X.half()}, "out must have the dtype of x, float32, got float16."),
         ({"out": X[:1]}, "out must have the shape of x, [2, 3, 8], got [1, 3, 8]."),
+        ({"out": X[:1].expand(2, 3, 8)}, f"out {OVERLAPS}"),
+        ({"out": X, "residual": X, "residual_out": X[:1].expand(2, 3, 8)}, f"residual_out {OVERLAPS}"),
         ({"out": X, "residual_out": X}, "residual must be given with residual_out and out, got None."),
         ({"out": X, "weight": W.clone().requires_grad_()}, "out cannot be given where a gradient is recorded."),
     ],

@@ -251,6 +251,8 @@ ERRORS = [
     (lambda pool, s: pool.add(b"12345678"), TypeError, ".add: tokens must be a list of integers, got bytes."),
     (lambda pool, s: pool.add([1, 2.0]), TypeError, ".add: tokens must be integers, got a float."),
     (lambda pool, s: pool.add(torch.zeros(2, 2).int()), TypeError, ".add: tokens must be integers, got a list."),
+    (lambda pool, s: pool.add(np.zeros((2, 2), int)), TypeError, ".add: tokens must be integers, got a ndarray."),
+    (lambda pool, s: pool.add([1, torch.tensor(1.5)]), TypeError, ".add: tokens must be integers, got a Tensor."),
     (lambda pool, s: pool.add([1], key=[]), TypeError, ".add: key must be hashable, got list."),
     (lambda pool, s: pool.fork(None), TypeError, ".fork: sequence must be a PagedSequence, got NoneType."),
     (lambda pool, s: pool.reserve(s, -1), ValueError, ".reserve: num_tokens must be at least 0, got -1."),

@@ -206,6 +206,19 @@ def test_a_round_trip_over_every_function():
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.has_tensor_cores], ids=str)
+def test_gather_gives_zeros_for_tokens_that_no_request_has(backend):
+    """They were read on, from the pages of the last request."""
+    from fmkernels._library import ops
+
+    cache, table = torch.randn(9, 4, 2, 16), torch.arange(8, dtype=torch.int32).view(2, 4)
+    args = (table, ids(2, 5, 10), 16, None, torch.float32)
+    tokens = backend.run(lambda: ops.paged_kv_gather(cache, *args))
+    assert torch.equal(tokens[2:10], torch.cat([cache[0, :3], cache[4], cache[5, :1]]))
+    assert tokens[:2].eq(0).all()
+    assert tokens[10:].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.has_tensor_cores], ids=str)
 def test_ids_out_of_range_touch_nothing_outside(backend):
     """On a GPU such writes do not happen, such reads are zeros; the emulator reports any access outside the tensors."""
     from fmkernels._library import ops

@@ -156,6 +156,32 @@ def test_one_query_a_request_needs_no_prefix_sums():
     assert all(map(torch.equal, attend(args, kwargs), attend(args, {})))
 
 
+def test_more_requests_than_blocks_are_merged():
+    """A block merges every gridDim.y'th request: here two of the three."""
+    args, kwargs = case("many heads", ((0, 0), (0, 0), (1, 520)), 8, heads=864, kv_heads=864).inputs()
+    o, lse = attend(args, kwargs)
+    q, k_cache, v_cache, *rest = args
+    one = attend((q[:, :1].clone(), k_cache[:, :, :1].clone(), v_cache[:, :, :1].clone(), *rest), kwargs)
+    assert o.isfinite().all()
+    assert torch.equal(o[:, :1], one[0])
+    assert torch.equal(lse[:1], one[1])
+
+
+@pytest.mark.slow
+def test_a_batch_of_more_requests_than_a_grid_has_rows():
+    """It was refused, when attention had run and its chunks were to be merged."""
+    (q, k_cache, v_cache, _, _), _ = case("one", ((1, 520),), 8, heads=1, kv_heads=1, page_size=520).inputs()
+    lengths = torch.zeros(65600, dtype=torch.int32)
+    lengths[[7, 65590]] = 520
+    args = (q.expand(65600, 1, 8), k_cache[:1].zero_(), v_cache[:1].normal_(), lengths[:, None] * 0, lengths)
+    o, lse = attend(args, {})
+    expected = attend((q, *args[1:3], *(t[7:8] for t in args[3:])), {})
+    for request in (7, 65590):
+        assert torch.equal(o[request], expected[0][0])
+        assert torch.equal(lse[:, request], expected[1][:, 0])
+    assert lse.isfinite().sum() == 2
+
+
 def test_a_batch_of_more_requests_than_threads():
     """The work list holds 128 requests at a time; split ones stand in each part of it."""
     few = case("few", ((1, 520), (1, 9), (9, 20)), kv_heads=1, heads=2)
@@ -192,6 +218,27 @@ def test_a_poisoned_token_reaches_the_rows_that_see_it(seq_q, stored):
             truth, _ = reference.paged_kv.attend(*bad, **kwargs, **more)
             assert torch.equal(o.isfinite(), truth.isfinite()), (more, token)
             assert torch.equal(o[o.isfinite()], clean[o.isfinite()]), (more, token)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_an_infinite_value_whose_weight_underflows_is_nan_in_every_chunk(head_dim, dtype, heads):
+    """It was +inf where not all rows of a tile see the block, and 0 * inf = NaN where all do."""
+    underflow = case("underflow", ((70, 70),), head_dim, heads=heads, kv_heads=1, dtype=dtype)
+    args, kwargs = underflow.inputs()
+    place = int(args[3][0, 0]), 3
+    args[0].fill_(1.0)
+    args[1][place] = -100.0
+    args[2][place][:, 0] = math.inf
+    o, _ = attend(args, kwargs)
+    truth, _ = reference.paged_kv.attend(*args, **kwargs)
+    assert truth[3:, :, 0].isnan().all()
+    assert torch.equal(o.isnan(), truth.isnan())
+    for first in (69, 61, 50):
+        part, _ = alone(attend, args, kwargs, 0, first, 70)
+        assert torch.equal(part.isnan(), o[first:].isnan())
+        assert torch.equal(part.nan_to_num(), o[first:].nan_to_num())
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
@@ -241,6 +288,32 @@ def test_keys_of_a_page_that_does_not_exist_are_zeros(page_size, page):
     expected = attend((q, torch.cat([k_cache, zeros]), torch.cat([v_cache, zeros]), table.clone(), seqlens), kwargs)
     table[place] = page
     assert all(map(torch.equal, attend((q, k_cache, v_cache, table, seqlens), kwargs), expected))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (20, 1)])
+@pytest.mark.parametrize("stored", [None, torch.int8], ids=str)
+def test_queries_that_no_request_has_give_zeros(stored, heads, kv_heads):
+    """What a graph is padded with; those rows were not written."""
+    scales = "head" if stored else ""
+    padded = case("padding", ((1, 520), (9, 30)), heads=heads, kv_heads=kv_heads, cache_dtype=stored, scales=scales)
+    (q, *rest), kwargs = padded.inputs()
+    sinks = torch.randn(heads)
+    expected = attend((q, *rest), {**kwargs, "sinks": sinks})
+    for before, after in ((0, 7), (3, 0), (2, 300)):
+        padding = [q.new_full((n, heads, 64), math.nan) for n in (before, after)]
+        prefix = kwargs["cu_seqlens_q"] + before
+        inputs = (torch.cat([padding[0], q, padding[1]]), *rest)
+        o, lse = attend(inputs, {**kwargs, "cu_seqlens_q": prefix, "sinks": sinks})
+        own = slice(before, before + 10)
+        assert torch.equal(o[own], expected[0])
+        assert torch.equal(lse[:, own], expected[1])
+        o[own], lse[:, own] = 0.0, -math.inf
+        assert o.eq(0).all()
+        assert lse.eq(-math.inf).all()
+    nobody = (q, *rest[:2], rest[2][:0], rest[3][:0])
+    o, lse = attend(nobody, {**kwargs, "cu_seqlens_q": torch.zeros(1, dtype=torch.int32)})
+    assert o.eq(0).all()
+    assert lse.eq(-math.inf).all()
 
 
 @pytest.mark.parametrize("prefix", [[0, 5, 3, 12], [-7, 5, 9, 40], [0, 5, 2**31 - 1, 12], [-(2**31), 2**31 - 1, 0, 3]])

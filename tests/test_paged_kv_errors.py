@@ -28,6 +28,8 @@ RIGHT = {
     "page_table_from_csr": {"indptr": CU, "indices": torch.zeros(3, dtype=torch.int32), "max_pages": 2},
 }  # fmt: skip
 RIGHT["copy_pages"]["dst"] = torch.tensor([0, 3], dtype=torch.int32)
+EXPANDED = CACHE[:, :1].expand(4, 2, 2, 16)
+OVERLAPS = "is written and must have a place for each element, got stride 0 in dimension 1."
 ROTARY = {"rotary_cos": ANGLES, "rotary_sin": ANGLES, "positions": POSITIONS}
 
 
@@ -61,6 +63,10 @@ ERRORS = [
     ("append", {**ROTARY, "rotary_sin": ANGLES[:4]}, ValueError,
      "rotary_sin must have the shape of rotary_cos, [5, 8], got [4, 8]."),
     ("append", {**ROTARY, "positions": POSITIONS + 3}, ValueError, "positions must be from 0 to 4, got 5."),
+    ("append", {"v_cache": EXPANDED}, ValueError, f"v_cache {OVERLAPS}"),
+    ("append", {"k_cache": INT8, "v_cache": INT8, "v_scale": SCALE, "k_scale": torch.ones(4, 1, 2).expand(4, 2, 2)},
+     ValueError, f"k_scale {OVERLAPS}"),
+    ("append", {**ROTARY, "q": Q[:, :1].expand(3, 4, 16)}, ValueError, f"q {OVERLAPS}"),
     ("append", {**ROTARY, "interleaved": 1}, TypeError, "interleaved must be True or False, got int."),
     ("append", {"k": K.clone().requires_grad_()}, ValueError,
      "k must not require a gradient: none is computed for it."),
@@ -98,6 +104,10 @@ ERRORS = [
     ("copy_pages", {"dst": ids(0)}, ValueError, "dst must have as many pages as src, 2, got 1."),
     ("copy_pages", {"cache": CACHE.flatten()}, ValueError,
      "cache must be [num_pages, ...] with 2 to 5 dimensions, got [256]."),
+    ("copy_pages", {"cache": EXPANDED}, ValueError, f"cache {OVERLAPS}"),
+    ("compact", {"cache": EXPANDED}, ValueError, f"cache {OVERLAPS}"),
+    ("swap_in", {"cache": EXPANDED}, ValueError, f"cache {OVERLAPS}"),
+    ("swap_out", {"host_buffer": EXPANDED}, ValueError, f"host_buffer {OVERLAPS}"),
     ("swap_out", {"host_buffer": CACHE[:1]}, ValueError, "host_buffer must hold 2 pages, got 1."),
     ("swap_out", {"host_buffer": CACHE[:2].half()}, ValueError,
      "host_buffer must have the dtype of cache, float32, got float16."),

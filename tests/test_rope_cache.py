@@ -155,6 +155,8 @@ ERRORS = [
     ("out", Q, TypeError, "out must be a pair of tensors (q, k), got Tensor."),
     ("out", (Q, None), ValueError, "out must have a k where there is one, got None."),
     ("out", (Q[:1], Q), ValueError, "out[0] must have the shape of q, [2, 5, 3, 8], got [1, 5, 3, 8]."),
+    ("out", (Q, Q[:, :, :1].expand(2, 5, 3, 8)), ValueError,
+     "out[1] is written and must have a place for each element, got stride 0 in dimension 2."),
     ("out", (Q, Q.half()), ValueError, "out[1] must have the dtype of q, float32, got float16."),
 ]  # fmt: skip
 

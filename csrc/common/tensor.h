@@ -95,6 +95,15 @@ inline void check_last_dim_contiguous(const char* name, const Tensor& t) {
            " must have a contiguous last dimension");
 }
 
+// Of a tensor that is written: two elements in one place would be written in no order.
+inline void check_written(const char* name, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    FM_CHECK(sizes[dim] <= 1 || strides[dim] != 0 || t.numel() == 0, name,
+             " is written and must have a place for each element, got stride 0 in dimension ", dim);
+  }
+}
+
 inline void check_rank(const char* name, const Tensor& t, int64_t rank) {
   FM_CHECK(t.dim() == rank, name, " must have ", rank, " dimensions, got ", t.dim());
 }

@@ -55,6 +55,7 @@ Tensor glu_forward(const Tensor& gate, const std::optional<Tensor>& up, int64_t 
 }
 
 void glu_forward_out(const Tensor& gate, const std::optional<Tensor>& up, int64_t activation, const Tensor& out) {
+  check_written("out", out);
   execute_forward(gate, up, activation, out);
 }
 

@@ -67,6 +67,8 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
 void norm_forward_out(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
                       const std::optional<Tensor>& bias, double eps, bool centred, const Tensor& y,
                       const std::optional<Tensor>& summed) {
+  check_written("y", y);
+  if (summed.has_value()) check_written("summed", *summed);
   execute_forward(x, residual, weight, bias, eps, centred, y, pointer_to(summed));
 }
 

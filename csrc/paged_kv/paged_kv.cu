@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) paged_kv_gather_kernel(GatherCall ca
   Columns x{};
   const int position = p.batch > 0 ? token - p.cu_seqlens[begin] : -1;
   const int index = position / call.page_size, slot = position - index * call.page_size.value();
-  if (position >= 0 && index < p.max_pages) {
+  if (position >= 0 && index < p.max_pages && token < p.cu_seqlens[begin + 1]) {
     const int page = p.block_table[begin * p.table_stride + index];
     if (page >= 0 && page < p.num_pages) {
       x = load_columns(static_cast<const Stored*>(p.cache.data) + offset_of(p.cache, page, slot, head) + column,

@@ -21,7 +21,8 @@
 //
 // What no query sees is not read: slots past cache_seqlens[b], table entries past its pages. Page ids and slots out of
 // range are refused by the ops on the CPU; on CUDA they never leave the cache: such keys read as zeros, such writes and
-// copies do not happen, cache_seqlens and cu_seqlens are clamped to what the tensors hold.
+// copies do not happen, cache_seqlens and cu_seqlens are clamped to what the tensors hold, and rows that lie before or
+// after all requests, as a captured graph is padded with, give o = 0 and lse = -inf, and zeros from gather.
 #pragma once
 
 #include <cstdint>
@@ -90,7 +91,7 @@ struct PagedAppendParams {
 
 struct PagedAttendParams {
   DType dtype;    // of q and o; on CUDA a half, and that of the cache where it is not quantised
-  RowsView q, o;  // [total_q, heads, head_dim], [total_q, heads, v_head_dim]
+  RowsView q, o;  // [total_q, heads, head_dim], [total_q, heads, v_head_dim]; the heads of a row of o lie together
   float* lse;     // [heads, total_q]
   int64_t lse_head_stride;
   PagedCache cache;

@@ -24,51 +24,54 @@
 namespace fmkernels {
 namespace {
 
-// Merges the chunks of split requests, a block for each (kv head, request) and a warp for a row.
+// Merges the chunks of split requests, a warp for a row; a block takes every gridDim.y'th request of a kv head.
 template <class Element, int kRows, bool kTall>
-__global__ void __launch_bounds__(kListed) paged_kv_merge_chunks_kernel(const __grid_constant__ AttendArgs a) {
+__global__ void __launch_bounds__(kListed, 10) paged_kv_merge_chunks_kernel(const __grid_constant__ AttendArgs a) {
   __shared__ WorkList list;
   const PagedAttendParams& p = a.p;
-  const int b = blockIdx.y, lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp, v_head_dim = static_cast<int>(p.cache.v_head_dim);
   Work<kRows, kTall> work(a, list);
-  const int first_slot = work.entry_of(a, b).slot_begin;
-  if (first_slot < 0) return;
-  const Request r = request_of(a, b);
-  const Range chunks = chunks_of(a, r);
-  const int num_chunks = chunks.end - chunks.begin, v_head_dim = static_cast<int>(p.cache.v_head_dim);
   const int64_t step = static_cast<int64_t>(gridDim.x) * a.partials.rows;  // from a slot to the next
   const ScaleView& scale = p.cache.v_scale;
   const float value_scale =
       scale.data != nullptr && !scale.per_token ? scale.data[blockIdx.x * scale.head_stride] : 1.0f;
-  for (int row = threadIdx.x / kWarp; row < r.seq_q * a.group.value(); row += kListWarps) {
-    const int64_t first = (first_slot * static_cast<int64_t>(gridDim.x) + blockIdx.x) * a.partials.rows + row;
-    const float2* stats = reinterpret_cast<const float2*>(a.partials.stats) + first;
-    const float* of_chunk = a.partials.o + first * v_head_dim + lane * 2;
-    RowTotal total{-INFINITY, 0.0f};
-    constexpr int kPairs = kMaxHeadDim / (2 * kWarp);
-    float2 o[kPairs] = {};
+  for (int b = blockIdx.y; b < static_cast<int>(p.batch); b += gridDim.y) {
+    const int first_slot = work.entry_of(a, b).slot_begin;
+    if (first_slot < 0) continue;
+    const Request r = request_of(a, b);
+    const Range chunks = chunks_of(a, r);
+    const int num_chunks = chunks.end - chunks.begin;
+    for (int row = threadIdx.x / kWarp; row < r.seq_q * a.group.value(); row += kListWarps) {
+      const int64_t first = (first_slot * static_cast<int64_t>(gridDim.x) + blockIdx.x) * a.partials.rows + row;
+      const float2* stats = reinterpret_cast<const float2*>(a.partials.stats) + first;
+      const float* of_chunk = a.partials.o + first * v_head_dim + lane * 2;
+      RowTotal total{-INFINITY, 0.0f};
+      constexpr int kPairs = kMaxHeadDim / (2 * kWarp);
+      float2 o[kPairs] = {};
 #pragma unroll 4
-    for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      const float2 s = stats[chunk * step];
-      const MergeFactors f = merge_total(total, {s.x, s.y});
+      for (int chunk = 0; chunk < num_chunks; ++chunk) {
+        const float2 s = stats[chunk * step];
+        const MergeFactors f = merge_total(total, {s.x, s.y});
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          if (2 * (i * kWarp + lane) >= v_head_dim) break;
+          const float2 x = *reinterpret_cast<const float2*>(of_chunk + chunk * step * v_head_dim + 2 * i * kWarp);
+          o[i] = {merged(o[i].x, x.x, f), merged(o[i].y, x.y, f)};
+        }
+      }
+      const int query = row / a.group;
+      const int64_t head = static_cast<int64_t>(blockIdx.x) * a.group.value() + row % a.group,
+                    token = r.q_start + query;
+      const RowResult result = result_of(total, p.sinks, head);
+      const float factor = __fmul_rn(result.factor, value_scale);
+      if (lane == 0) p.lse[head * p.lse_head_stride + token] = result.lse;
+      Element* to = static_cast<Element*>(p.o.data) + token * p.o.token_stride + head * p.o.head_stride + lane * 2;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         if (2 * (i * kWarp + lane) >= v_head_dim) break;
-        const float2 x = *reinterpret_cast<const float2*>(of_chunk + chunk * step * v_head_dim + 2 * i * kWarp);
-        o[i] = {merged(o[i].x, x.x, f), merged(o[i].y, x.y, f)};
+        *reinterpret_cast<uint32_t*>(to + 2 * i * kWarp) =
+            ptx::pack<Element>(__fmul_rn(o[i].x, factor), __fmul_rn(o[i].y, factor));
       }
-    }
-    const int query = row / a.group;
-    const int64_t head = static_cast<int64_t>(blockIdx.x) * a.group.value() + row % a.group, token = r.q_start + query;
-    const RowResult result = result_of(total, p.sinks, head);
-    const float factor = __fmul_rn(result.factor, value_scale);
-    if (lane == 0) p.lse[head * p.lse_head_stride + token] = result.lse;
-    Element* to = static_cast<Element*>(p.o.data) + token * p.o.token_stride + head * p.o.head_stride + lane * 2;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      if (2 * (i * kWarp + lane) >= v_head_dim) break;
-      *reinterpret_cast<uint32_t*>(to + 2 * i * kWarp) =
-          ptx::pack<Element>(__fmul_rn(o[i].x, factor), __fmul_rn(o[i].y, factor));
     }
   }
 }
@@ -76,9 +79,8 @@ __global__ void __launch_bounds__(kListed) paged_kv_merge_chunks_kernel(const __
 template <class Element, int kRows, bool kTall>
 void launch_merge(const PagedAttendCall& call, cudaStream_t stream) {
   if (shape_of(call.p, kTall).num_slots == 0) return;
-  FM_CHECK(call.p.batch <= 65535, "paged_kv_attend: batch must be at most 65535 on CUDA, got ", call.p.batch);
-  launch("paged_kv_merge_chunks", paged_kv_merge_chunks_kernel<Element, kRows, kTall>,
-         dim3(call.p.cache.kv_heads, call.p.batch), kListed, 0, stream, args_of(call, kTall));
+  launch("paged_kv_merge_chunks", paged_kv_merge_chunks_kernel<Element, kRows, kTall>, grid_of(call.p, call.p.batch),
+         kListed, 0, stream, args_of(call, kTall));
 }
 
 }  // namespace

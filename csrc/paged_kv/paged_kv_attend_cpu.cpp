@@ -34,7 +34,10 @@ struct RequestPlan {
 // Kv heads of a direct task: all of them where the heads of a token lie together, so that whole pages are read, but few
 // enough that every worker finds two tasks. The choice changes no bits.
 int64_t heads_per_task(const PagedCache& cache, int64_t num_chunks, int64_t workers) {
-  if (cache.k.head_stride >= cache.k.slot_stride || cache.v.head_stride >= cache.v.slot_stride) return 1;
+  auto lie_together = [&](const PagesView& x) {
+    return x.head_stride < (cache.page_size == 1 ? x.page_stride : x.slot_stride);
+  };
+  if (!lie_together(cache.k) || !lie_together(cache.v)) return 1;
   if (workers == 1) return cache.kv_heads;
   return ceil_div(cache.kv_heads, min(cache.kv_heads, ceil_div(2 * workers, max(1, num_chunks))));
 }

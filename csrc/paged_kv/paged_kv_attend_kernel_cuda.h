@@ -165,7 +165,7 @@ __device__ __forceinline__ void attend_unit(AttendSmem<T>& smem, const AttendArg
     else __syncthreads();  // B2: every warp sees the values and the weights, and has read the keys
     copy_keys(block + T::kStages);
     if (__builtin_expect(nonfinite, 0)) {
-      add_nonfinite<T>(w, smem.kv[1][stage_of<T>(block)][0], a, u, first_key, by_tree);
+      add_nonfinite<T>(w, s, smem, smem.kv[1][stage_of<T>(block)][0], a, u, first_key, by_tree);
       __syncthreads();  // every warp has read what is not finite
       values.zero_nonfinite(copy_to + stage_bytes(block));
       __syncthreads();  // every warp sees zeros in its place
@@ -200,7 +200,9 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     paged_kv_attend_kernel(const __grid_constant__ AttendArgs a) {
   auto& smem = dynamic_smem<AttendSmem<T>>();
+  const Range queries = queries_of_requests(a.p);  // on its way while the list is made
   Work<T::kRows, T::kTall> work(a, smem.work);
+  if (a.stores_padding) store_padding<T>(a, queries);
   Unit unit;
   int number = blockIdx.y;
   if (!work.find(a, number, unit)) return;
@@ -224,6 +226,11 @@ struct AttendShape {
     return num_slots * slot_rows * p.cache.kv_heads * (p.cache.v_head_dim + 2);
   }
 };
+
+// Whether the kernel for tiles of this height also stores the rows that no request has: the one that is always launched.
+inline bool stores_padding(const PagedAttendParams& p, bool tall) {
+  return p.cu_seqlens_q != nullptr && tall == (p.heads / p.cache.kv_heads > kShortRows);
+}
 
 inline int bucket_of_dims(const PagedAttendParams& p) {
   const int64_t dim = std::max(p.cache.head_dim, p.cache.v_head_dim);
@@ -252,7 +259,7 @@ inline AttendShape shape_of(const PagedAttendParams& p, bool tall) {
 // Refuses what the kernels cannot take.
 inline AttendArgs args_of(const PagedAttendCall& call, bool tall) {
   constexpr int64_t kMaxLength = (1 << 30) - 1024;
-  AttendArgs a{call.p, {}, 0.0f, false, Divisor(), Divisor(), 0, 0};
+  AttendArgs a{call.p, {}, 0.0f, false, stores_padding(call.p, tall), Divisor(), Divisor(), 0, 0};
   PagedAttendParams& p = a.p;
   const PagedCache& cache = p.cache;
   const char* name = "paged_kv_attend";
@@ -291,18 +298,23 @@ inline AttendArgs args_of(const PagedAttendCall& call, bool tall) {
   return a;
 }
 
-template <class T>
-void launch_tiles(const PagedAttendCall& call, cudaStream_t stream) {
-  const AttendShape shape = shape_of(call.p, T::kTall);
-  if (shape.max_units == 0) return;
+// A grid (kv heads, blocks) for a number of units, of which a block takes every gridDim.y'th: many blocks for each place on
+// the GPU, so that it balances them; beyond that they take several units each.
+inline dim3 grid_of(const PagedAttendParams& p, int64_t num_units) {
   int device = 0, num_sms = 0;
   check_cuda("paged_kv_attend", cudaGetDevice(&device));
   check_cuda("paged_kv_attend", cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  // Many blocks for each place on the GPU, so that it balances them; beyond that they take several units each.
-  const int64_t kv_heads = call.p.cache.kv_heads, enough = (int64_t{16} * num_sms + kv_heads - 1) / kv_heads;
-  const int64_t blocks = std::min({shape.max_units, enough, int64_t{65535}});
-  launch("paged_kv_attend", paged_kv_attend_kernel<T>, dim3(kv_heads, blocks), T::kThreads, sizeof(AttendSmem<T>),
-         stream, args_of(call, T::kTall));
+  const int64_t kv_heads = p.cache.kv_heads, enough = (int64_t{16} * num_sms + kv_heads - 1) / kv_heads;
+  const int64_t blocks = std::max(int64_t{1}, std::min({num_units, enough, int64_t{65535}}));
+  return dim3(static_cast<unsigned>(kv_heads), static_cast<unsigned>(blocks));
+}
+
+template <class T>
+void launch_tiles(const PagedAttendCall& call, cudaStream_t stream) {
+  const AttendShape shape = shape_of(call.p, T::kTall);
+  if (shape.max_units == 0 && !stores_padding(call.p, T::kTall)) return;
+  launch("paged_kv_attend", paged_kv_attend_kernel<T>, grid_of(call.p, shape.max_units), T::kThreads,
+         sizeof(AttendSmem<T>), stream, args_of(call, T::kTall));
 }
 
 template <class Element, class Stored>

@@ -81,12 +81,59 @@ __device__ __forceinline__ void hide(BlockScores<T>& s, const AttendArgs& a, con
   });
 }
 
-// o += v for the values of a block that are not finite, in the rows that see them. A product with the weight 0 of a
-// hidden key would be NaN, so these values go this way and are zeros in the product.
+// Which keys of a block have the weight 0 in the lane's rows, as weights are multiplied: after their rounding.
 template <class T>
-__device__ __forceinline__ void add_nonfinite(RowState<T>& w, const typename T::Stored* values, const AttendArgs& a,
-                                              const Unit& u, int first_key, bool by_tree) {
+struct ZeroWeights {
+  uint32_t of_lanes[2][4];  // [half, lane of the quad]: bit 2 n + e for key 8 n + 2 lane + e; where warps share no rows
+  uint32_t weights;         // in shared memory, where they do
+  int row;                  // of the lane's first half there
+
+  // All lanes together; the weights in shared memory are seen by every warp.
+  __device__ __forceinline__ ZeroWeights(const BlockScores<T>& s, const AttendSmem<T>& smem) {
+    if constexpr (T::kQuantized) {  // their values are finite or NaN: no one asks
+    } else if constexpr (T::kColumnWarps > 1) {
+      const int thread = static_cast<int>(pinned(threadIdx.x));  // the main loop shares none of this arithmetic
+      row = thread / kWarp / T::kColumnWarps * 16 + thread % kWarp / 4;
+      weights = ptx::smem_address(smem.weights);
+    } else {
+      static_assert(2 * T::kKeyTiles <= 32);
+      constexpr float kRoundsToZero = std::is_same_v<typename T::Weight, Half> ? 0x1p-25f : 0x1p-134f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t zeros = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * T::kKeyTiles; ++i) {
+          if (s[i / 2][2 * half + i % 2] <= kRoundsToZero) zeros |= 1u << i;
+        }
+        for (int lane = 0; lane < 4; ++lane)
+          of_lanes[half][lane] =
+              __shfl_sync(ptx::kAllLanes, zeros, static_cast<int>(threadIdx.x) % kWarp / 4 * 4 + lane);
+      }
+    }
+  }
+  __device__ __forceinline__ bool is_zero(int half, int key) const {
+    if constexpr (T::kColumnWarps > 1) {
+      const uint32_t pair =
+          ptx::ld_shared(weights + swizzled<WeightRows<T>>(row + half * 8, key / 8) + key % 8 / 2 * 4);
+      return (pair & (key % 2 == 0 ? 0x7fffu : 0x7fff0000u)) == 0;
+    } else {
+      const int lane = key % 8 / 2;
+      const uint32_t low = lane % 2 == 0 ? of_lanes[half][0] : of_lanes[half][1];
+      const uint32_t high = lane % 2 == 0 ? of_lanes[half][2] : of_lanes[half][3];
+      return ((lane < 2 ? low : high) >> (key / 8 * 2 + key % 2) & 1) != 0;
+    }
+  }
+};
+
+// o += v for the values of a block that are not finite, in the rows that see them, and NaN where the weight of one is 0:
+// what its product would add. That of a hidden key, whose weight is 0 too, adds nothing: so these values go this way and
+// are zeros in the product.
+template <class T>
+__device__ __forceinline__ void add_nonfinite(RowState<T>& w, const BlockScores<T>& s, const AttendSmem<T>& smem,
+                                              const typename T::Stored* values, const AttendArgs& a, const Unit& u,
+                                              int first_key, bool by_tree) {
   using Cache = typename T::Cache;
+  const ZeroWeights<T> weights(s, smem);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = query_of(a, min(row_of<T>(u, half), u.num_rows - 1));
@@ -95,6 +142,7 @@ __device__ __forceinline__ void add_nonfinite(RowState<T>& w, const typename T::
 #pragma unroll 1
     for (int key = max(keys.begin - first_key, 0); key < end; ++key) {
       if (by_tree && !is_shown(a, u, query, first_key + key)) continue;
+      const float weight = !T::kQuantized && weights.is_zero(half, key) ? 0.0f : 1.0f;  // makes NaN of an infinity
 #pragma unroll
       for (int n = 0; n < T::kColumnTiles; ++n) {
 #pragma unroll
@@ -105,7 +153,7 @@ __device__ __forceinline__ void add_nonfinite(RowState<T>& w, const typename T::
           const float v = to_float(values[place]);
           if (!isfinite(v)) {
             if constexpr (T::kQuantized) w.o[(n & ~1) + e][2 * half + n % 2] += v;
-            else w.o[n][2 * half + e] += v;
+            else w.o[n][2 * half + e] = fmaf(v, weight, w.o[n][2 * half + e]);
           }
         }
       }
@@ -114,6 +162,34 @@ __device__ __forceinline__ void add_nonfinite(RowState<T>& w, const typename T::
 }
 
 // ---- results --------------------------------------------------------------------------------------------------------
+
+// The queries that requests have: those before and after them have none.
+__device__ __forceinline__ Range queries_of_requests(const PagedAttendParams& p) {
+  const int total = static_cast<int>(p.total_q);
+  if (p.cu_seqlens_q == nullptr) return {0, total};
+  const int begin = clamp(p.cu_seqlens_q[0], 0, total);
+  return {begin, clamp(p.cu_seqlens_q[p.batch], begin, total)};
+}
+
+// o = 0 and lse = -infinity of queries that no request has, which graphs are padded with; a block takes every
+// gridDim.y'th of them.
+template <class T>
+__device__ __forceinline__ void store_padding(const AttendArgs& a, Range queries) {
+  const PagedAttendParams& p = a.p;
+  const int num_queries = queries.end - queries.begin, group = a.group.value();
+#pragma unroll 1
+  for (int token = blockIdx.y; token < static_cast<int>(p.total_q) - num_queries; token += gridDim.y) {
+    const int64_t to = token < queries.begin ? token : token + num_queries,
+                  head = static_cast<int64_t>(blockIdx.x) * group;
+    uint4* o = reinterpret_cast<uint4*>(static_cast<typename T::Element*>(p.o.data) + to * p.o.token_stride +
+                                        head * p.o.head_stride);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < group * static_cast<int>(p.cache.v_head_dim) / T::kChunkElements; i += T::kThreads)
+      o[i] = uint4{};
+#pragma unroll 1
+    for (int i = threadIdx.x; i < group; i += T::kThreads) p.lse[(head + i) * p.lse_head_stride + to] = -INFINITY;
+  }
+}
 
 // What a row's weights of a chunk add up to, in a fixed order of lanes and keys. All threads together where warps share
 // rows.

@@ -60,9 +60,10 @@ struct AttendPartials {
 struct AttendArgs {
   PagedAttendParams p;
   AttendPartials partials;
-  float scale_log2;  // of products, where nothing else modifies them
-  bool modifies;     // scores, beyond their scale
-  Divisor group;     // query heads of a kv head
+  float scale_log2;     // of products, where nothing else modifies them
+  bool modifies;        // scores, beyond their scale
+  bool stores_padding;  // rows of q that no request has
+  Divisor group;        // query heads of a kv head
   Divisor page_size;
   int row_shift;  // entries of Smem::rows stand for 2^row_shift rows: kGroupRows where pages are made of such, else 1
   int max_keys;   // that a row of the table holds

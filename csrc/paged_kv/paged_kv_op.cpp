@@ -64,6 +64,10 @@ void paged_kv_append(const Tensor& k, const Tensor& v, const Tensor& k_cache, co
   p.num_tokens = k.size(0);
   p.cache = view_cache(k_cache, v_cache, k_scale, v_scale, k);
   check_cache_dtype("k_cache", p.cache.dtype, p.dtype);
+  check_written("k_cache", k_cache);
+  check_written("v_cache", v_cache);
+  if (p.cache.k_scale.per_token) check_written("k_scale", *k_scale);
+  if (p.cache.v_scale.per_token) check_written("v_scale", *v_scale);
   p.k = checked_rows("k", k, k, p.cache.kv_heads, p.cache.head_dim);
   p.v = checked_rows("v", v, k, p.cache.kv_heads, p.cache.v_head_dim);
   check_size("slot_mapping", slot_mapping, 0, p.num_tokens);
@@ -74,6 +78,7 @@ void paged_kv_append(const Tensor& k, const Tensor& v, const Tensor& k_cache, co
   if (rotary_cos.has_value()) set_rotation(p, *rotary_cos, *rotary_sin, *positions, k);
   if (q.has_value()) {
     p.q = checked_rows("q", *q, k, -1, p.cache.head_dim);
+    check_written("q", *q);
     p.heads = q->size(1);
   }
   p.interleaved = interleaved;
@@ -174,6 +179,7 @@ void execute(const PagedCopyParams& p, const Tensor& cache) {
 
 void paged_kv_copy_pages(const Tensor& cache, const Tensor& src, const Tensor& dst) {
   check_pages_tensor("cache", cache);
+  check_written("cache", cache);
   PagedCopyParams p{};
   view_bytes(p, cache, cache);
   p.from_pages = view_list<int32_t>("src", src, cache);
@@ -210,6 +216,7 @@ void paged_kv_swap_out(const Tensor& cache, const Tensor& pages, const Tensor& h
   PagedCopyParams p{};
   p.from_pages = view_list<int32_t>("pages", pages, cache);
   check_host_buffer(cache, pages, host_buffer);
+  check_written("host_buffer", host_buffer);
   view_bytes(p, cache, host_buffer);
   p.count = pages.size(0);
   check_list_values("pages", p.from_pages, p.count, p.from.num_pages);
@@ -220,6 +227,7 @@ void paged_kv_swap_in(const Tensor& cache, const Tensor& pages, const Tensor& ho
   PagedCopyParams p{};
   p.to_pages = view_list<int32_t>("pages", pages, cache);
   check_host_buffer(cache, pages, host_buffer);
+  check_written("cache", cache);
   view_bytes(p, host_buffer, cache);
   p.count = pages.size(0);
   check_list_values("pages", p.to_pages, p.count, p.to.num_pages);
@@ -236,6 +244,7 @@ void paged_kv_swap_in(const Tensor& cache, const Tensor& pages, const Tensor& ho
 
 void paged_kv_compact(const Tensor& cache, const Tensor& keep) {
   check_pages_tensor("cache", cache);
+  check_written("cache", cache);
   PagedCopyParams p{};
   view_bytes(p, cache, cache);
   p.from_pages = view_list<int32_t>("keep", keep, cache);

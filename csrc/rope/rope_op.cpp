@@ -110,6 +110,8 @@ std::tuple<Tensor, Tensor> rope_forward(const Tensor& q, const std::optional<Ten
 
 void rope_forward_out(const Tensor& q, const std::optional<Tensor>& k, const Tensor& positions, const Tensor& cos_sin,
                       bool interleaved, bool inverse, const Tensor& q_out, const std::optional<Tensor>& k_out) {
+  check_written("q_out", q_out);
+  if (k_out.has_value()) check_written("k_out", *k_out);
   execute(q, k, positions, cos_sin, interleaved, inverse, q_out, pointer_to(k_out));
 }
 

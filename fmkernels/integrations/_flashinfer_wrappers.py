@@ -86,14 +86,17 @@ class _PagedWrapper:
         num_pages = indptr.diff()
         # waits for the device, as the plan of FlashInfer does
         max_pages = int(num_pages.max()) if len(num_pages) else 0
-        self._heads = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        self._heads["page_size"] = page_size
-        self._table = page_table_from_csr(indptr, indices.int(), max_pages=max_pages)
+        heads = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        heads["page_size"] = page_size
+        table = page_table_from_csr(indptr, indices.int(), max_pages=max_pages)
         # a request without pages has no tokens, whatever its last_page_len says
-        self._seqlens = torch.where(num_pages > 0, (num_pages - 1) * page_size + last_page_len, 0).int()
-        self._qo_indptr = None if qo_indptr is None else qo_indptr.to(device, torch.int32)
-        self._options = {"causal": causal, "window": (window_left, -1), "softcap": logits_soft_cap or 0.0}
-        self._options["softmax_scale"] = head_dim**-0.5 if sm_scale is None else sm_scale
+        seqlens = torch.where(num_pages > 0, (num_pages - 1) * page_size + last_page_len, 0).int()
+        qo_indptr = None if qo_indptr is None else qo_indptr.to(device, torch.int32)
+        options = {"causal": causal, "window": (window_left, -1), "softcap": logits_soft_cap or 0.0}
+        options["softmax_scale"] = head_dim**-0.5 if sm_scale is None else sm_scale
+        # together, when nothing can fail any more: a plan that fails leaves the one before
+        self._heads, self._table, self._seqlens, self._qo_indptr = heads, table, seqlens, qo_indptr
+        self._options = options
 
     def run(
         self,
@@ -113,7 +116,7 @@ class _PagedWrapper:
         """o [tokens, heads, head_dim] of q of that shape; with return_lse (o, lse [tokens, heads], base 2).
 
         A request that decodes has one token. Scales that are numbers multiply scores and result; tensors are those of
-        `attend`. enable_pdl changes nothing.
+        `attend`. out and lse are tensors like the results, which are then copied to them. enable_pdl changes nothing.
         """
         if self._options is None:
             raise ValueError(f"{self._op}: plan must come before run.")
@@ -144,11 +147,11 @@ class _PagedWrapper:
         )
         if v_scale is not None and not isinstance(v_scale, Tensor):
             o *= v_scale
-        o = o if out is None else out.copy_(o)
-        if not return_lse:
-            return o
-        base_2 = to_base_2(natural)
-        return o, base_2 if lse is None else lse.copy_(base_2)
+        base_2 = to_base_2(natural) if return_lse else None
+        if base_2 is not None and lse is not None:
+            base_2 = check.copied(self._op, "lse", lse, base_2)
+        o = o if out is None else check.copied(self._op, "out", out, o)
+        return o if base_2 is None else (o, base_2)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_PagedWrapper):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _check as check
 from ..attention import attention, attention_varlen
+from ..paged_kv import attend
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -86,7 +87,8 @@ def flash_attn_varlen_func(
     Args:
         q: [total_q, heads, head_dim]; k, v: [total_k, kv_heads, head_dim].
         cu_seqlens_q, cu_seqlens_k: [batch + 1], int32; max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        block_table: must be None.
+        block_table: [batch, max_blocks], int32: k and v are pages [num_blocks, page_size, kv_heads, head_dim] of any
+            page_size, `fmkernels.paged_kv.attend` runs, without gradients and dropout, and max_seqlen_* are not read.
         The others as in `flash_attn_func`.
 
     Returns:
@@ -96,25 +98,15 @@ def flash_attn_varlen_func(
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     _check("flash_attn_varlen_func", window_size, deterministic, return_attn_probs)
-    if block_table is not None:
-        raise ValueError("flash_attn_varlen_func: block_table must be None: paged keys are not supported, got a table.")
-    result = attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal=causal,
-        window=window_size,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        return_lse=return_attn_probs,
-    )
-    return _with_probabilities(result)
+    options = {"causal": causal, "window": window_size, "softmax_scale": softmax_scale, "softcap": softcap}
+    options |= {"alibi_slopes": alibi_slopes, "return_lse": return_attn_probs}
+    if block_table is None:
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return _with_probabilities(attention_varlen(q, k, v, *lengths, dropout_p=dropout_p, **options))
+    if dropout_p != 0:
+        raise ValueError(f"flash_attn_varlen_func: dropout_p must be 0 with block_table, got {dropout_p}.")
+    check.is_tensor("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k)
+    return _with_probabilities(attend(q, k, v, block_table, cu_seqlens_k.diff(), cu_seqlens_q=cu_seqlens_q, **options))
 
 
 def _check(function: str, window_size: Any, deterministic: Any, return_attn_probs: Any) -> None:

@@ -102,6 +102,7 @@ def append_paged_kv_cache(
     request = batch_indices.long().clamp(0, max(0, kv_indptr.shape[0] - 2))
     place = kv_indptr.long()[request] + positions // page_size
     has_page = (batch_indices == request) & (positions >= 0) & (place < kv_indptr[request + 1])
+    has_page &= (place >= 0) & (place < kv_indices.shape[0])  # kv_indptr may name more than there is
     if (k_cache.device.type == "cpu" or _library.check_values) and not has_page.all():
         wrong = int((~has_page).nonzero()[0, 0])
         raise ValueError(
@@ -254,6 +255,8 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
 def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None = None) -> None:
     """`merge_state`, written to v and s; where mask [tokens] is False, they stay as they are."""
     merged, s_merged = merge_state(v, s, v_other, s_other)
+    for name, t in (("v", v), ("s", s)):
+        check.written("merge_state_in_place", name, t)
     if mask is not None:
         merged = torch.where(mask[:, None, None], merged, v)
         s_merged = torch.where(mask[:, None], s_merged, s)

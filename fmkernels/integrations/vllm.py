@@ -22,7 +22,9 @@ from ..norm import rms_norm as _rms_norm
 from ..paged_kv import append, attend
 from ..rope import rope
 
-_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
+_FLOAT8 = (torch.float8_e4m3fn, torch.uint8)  # vLLM keeps fp8 caches as bytes
+_CACHE_DTYPES = {"auto": (), "fp8": _FLOAT8, "fp8_e4m3": _FLOAT8, "int8": (torch.int8,)}
+_QUANTIZED = (*_FLOAT8, torch.int8)
 
 
 def reshape_and_cache_flash(
@@ -42,17 +44,25 @@ def reshape_and_cache_flash(
         key_cache, value_cache: [num_blocks, block_size, kv_heads, head_dim], any strides with a contiguous last
             dimension: both orders of heads and tokens. An fp8 cache may be uint8.
         slot_mapping: [num_tokens], int64; negative slots are skipped.
-        kv_cache_dtype: "auto", for a cache in the dtype of key; "fp8" and "fp8_e4m3"; "int8".
+        kv_cache_dtype: "auto", for a cache in the dtype of key; "fp8" and "fp8_e4m3"; "int8". The caches must hold it.
         k_scale, v_scale: float32, one number or [kv_heads]; not read for "auto".
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     op = "reshape_and_cache_flash"
-    if kv_cache_dtype not in _CACHE_DTYPES:
+    if kv_cache_dtype not in tuple(_CACHE_DTYPES):
         raise ValueError(f"{op}: kv_cache_dtype must be one of {', '.join(_CACHE_DTYPES)}, got {kv_cache_dtype!r}.")
     for name, t in (("key", key), ("value", value), ("slot_mapping", slot_mapping)):
         check.is_tensor(op, name, t)
+    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
+        check.is_tensor(op, name, t)
+        allowed = _CACHE_DTYPES[kv_cache_dtype] or (key.dtype,)
+        if t.dtype not in allowed:
+            raise ValueError(
+                f"{op}: {name} must be {check.dtype_names(allowed)} for this key and kv_cache_dtype {kv_cache_dtype}, "
+                f"got {check.dtype_names((t.dtype,))}."
+            )
     num_tokens = slot_mapping.shape[0]
     scales = {} if kv_cache_dtype == "auto" else {"k_scale": k_scale, "v_scale": v_scale}
     caches = _as_float8(key_cache), _as_float8(value_cache)
@@ -104,10 +114,12 @@ def flash_attn_varlen_func(
         softmax_scale, causal, softcap, alibi_slopes: as in `attend`; window_size is its window, s_aux its sinks.
         block_table: [batch, max_blocks], int32.
         out: a tensor like the result, which is then copied to it.
-        k_descale, v_descale: float32, [batch, kv_heads], the same for all requests (expanded), or as in `attend`.
+        k_descale, v_descale: float32, [batch, kv_heads], the same for all requests (expanded), or as in `attend`. Read
+            where the cache is quantised: vLLM always gives them.
         deterministic, return_attn_probs, scheduler_metadata, num_splits, fa_version: change nothing: the kernels always
             are deterministic, and how they split the keys changes no bits.
-        q_v, q_descale, cp_tot_seqused_k: must be None; dropout_p 0, cp_world_size 1, cp_rank 0.
+        q_descale: not read, since it belongs to queries in fp8, which are not supported.
+        q_v, cp_tot_seqused_k: must be None; dropout_p 0, cp_world_size 1, cp_rank 0.
 
     Returns:
         o [total_q, heads, head_dim]; with return_softmax_lse (o, lse [heads, total_q]).
@@ -116,7 +128,12 @@ def flash_attn_varlen_func(
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     op = "flash_attn_varlen_func"
-    check.unsupported(op, q_v=q_v, q_descale=q_descale, cp_tot_seqused_k=cp_tot_seqused_k)
+    check.unsupported(op, q_v=q_v, cp_tot_seqused_k=cp_tot_seqused_k)
+    for name, t in (("q", q), ("k", k)):
+        check.is_tensor(op, name, t)
+    check.dtype(op, "q", q, check.FLOAT_DTYPES)
+    if k.dtype not in _QUANTIZED:
+        k_descale = v_descale = None
     for name, value, only in (
         ("dropout_p", dropout_p, 0),
         ("cp_world_size", cp_world_size, 1),
@@ -143,7 +160,7 @@ def flash_attn_varlen_func(
         scales |= {"v_scale": _of_all_requests(op, "v_descale", v_descale)}
         caches = _as_float8(k), _as_float8(v)
         o, lse = attend(q, *caches, block_table, seqused_k, cu_seqlens_q=cu_seqlens_q, **scales, **options)
-    o = o if out is None else _copied(op, "out", out, o)
+    o = o if out is None else check.copied(op, "out", out, o)
     return (o, lse) if return_softmax_lse else o
 
 
@@ -179,9 +196,9 @@ def merge_attn_states(
         check.integer(op, "prefill_tokens_with_context", prefill_tokens_with_context, 0)
         prefix_lse[:, prefill_tokens_with_context:] = -torch.inf
     o, lse = merge_attention(prefix_output, prefix_lse, suffix_output, suffix_lse)
-    _copied(op, "output", output, o)
+    check.copied(op, "output", output, o)
     if output_lse is not None:
-        _copied(op, "output_lse", output_lse, lse)
+        check.copied(op, "output_lse", output_lse, lse)
 
 
 def rms_norm(out: Tensor, input: Tensor, weight: Tensor | None, epsilon: float) -> None:
@@ -256,7 +273,6 @@ def rotary_embedding(
 
 
 def _as_float8(cache: Any) -> Any:
-    """vLLM keeps fp8 caches as bytes."""
     return cache.view(torch.float8_e4m3fn) if isinstance(cache, Tensor) and cache.dtype == torch.uint8 else cache
 
 
@@ -269,11 +285,3 @@ def _of_all_requests(op: str, name: str, descale: Any) -> Any:
             f"{op}: {name} must be one row expanded to all requests, got strides {list(descale.stride())}."
         )
     return descale[0].contiguous()
-
-
-def _copied(op: str, name: str, out: Any, result: Tensor) -> Tensor:
-    check.is_tensor(op, name, out)
-    check.shape(op, name, out, "the result", result)
-    check.same_dtype(op, name, out, "the result", result)
-    check.same_device(op, name, out, "the result", result)
-    return out.copy_(result)
