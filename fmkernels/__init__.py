@@ -5,6 +5,9 @@ from . import nn, paged_kv
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
+from .block_sparse import dds, dsd, sdd
+from .block_sparse_matrix import BlockSparse
+from .block_topology import BlockTopology, topology_moe
 from .cross_entropy import cross_entropy
 from .glu import geglu, swiglu
 from .linear_cross_entropy import linear_cross_entropy
@@ -21,6 +24,8 @@ from .speculative import verify_chain, verify_tree
 
 __all__ = [
     "BlockMask",
+    "BlockSparse",
+    "BlockTopology",
     "OutOfPages",
     "PagePool",
     "QuantizedWeight",
@@ -29,7 +34,9 @@ __all__ = [
     "attention_varlen",
     "create_block_mask",
     "cross_entropy",
+    "dds",
     "dequantize_weight",
+    "dsd",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
@@ -45,7 +52,9 @@ __all__ = [
     "rope",
     "rope_cache",
     "sample",
+    "sdd",
     "swiglu",
+    "topology_moe",
     "verify_chain",
     "verify_tree",
 ]

@@ -60,6 +60,8 @@ class Ops:
     attention_varlen_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     merge_attention_forward: Callable[..., tuple[Tensor, Tensor]]
     merge_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    block_sparse_dsd: Callable[..., Tensor]
+    block_sparse_sdd: Callable[..., Tensor]
     glu_forward: Callable[..., Tensor]
     glu_forward_out: Callable[..., None]
     glu_backward: Callable[..., tuple[Tensor, Tensor]]

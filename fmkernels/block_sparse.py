@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._library import call, needs_grad, ops, register_autocast, register_fake, register_flop_formula
+from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
 from .block_sparse_matrix import BlockSparse
-from .block_topology import BLOCK_SIZES, BlockTopology
+from .block_topology import BlockTopology
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 _FUNCTIONS = (None, F.relu, F.gelu, F.silu)
@@ -50,9 +50,8 @@ def dsd(
     the others are. FLOPs are counted; under autocast values and b take the autocast dtype. After Gale et al. 2022,
     MegaBlocks, and Gray et al. 2017, GPU kernels for block-sparse weights.
     """
-    _check_matrix("dsd", s)
-    check.is_tensor("dsd", "b", b)
-    _check_dense("dsd", "b", b, s, -2, "columns")
+    s, b = _operands("dsd", s, "b", b)
+    _check_dense("dsd", "b", b, s, -2)
     return _multiply("dsd", s, b, False, scale, bias, activation)
 
 
@@ -83,15 +82,14 @@ def dds(
 
     As `dsd`, in all else.
     """
-    _check_matrix("dds", s)
-    check.is_tensor("dds", "a", a)
+    s, a = _operands("dds", s, "a", a)
     if len(s.shape) == 3 or a.dim() == 2:
-        _check_dense("dds", "a", a, s, -1, "rows")
+        _check_dense("dds", "a", a, s, -1)
         return _multiply("dds", s.t(), a.mT, True, scale, bias, activation)
     if a.dim() == 0:
         raise ValueError("dds: a must be [..., inner], got 0 dimensions [].")
     flat = a.reshape(-1, a.shape[-1])
-    _check_dense("dds", "a", flat, s, -1, "rows")
+    _check_dense("dds", "a", flat, s, -1)
     return _multiply("dds", s.t(), flat.mT, True, scale, bias, activation).view(*a.shape[:-1], s.shape[-1])
 
 
@@ -127,6 +125,7 @@ def sdd(
     op = "sdd"
     if not isinstance(topology, BlockTopology):
         raise TypeError(f"{op}: topology must be a BlockTopology, got {type(topology).__name__}.")
+    a, b = autocast(2, a, b)
     dims = len(topology.shape)
     for name, t, dim, expected in (("a", a, -2, topology.shape[-2]), ("b", b, -1, topology.shape[-1])):
         check.is_tensor(op, name, t)
@@ -135,6 +134,8 @@ def sdd(
         if dims == 3:
             check.size(op, name, t, 0, "the batch of the topology,", topology.shape[0])
         _check_major(op, name, t)
+    check.same_dtype(op, "b", b, "a", a)
+    check.size(op, "b", b, -2, "as many rows as a has columns,", a.shape[-1])
     _check_epilogue(op, topology.shape[-1], a, scale, bias, activation)
     three = [t if dims == 3 else t[None] for t in (a, b)]
     indices = (topology.row_indices, topology.column_indices)
@@ -247,7 +248,7 @@ class _Sdd(torch.autograd.Function):
         a, b = ctx.saved_tensors
         s = BlockSparse.of(grad_values.contiguous(), ctx.topology)
         grad_a = _run_dsd(s, b.mT, False) if ctx.needs_input_grad[0] else None
-        grad_b = _run_dsd(s.t(), a.mT.mT, False) if ctx.needs_input_grad[1] else None
+        grad_b = _run_dsd(s.t(), a, True) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b, None
 
 
@@ -259,7 +260,7 @@ def _finish_blocks(
 
     def of_blocks(vector: Tensor) -> Tensor:
         padded = F.pad(vector, (0, topology.num_block_columns * block_columns - columns))
-        return padded.view(-1, 1, block_columns)[topology.column_indices.long().clamp(0, max(0, topology.num_block_columns - 1))]
+        return padded.view(-1, 1, block_columns)[topology.column_indices.long()]
 
     out = values if scale is None else (values * of_blocks(scale)).to(values.dtype)
     out = out if bias is None else (out + of_blocks(bias)).to(values.dtype)
@@ -281,3 +282,93 @@ def _as_float(bias: Tensor | None) -> Tensor | None:
 def _with_major(t: Tensor) -> Tensor:
     """As it is where rows or columns are contiguous, else copied: gradients come in any strides."""
     return t if t.stride(-1) == 1 or t.stride(-2) == 1 else t.contiguous()
+
+
+def _operands(op: str, s: BlockSparse, name: str, dense: Tensor) -> tuple[BlockSparse, Tensor]:
+    if not isinstance(s, BlockSparse):
+        raise TypeError(f"{op}: s must be a BlockSparse, got {type(s).__name__}.")
+    check.is_tensor(op, name, dense)
+    values, dense = autocast(2, s.values, dense)
+    check.same_dtype(op, name, dense, "s", values)
+    check.same_device(op, name, dense, "s", values)
+    if not values.is_contiguous():
+        raise ValueError(f"{op}: the values of s must be contiguous, got strides {list(values.stride())}.")
+    return s if values is s.values else s.with_values(values), dense
+
+
+def _check_dense(op: str, name: str, dense: Tensor, s: BlockSparse, inner_dim: int) -> None:
+    batched = len(s.shape) == 3
+    if dense.dim() not in ((3,) if batched else (2, 3)):
+        layout = "[batch, rows, columns]" if batched else "[rows, columns] or [batch, rows, columns]"
+        raise ValueError(f"{op}: {name} must be {layout} for this s, got {list(dense.shape)}.")
+    inner = s.shape[-1] if op == "dsd" else s.shape[-2]
+    check.size(op, name, dense, inner_dim, f"for this s, of shape {s.shape}, size", inner)
+    if batched:
+        check.size(op, name, dense, 0, "the batch of s,", s.shape[0])
+    _check_major(op, name, dense)
+
+
+def _check_major(op: str, name: str, t: Tensor) -> None:
+    if min(t.shape[-2:]) > 1 and t.stride(-1) != 1 and t.stride(-2) != 1:
+        raise ValueError(
+            f"{op}: {name} must be contiguous in its rows or in its columns, got strides {list(t.stride())}."
+        )
+
+
+def _check_epilogue(
+    op: str, length: int, like: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str | None
+) -> None:
+    if activation not in ACTIVATIONS:
+        names = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}.")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is None:
+            continue
+        check.is_tensor(op, name, vector)
+        check.rank(op, name, vector, 1, "a vector")
+        check.size(op, name, vector, 0, "size", length)
+        check.same_device(op, name, vector, "the other arguments", like)
+        check.last_dim_contiguous(op, name, vector)
+    if scale is not None:
+        check.dtype(op, "scale", scale, (torch.float32,))
+        if needs_grad(scale):
+            raise ValueError(f"{op}: scale must not require a gradient: it is a constant.")
+    if bias is not None:
+        check.float32_or_dtype_of(op, "bias", bias, "matrix", like)
+
+
+def _check_dsd(values: Tensor, dense: Tensor, *others: Any) -> None:
+    check.dtype("dsd", "values", values, check.FLOAT_DTYPES)
+    check.same_device("dsd", "the topology", others[0], "values", values)
+    check.kernel_exists("dsd", "block_sparse_dsd", values)
+
+
+def _check_sdd(a: Tensor, b: Tensor, *others: Any) -> None:
+    check.dtype("sdd", "a", a, check.FLOAT_DTYPES)
+    check.same_device("sdd", "b", b, "a", a)
+    check.same_device("sdd", "the topology", others[0], "a", a)
+    check.kernel_exists("sdd", "block_sparse_sdd", a)
+
+
+@register_fake("block_sparse_dsd")
+def _(values, dense, offsets, indices, positions, order, scale, bias, rows, transposed, transposed_out, activation):
+    batch, _, columns = dense.shape
+    return values.new_empty((batch, columns, rows) if transposed_out else (batch, rows, columns))
+
+
+@register_fake("block_sparse_sdd")
+def _(a, b, row_indices, column_indices, scale, bias, block_rows, block_columns, activation):
+    return a.new_empty((row_indices.shape[0], block_rows, block_columns))
+
+
+@register_flop_formula("block_sparse_dsd")
+def _(values_shape, dense_shape, offsets_shape, indices_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of all blocks, whether a row lists them only the device knows."""
+    times = dense_shape[0] if offsets_shape[0] == 1 else 1
+    return 2 * times * indices_shape[0] * values_shape[1] * values_shape[2] * dense_shape[2]
+
+
+@register_flop_formula("block_sparse_sdd")
+def _(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+    num_blocks, block_rows, block_columns = out_shape
+    return 2 * num_blocks * block_rows * block_columns * a_shape[2]

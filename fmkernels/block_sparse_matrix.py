@@ -115,10 +115,14 @@ class BlockSparse:
         (block_rows, block_columns), num_columns = topology.block, topology.num_block_columns
         num_places = topology.num_lists * topology.num_block_rows * num_columns
         rows = topology.row_indices.long()
-        place = torch.where(rows < 0, num_places, rows * num_columns + topology.column_indices)  # the last one is thrown away
+        place = torch.where(
+            rows < 0, num_places, rows * num_columns + topology.column_indices
+        )  # the last one is thrown away
         blocks = self.values.new_zeros(num_places + 1, block_rows, block_columns).index_copy(0, place, self.values)
         grid = blocks[:num_places].view(topology.num_lists, topology.num_block_rows, num_columns, *topology.block)
-        whole = grid.transpose(2, 3).reshape(topology.num_lists, topology.num_block_rows * block_rows, -1)
+        whole = grid.transpose(2, 3).reshape(
+            topology.num_lists, topology.num_block_rows * block_rows, num_columns * block_columns
+        )
         dense = whole[:, : topology.shape[-2], : topology.shape[-1]]
         dense = dense.mT if self.is_transposed else dense
         return (dense if len(self.shape) == 3 else dense[0]).contiguous()
@@ -143,7 +147,9 @@ class BlockSparse:
         block_rows, block_columns = mask.block if isinstance(mask, BlockTopology) else _checked_block(block)
         *batch, rows, columns = dense.shape
         num_rows, num_columns = -(-rows // block_rows), -(-columns // block_columns)
-        padded = torch.nn.functional.pad(dense, (0, num_columns * block_columns - columns, 0, num_rows * block_rows - rows))
+        padded = torch.nn.functional.pad(
+            dense, (0, num_columns * block_columns - columns, 0, num_rows * block_rows - rows)
+        )
         blocks = padded.view(*batch, num_rows, block_rows, num_columns, block_columns).transpose(-2, -3)
         if mask is None:
             mask = (blocks != 0).any(-1).any(-1)
@@ -156,13 +162,15 @@ class BlockSparse:
         return cls.of(torch.where((rows_of_blocks < 0)[:, None, None], 0, values), topology)
 
     def to_bsr(self) -> Tensor:
-        """A `torch.sparse_bsr` tensor over the same values; of a batch, whose matrices must have as many blocks each."""
+        """A `torch.sparse_bsr` tensor over the same values; the matrices of a batch must have as many blocks each."""
         if self.is_transposed:
             return self.t().to_bsr().transpose(-1, -2)
         topology, num_lists = self.topology, self.topology.num_lists
         rows, columns = topology.shape[-2:]
         if rows % topology.block[0] or columns % topology.block[1]:
-            raise ValueError(f"{_OP}.to_bsr: sizes must be multiples of the block {topology.block}, got {topology.shape}.")
+            raise ValueError(
+                f"{_OP}.to_bsr: sizes must be multiples of the block {topology.block}, got {topology.shape}."
+            )
         offsets = topology.row_offsets.view(num_lists, -1)
         offsets = offsets - offsets[:, :1]
         if len(topology.shape) == 2:
@@ -179,7 +187,9 @@ class BlockSparse:
         """Of a `torch.sparse_bsr` tensor of 2 or 3 dimensions, over its values."""
         op = "BlockSparse.from_bsr"
         if not isinstance(bsr, Tensor) or bsr.layout != torch.sparse_bsr:
-            raise TypeError(f"{op}: bsr must be a tensor of layout torch.sparse_bsr, got {getattr(bsr, 'layout', bsr)!r}.")
+            raise TypeError(
+                f"{op}: bsr must be a tensor of layout torch.sparse_bsr, got {getattr(bsr, 'layout', bsr)!r}."
+            )
         offsets, indices, values = bsr.crow_indices(), bsr.col_indices(), bsr.values()
         if bsr.dim() == 3:
             first = torch.arange(bsr.shape[0], device=offsets.device)[:, None] * indices.shape[1]
@@ -188,7 +198,10 @@ class BlockSparse:
             raise ValueError(f"{op}: bsr must have 2 or 3 dimensions, got {bsr.dim()}.")
         block = values.shape[-2:]
         return cls(
-            values.reshape(-1, *block).contiguous(), offsets.int().contiguous(), indices.flatten().int(), tuple(bsr.shape)
+            values.reshape(-1, *block).contiguous(),
+            offsets.int().contiguous(),
+            indices.flatten().int(),
+            tuple(bsr.shape),
         )
 
     # ---- products ----------------------------------------------------------------------------------------------------

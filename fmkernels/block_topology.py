@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ _OP = "BlockTopology"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockTopology:
-    """Which blocks of a matrix are stored: compressed rows of blocks, and the same blocks by columns, made when first used.
+    """Which blocks of a matrix are stored: compressed rows of blocks, and, when first asked for, columns.
 
     The lists are drawn in docs/layouts.md. A matrix of a batch has a list of its own; a size need not be a multiple of
     the block. Blocks that no row lists, at the end of `column_indices`, are not a part of the matrix: lists may be as
@@ -40,6 +40,7 @@ class BlockTopology:
     column_indices: Tensor
     shape: tuple[int, ...]
     block: tuple[int, int]
+    _made: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", _checked_block(self.block))
@@ -81,9 +82,7 @@ class BlockTopology:
         low, high = (int(x) for x in torch.aminmax(columns))
         if low < 0 or high >= self.num_block_columns:
             wrong = low if low < 0 else high
-            raise ValueError(
-                f"{_OP}: column_indices must be from 0 to {self.num_block_columns - 1}, got {wrong}."
-            )
+            raise ValueError(f"{_OP}: column_indices must be from 0 to {self.num_block_columns - 1}, got {wrong}.")
         keys = self.row_indices[: columns.numel()].long() * self.num_block_columns + columns
         is_wrong = keys.diff() <= 0
         if is_wrong.any():
@@ -152,34 +151,41 @@ class BlockTopology:
     def device(self) -> torch.device:
         return self.row_offsets.device
 
-    @functools.cached_property
+    @property
     def row_indices(self) -> Tensor:
         """[num_blocks] int32: list * rows of blocks + row of each block; -1 of blocks that no row lists."""
-        ends = self.row_offsets.view(self.num_lists, -1)[:, 1:].flatten()
-        place = torch.arange(self.num_blocks, dtype=torch.int32, device=self.device)
-        rows = torch.searchsorted(ends, place, right=True, out_int32=True)
-        return torch.where(rows < ends.shape[0], rows, -1)
+        if "row_indices" not in self._made:
+            ends = self.row_offsets.view(self.num_lists, -1)[:, 1:].flatten()
+            place = torch.arange(self.num_blocks, dtype=torch.int32, device=self.device)
+            rows = torch.searchsorted(ends, place, right=True, out_int32=True)
+            self._made["row_indices"] = torch.where(rows < ends.shape[0], rows, -1)
+        return self._made["row_indices"]
 
-    @functools.cached_property
-    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_rows, num_columns = self.num_block_rows, self.num_block_columns
+    def lists(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The lists of the matrix, or of its transpose, as the products take them; made once.
+
+        offsets [batch or 1, rows + 1], indices [num_blocks], positions [num_blocks] in the values (None: in order), and
+        order [batch * rows], the rows of blocks with the longest first.
+        """
+        name = "columns" if transposed else "rows"
+        if name not in self._made:
+            self._made[name] = self._make_columns() if transposed else self._make_rows()
+        return self._made[name]
+
+    def _make_rows(self) -> tuple[Tensor, Tensor, None, Tensor]:
+        offsets = self.row_offsets.view(self.num_lists, -1)
+        return offsets, self.column_indices, None, _longest_first(offsets)
+
+    def _make_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        num_rows, num_columns = max(1, self.num_block_rows), self.num_block_columns
         rows, unlisted = self.row_indices.long(), self.num_lists * num_columns
-        keys = rows.div(max(1, num_rows), rounding_mode="floor") * num_columns + self.column_indices
+        keys = rows.div(num_rows, rounding_mode="floor") * num_columns + self.column_indices
         sorted_keys, positions = torch.where(rows < 0, unlisted, keys).sort(stable=True)
         lists = torch.arange(self.num_lists, device=self.device)[:, None] * num_columns
         wanted = (lists + torch.arange(num_columns + 1, device=self.device)).flatten()
         offsets = torch.searchsorted(sorted_keys, wanted, out_int32=True).view(self.num_lists, -1)
-        indices = rows[positions].remainder(max(1, num_rows)).int()
+        indices = rows[positions].remainder(num_rows).int()
         return offsets, indices, positions.int(), _longest_first(offsets)
-
-    @functools.cached_property
-    def _rows(self) -> tuple[Tensor, Tensor, None, Tensor]:
-        offsets = self.row_offsets.view(self.num_lists, -1)
-        return offsets, self.column_indices, None, _longest_first(offsets)
-
-    def lists(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """offsets, indices, positions and order of the matrix, or of its transpose, as the op takes them."""
-        return self._columns if transposed else self._rows
 
     def to(self, device: torch.device | str) -> BlockTopology:
         """The same on a device."""
@@ -192,15 +198,13 @@ class BlockTopology:
         )
 
 
-def topology_moe(
-    expert_ends: Tensor, num_rows: int, ffn: int, block: int | tuple[int, int] = 128
-) -> BlockTopology:
+def topology_moe(expert_ends: Tensor, num_rows: int, ffn: int, block: int | tuple[int, int] = 128) -> BlockTopology:
     """The block-diagonal topology of experts: the rows of expert e meet its `ffn` columns and no others.
 
     Made without a sort and without waiting for the device.
 
     Args:
-        expert_ends: [experts] int32 or int64, where the rows of each expert end; ascending multiples of the block's rows.
+        expert_ends: [experts] int32 or int64, where the rows of each expert end: ascending multiples of a block's rows.
         num_rows: rows of the matrix, a bound of the last end that the host knows; rows past it have no blocks.
         ffn: columns of an expert, a multiple of the block's columns.
         block: (rows, columns) of a block, or both in one number.
@@ -233,8 +237,10 @@ def topology_moe(
     expert = torch.searchsorted(ends, row, right=True)
     used = ends[-1].clamp(max=rows) if ends.numel() else torch.zeros((), dtype=torch.long, device=ends.device)
     offsets = torch.minimum(torch.arange(rows + 1, device=ends.device), used) * columns
-    indices = (expert.clamp(max=max(0, len(ends) - 1))[:, None] * columns + torch.arange(columns, device=ends.device))
-    return BlockTopology(offsets.int(), indices.flatten().int(), (num_rows, len(ends) * ffn), (block_rows, block_columns))
+    indices = expert.clamp(max=max(0, len(ends) - 1))[:, None] * columns + torch.arange(columns, device=ends.device)
+    return BlockTopology(
+        offsets.int(), indices.flatten().int(), (num_rows, len(ends) * ffn), (block_rows, block_columns)
+    )
 
 
 def _longest_first(offsets: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
 from . import paged_kv
 from .attention import attention, attention_scores, attention_varlen
+from .block_sparse import dds, dsd, sdd, topology_moe
 from .cross_entropy import cross_entropy, linear_cross_entropy
 from .dropout import dropout_factors, philox
 from .glu import geglu, swiglu
@@ -19,8 +20,10 @@ __all__ = [
     "attention_scores",
     "attention_varlen",
     "cross_entropy",
+    "dds",
     "dequantize_weight",
     "dropout_factors",
+    "dsd",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
@@ -36,7 +39,9 @@ __all__ = [
     "rope",
     "sample",
     "sampling_weights",
+    "sdd",
     "swiglu",
+    "topology_moe",
     "verify_chain",
     "verify_tree",
 ]
