@@ -50,6 +50,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem) {
 __device__ __forceinline__ void cp_async_16_or_zero(uint32_t smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
 }
+// The same from gmem to smem + kSmem of the first num_bytes, 0 to 16, and zeros behind them, for which gmem is not read.
+template <int kSmem>
+__device__ __forceinline__ void cp_async_16_padded(uint32_t smem, const void* gmem, int num_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16, %3;" ::"r"(smem), "n"(kSmem), "l"(gmem), "r"(num_bytes)
+               : "memory");
+}
 // cp.async.commit_group: what this thread has issued since the last one becomes a group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // cp.async.wait_group: all groups of this thread but the newest kPending have landed.

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// block_sparse.cu: dsd, out = activation(scale * (op(S) dense) + bias), one row of blocks and one tile of columns a block.
+//
+// Contract   see block_sparse.h. Half elements. Any strides; dense whose lines do not begin on 16-byte boundaries is copied
+//            element by element, which is right and slow.
+// Work       grid: rows of blocks by their `order`, the longest first, of each the batches (where they share a list), of
+//            each the tiles of columns. A block walks the list of its row, each entry in steps of 32 of its inner columns.
+// Shared     union Smem, block_sparse_tile_cuda.h.         128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
+// Pipeline   that of block_sparse_tile_cuda.h; the index and the position of the next entry come one entry ahead.
+// Edges      Values of S past the edge of the matrix are zeroed on their way along the inner dimension; along its rows they
+//            make sums that are not stored. An entry out of range is a stage of zeros.
+// Numerics   float32 accumulation in the order of the list, one rounding. Deterministic.
+// Cost       2 * block_rows * block_columns * columns flops a block, and its rows of dense once for each row of blocks.
+
+#include "block_sparse_tile_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+struct DsdArgs {
+  BlockSparseDsdParams p;
+  Divisor column_tiles, batches, block_rows;  // batches: that share a list; block_rows: of a list
+  int num_rows;                               // of blocks, of all lists
+  int tile_inner, num_block_columns;
+  bool dense_is_row_major, dense_is_aligned, out_is_row_major, out_is_aligned;
+};
+
+// The copies of a row of blocks, step by step.
+template <class CopiesA, class CopiesB>
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const DsdArgs& args, int begin, int end, const CopiesA& a, const CopiesB& b)
+      : args_(args), a_(a), b_(b), entry_(begin), end_(end) {
+    read_entry();
+    take_entry();
+  }
+
+  // Starts the copies of the next step.
+  __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) {
+    a_.start(stage_a, block_ + inner_ * a_.inner_stride(), left_ - inner_);
+    b_.start(stage_b, (first_ + inner_) * b_.inner_stride(), left_ - inner_);
+    inner_ += kStep;
+    if (inner_ >= args_.tile_inner) take_entry();
+  }
+
+ private:
+  __device__ __forceinline__ void read_entry() {
+    next_index_ = -1;
+    if (entry_ < end_) {
+      next_index_ = __ldg(args_.p.indices + entry_);
+      next_position_ = args_.p.positions == nullptr ? entry_ : __ldg(args_.p.positions + entry_);
+    }
+    ++entry_;
+  }
+  __device__ __forceinline__ void take_entry() {
+    const BlockSparseDsdParams& p = args_.p;
+    const bool exists = static_cast<uint32_t>(next_index_) < static_cast<uint32_t>(args_.num_block_columns) &&
+                        static_cast<uint32_t>(next_position_) < static_cast<uint32_t>(p.num_blocks);
+    inner_ = 0;
+    first_ = exists ? next_index_ * args_.tile_inner : 0;
+    left_ = exists ? min(static_cast<int>(p.inner) - first_, args_.tile_inner) : 0;
+    block_ = exists ? int64_t{next_position_} * (p.block_rows * p.block_columns) : 0;
+    read_entry();
+  }
+
+  const DsdArgs& args_;
+  const CopiesA& a_;
+  const CopiesB& b_;
+  int entry_, end_, next_index_, next_position_ = 0;  // the entry that is read next, and what was read last
+  int inner_ = 0, first_ = 0,
+      left_ = 0;       // of the block that is copied: the next step, its first row of dense, its rows
+  int64_t block_ = 0;  // and its place in values
+};
+
+template <class T, bool kTransposed>
+__device__ __forceinline__ void store_out(const DsdArgs& args, float* sums, int64_t batch, int64_t first_row,
+                                          int64_t first_column) {
+  using Element = typename T::Element;
+  using L = SumLines<T, kTransposed>;
+  const BlockSparseDsdParams& p = args.p;
+  const int64_t first_line = kTransposed ? first_column : first_row,
+                first_along = kTransposed ? first_row : first_column;
+  const int64_t num_lines = (kTransposed ? p.columns : p.rows) - first_line;
+  const int64_t length = (kTransposed ? p.rows : p.columns) - first_along;
+  Element* out = static_cast<Element*>(p.out.data) + batch * p.out.batch_stride + first_line * (first_along + length) +
+                 first_along;
+  for_each_chunk<L, T>(sums, threadIdx.x, [&](int line, int along, float (&x)[kChunk]) {
+    if (line >= num_lines || along >= length) return;
+    const int count = static_cast<int>(min(length - along, int64_t{kChunk}));
+    const auto chunk = finish<Element, kTransposed>(p.epilogue, x, first_row + (kTransposed ? along : line), count);
+    Element* to = out + line * (first_along + length) + along;
+    if (args.out_is_aligned && count == kChunk) return store_vector<Element, kChunk>(to, chunk);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i < count) to[i] = chunk.lane[i];
+    }
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 2) block_sparse_dsd_kernel(const __grid_constant__ DsdArgs args) {
+  using Element = typename T::Element;
+  const BlockSparseDsdParams& p = args.p;
+  auto& smem = dynamic_smem<Smem<T>>();
+
+  // The row of blocks and the tile of columns of this block.
+  const int tile = blockIdx.x, item = tile / args.column_tiles;
+  const int row = p.order[item / args.batches];
+  if (static_cast<uint32_t>(row) >= static_cast<uint32_t>(args.num_rows)) return;
+  const int list = row / args.block_rows, block_row = row % args.block_rows;
+  const int64_t batch = p.num_lists == 1 ? item % args.batches : list;
+  const int64_t first_row = int64_t{block_row} * T::kRows,
+                first_column = int64_t{tile % args.column_tiles} * T::kColumns;
+  const int32_t* offsets = p.offsets + list * (args.block_rows.value() + 1ll) + block_row;
+  const int begin = max(0, min(offsets[0], static_cast<int>(p.num_entries)));
+  const int end = max(begin, min(offsets[1], static_cast<int>(p.num_entries)));
+
+  // The product.
+  const int warp = threadIdx.x / kWarp;
+  const int warp_row = warp / T::kWarpsAcross * T::kWarpRows, warp_column = warp % T::kWarpsAcross * T::kWarpColumns;
+  const int num_columns = static_cast<int>(min(p.columns - first_column, int64_t{T::kColumns}));
+  const bool is_wanted = warp_column < num_columns && first_row + warp_row < p.rows;
+  const Element* dense =
+      static_cast<const Element*>(p.dense.data) + batch * p.dense.batch_stride + first_column * p.dense.column_stride;
+  Sums<T> sums = {};
+  dispatch_lines<T>(p.transposed, args.dense_is_row_major, [&]<class LinesA, class LinesB>() {
+    const Copies<LinesA, Element> a(static_cast<const Element*>(p.values), p.block_columns, T::kRows, true,
+                                    threadIdx.x);
+    const Copies<LinesB, Element> b(dense, LinesB::kAcross ? p.dense.row_stride : p.dense.column_stride, num_columns,
+                                    args.dense_is_aligned, threadIdx.x);
+    Walk walk(args, begin, end, a, b);
+    multiply<T, LinesA, LinesB>(sums, smem.stages[0], (end - begin) * ((args.tile_inner + kStep - 1) / kStep), warp_row,
+                                warp_column, is_wanted,
+                                [&](uint32_t stage_a, uint32_t stage_b) { walk.start(stage_a, stage_b); });
+  });
+
+  // The result.
+  auto store = [&]<bool kTransposed>() {
+    store_sums<T, kTransposed>(smem.sums[0], sums, warp_row, warp_column);
+    __syncthreads();  // the sums of all warps are there
+    store_out<T, kTransposed>(args, smem.sums[0], batch, first_row, first_column);
+  };
+  if (args.out_is_row_major) store.template operator()<false>();
+  else store.template operator()<true>();
+}
+
+template <class Element, int kRows>
+using DsdTraits = TileTraits<Element, kRows, kRows == 128 ? 128 : 256, kRows == 128 ? 64 : kRows, 64>;
+
+}  // namespace
+
+void launch_block_sparse_dsd(const BlockSparseDsdParams& p, cudaStream_t stream) {
+  constexpr int64_t kMaxEntries = int64_t{1} << 29;  // steps are counted in 32 bits
+  FM_CHECK(p.num_entries < kMaxEntries, "block_sparse_dsd: there must be less than ", kMaxEntries,
+           " indices on CUDA, got ", p.num_entries);
+  const int64_t lines_apart = p.dense.is_row_major() ? p.dense.row_stride : p.dense.column_stride;
+  dispatch_half(p.dtype, [&]<class Element>() {
+    dispatch_int<16, 32, 64, 128>("rows of a block", p.tile_rows(), [&]<int kRows>() {
+      using T = DsdTraits<Element, kRows>;
+      const int64_t column_tiles = (p.columns + T::kColumns - 1) / T::kColumns;
+      const int64_t batches = p.num_lists == 1 ? p.batch : 1;
+      const dim3 grid = grid_of("block_sparse_dsd", p.num_lists * p.num_block_rows() * batches * column_tiles, 1);
+      const DsdArgs args{p,
+                         Divisor(static_cast<int32_t>(column_tiles)),
+                         Divisor(static_cast<int32_t>(batches)),
+                         Divisor(static_cast<int32_t>(p.num_block_rows())),
+                         static_cast<int>(p.num_lists * p.num_block_rows()),
+                         p.tile_inner(),
+                         static_cast<int>(p.num_block_columns()),
+                         p.dense.is_row_major(),
+                         is_aligned_16(p.dense.data, 2, 0, {p.dense.batch_stride, lines_apart}),
+                         p.out.is_row_major(),
+                         is_aligned_16(p.out.data, 2, p.out.is_row_major() ? p.columns : p.rows, {p.out.batch_stride})};
+      launch("block_sparse_dsd", block_sparse_dsd_kernel<T>, grid, T::kThreads, sizeof(Smem<T>), stream, args);
+    });
+  });
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// block_sparse_sdd.cu: the blocks of a topology of activation(scale * (a b) + bias), each from its rows of a and its columns
+// of b.
+//
+// Contract   see block_sparse.h. Half elements. Any strides; an operand whose lines do not begin on 16-byte boundaries is
+//            copied element by element, which is right and slow.
+// Work       grid: square tiles of the blocks, in the order of the list. Tiles of 128 and 64 have a block of threads, smaller
+//            ones a warp, which copies for itself.
+// Shared     union Smem, block_sparse_tile_cuda.h.             128 x 128: 64 KiB, 64 x 64: 32 KiB, 4 x 32 x 32: 64, 16 x 16: 32
+// Pipeline   that of block_sparse_tile_cuda.h, over the inner dimension.
+// Edges      Past the edge of the matrix, and where there is no block, zeros are written.
+// Numerics   float32 accumulation, one rounding. A tile does not depend on the others. Deterministic.
+// Cost       2 * block_rows * block_columns * inner flops a block.
+
+#include "block_sparse_tile_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+struct SddArgs {
+  BlockSparseSddParams p;
+  Divisor block_rows;  // of a batch
+  int64_t num_tiles;
+  int log2_across, log2_tiles;     // tiles of a block, in a row of them and in all
+  uint32_t num_rows, num_columns;  // of blocks, of all batches
+  bool a_is_row_major, a_is_aligned, b_is_row_major, b_is_aligned;
+};
+
+// A tile of a block and its place in the product.
+struct Tile {
+  int64_t block, batch, first_row, first_column;  // of the product
+  int row, column;                                // in the block
+  int num_rows, num_columns;                      // of the product, from there on; 0: the tile is zeros
+};
+
+template <class T>
+__device__ __forceinline__ Tile tile_of(const SddArgs& args, int64_t index) {
+  const BlockSparseSddParams& p = args.p;
+  Tile tile{index >> args.log2_tiles};
+  const int in_block = static_cast<int>(index & ((1 << args.log2_tiles) - 1));
+  tile.row = (in_block >> args.log2_across) * T::kRows;
+  tile.column = (in_block & ((1 << args.log2_across) - 1)) * T::kColumns;
+  if (index >= args.num_tiles) return tile;
+  const int row = __ldg(p.row_indices + tile.block), column = __ldg(p.column_indices + tile.block);
+  if (static_cast<uint32_t>(row) >= args.num_rows) return tile;
+  if (static_cast<uint32_t>(column) >= args.num_columns) return tile;
+  tile.batch = row / args.block_rows;
+  tile.first_row = int64_t{row % args.block_rows} * p.block_rows + tile.row;
+  tile.first_column = int64_t{column} * p.block_columns + tile.column;
+  if (tile.first_row >= p.rows || tile.first_column >= p.columns) return tile;
+  tile.num_rows = static_cast<int>(min(p.rows - tile.first_row, int64_t{T::kRows}));
+  tile.num_columns = static_cast<int>(min(p.columns - tile.first_column, int64_t{T::kColumns}));
+  return tile;
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 2) block_sparse_sdd_kernel(const __grid_constant__ SddArgs args) {
+  using Element = typename T::Element;
+  const BlockSparseSddParams& p = args.p;
+  auto& smem = dynamic_smem<Smem<T>>();
+  const int group = threadIdx.x / T::kGroupThreads, thread = threadIdx.x % T::kGroupThreads;
+  const int64_t index = int64_t{blockIdx.x} * T::kGroups + group;
+  const Tile tile = tile_of<T>(args, index);
+
+  // The product.
+  const int warp = thread / kWarp;
+  const int warp_row = warp / T::kWarpsAcross * T::kWarpRows, warp_column = warp % T::kWarpsAcross * T::kWarpColumns;
+  const bool is_wanted = warp_row < tile.num_rows && warp_column < tile.num_columns;
+  const int num_steps = __syncthreads_or(tile.num_rows > 0) ? static_cast<int>((p.inner + kStep - 1) / kStep) : 0;
+  const Element* first_a =
+      static_cast<const Element*>(p.a.data) + tile.batch * p.a.batch_stride + tile.first_row * p.a.row_stride;
+  const Element* first_b =
+      static_cast<const Element*>(p.b.data) + tile.batch * p.b.batch_stride + tile.first_column * p.b.column_stride;
+  Sums<T> sums = {};
+  dispatch_lines<T>(!args.a_is_row_major, args.b_is_row_major, [&]<class LinesA, class LinesB>() {
+    const Copies<LinesA, Element> a(first_a, LinesA::kAcross ? p.a.column_stride : p.a.row_stride, tile.num_rows,
+                                    args.a_is_aligned, thread);
+    const Copies<LinesB, Element> b(first_b, LinesB::kAcross ? p.b.row_stride : p.b.column_stride, tile.num_columns,
+                                    args.b_is_aligned, thread);
+    int64_t inner = 0;
+    multiply<T, LinesA, LinesB>(sums, smem.stages[group], num_steps, warp_row, warp_column, is_wanted,
+                                [&](uint32_t stage_a, uint32_t stage_b) {
+                                  const int left = static_cast<int>(p.inner - inner);
+                                  a.start(stage_a, inner * a.inner_stride(), left);
+                                  b.start(stage_b, inner * b.inner_stride(), left);
+                                  inner += kStep;
+                                });
+  });
+
+  // The result.
+  using L = SumLines<T, false>;
+  store_sums<T, false>(smem.sums[group], sums, warp_row, warp_column);
+  __syncthreads();  // the sums of all warps are there
+  if (index >= args.num_tiles) return;
+  Element* out =
+      static_cast<Element*>(p.values) + (tile.block * p.block_rows + tile.row) * p.block_columns + tile.column;
+  for_each_chunk<L, T>(smem.sums[group], thread, [&](int line, int along, float (&x)[kChunk]) {
+    const int count = line < tile.num_rows ? tile.num_columns - along : 0;
+    Vector<Element, kChunk> chunk = finish<Element, true>(p.epilogue, x, tile.first_column + along, count);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i >= count) chunk.lane[i] = {};
+    }
+    store_vector<Element, kChunk>(out + line * p.block_columns + along, chunk);
+  });
+}
+
+// A side of a square tile, and how many tiles a block of threads has.
+template <class Element, int kSide>
+using SddTraits = TileTraits<Element, kSide, kSide, kSide <= 32 ? kSide : kSide / 2, kSide <= 32 ? kSide : kSide / 2,
+                             kSide <= 32 ? 4 : 1>;
+
+int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
+
+}  // namespace
+
+void launch_block_sparse_sdd(const BlockSparseSddParams& p, cudaStream_t stream) {
+  auto is_aligned = [](const DenseView& v) {
+    return is_aligned_16(v.data, 2, 0, {v.batch_stride, v.is_row_major() ? v.row_stride : v.column_stride});
+  };
+  dispatch_half(p.dtype, [&]<class Element>() {
+    const int side = p.block_rows < p.block_columns ? p.block_rows : p.block_columns;
+    dispatch_int<16, 32, 64, 128>("the smaller side of a block", side, [&]<int kSide>() {
+      using T = SddTraits<Element, kSide>;
+      const int down = p.block_rows / kSide, across = p.block_columns / kSide;
+      const int64_t num_tiles = p.num_blocks * down * across;
+      const SddArgs args{p,
+                         Divisor(static_cast<int32_t>(p.num_block_rows() > 0 ? p.num_block_rows() : 1)),
+                         num_tiles,
+                         log2_of(across),
+                         log2_of(down * across),
+                         static_cast<uint32_t>(p.batch * p.num_block_rows()),
+                         static_cast<uint32_t>(p.num_block_columns()),
+                         p.a.is_row_major(),
+                         is_aligned(p.a),
+                         p.b.is_row_major(),
+                         is_aligned(p.b)};
+      const dim3 grid = grid_of("block_sparse_sdd", num_tiles, T::kGroups);
+      launch("block_sparse_sdd", block_sparse_sdd_kernel<T>, grid, T::kThreads, sizeof(Smem<T>), stream, args);
+    });
+  });
+}
+
+}  // namespace fmkernels

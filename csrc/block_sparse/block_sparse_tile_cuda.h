@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tile of a product on the tensor cores, of block_sparse.cu and block_sparse_sdd.cu: c [rows, columns] += a [rows, inner]
+// b [inner, columns], in stages of kStep of the inner dimension.
+//
+// Operands   A stage of an operand lies in shared memory as in global memory: lines of 16-byte chunks, that run along the
+//            inner dimension, or across it (kAcross), swizzled. Fragments come by ldmatrix, transposed where lines of a, or
+//            of b, run so that they must be. What lies past the edges is zero and is not read.
+// Pipeline   kStages - 1 stages are under way while one is multiplied. One barrier a stage: it has landed for all, and all
+//            have read the one before it, whose place the next copies take.
+// Result     The sums go to shared memory as floats, where the stages were, so that a thread finishes and stores 16 bytes
+//            of a line of the result, whichever way that lies.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/dispatch.h"
+#include "../common/divisor.h"
+#include "../common/launch.h"
+#include "../common/ptx.h"
+#include "../common/vector_cuda.h"
+#include "block_sparse.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kStep = 32;   // of the inner dimension
+constexpr int kStages = 4;  // a power of two
+constexpr int kChunk = 8;   // elements of 16 bytes
+
+// A tile of kRows x kColumns, of warps of kWarpRows x kWarpColumns, and how many such groups of warps a block has.
+template <class Element_, int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kGroups_ = 1>
+struct TileTraits {
+  using Element = Element_;
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kWarpsAcross = kColumns / kWarpColumns;
+  static constexpr int kGroupThreads = kRows / kWarpRows * kWarpsAcross * kWarp, kThreads = kGroups * kGroupThreads;
+  static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;  // m16 and n8 tiles of a warp
+  static_assert(kThreads == 128, "two blocks of 128 threads may have 255 registers each");
+  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "whole fragments");
+};
+
+template <class T>
+struct Stage {
+  typename T::Element a[T::kRows * kStep];     // [line, chunk], swizzled
+  typename T::Element b[kStep * T::kColumns];  // likewise
+};
+template <class T>
+union Smem {
+  Stage<T> stages[T::kGroups][kStages];
+  float sums[T::kGroups][T::kRows * T::kColumns];  // [line of the result, 4 floats], swizzled
+  static_assert(sizeof(Stage<T>) % 128 == 0, "a swizzle permutes addresses");
+};
+
+// ---- operands -------------------------------------------------------------------------------------------------------
+
+// A stage of an operand with kExtent rows of a, or columns of b.
+template <int kExtent, bool kAcross_, int kThreads>
+struct Lines {
+  static constexpr bool kAcross = kAcross_;  // lines run along rows of a or columns of b, one for each inner index
+  static constexpr int kCount = kAcross ? kStep : kExtent;
+  static constexpr int kChunks = (kAcross ? kExtent : kStep) / kChunk;  // of a line
+  static constexpr int kLineBytes = kChunks * 16;
+  static constexpr int kPassLines = kThreads / kChunks;  // that all threads copy at a time
+  static constexpr int kPasses = kCount < kPassLines ? 1 : kCount / kPassLines;
+  static_assert(kThreads % kChunks == 0 && (kCount % kPassLines == 0 || kCount < kPassLines), "whole passes");
+
+  // Byte offset of a chunk. Eight lines at one chunk, and a line's chunks, fall into different banks.
+  static __device__ constexpr int swizzled(int line, int chunk) {
+    constexpr int kShift = kChunks >= 8 ? 0 : kChunks == 4 ? 1 : 2;  // lines that share 128 bytes do not differ
+    constexpr int kMask = kChunks >= 8 ? 7 : kChunks - 1;
+    return line * kLineBytes + ((chunk ^ (line >> kShift & kMask)) << 4);
+  }
+};
+
+// What a thread copies of an operand.
+template <class L, class Element>
+class Copies {
+ public:
+  // The operand begins at `first`, its lines are line_stride elements apart, and it has `extent` rows of a or columns of b.
+  __device__ __forceinline__ Copies(const Element* first, int64_t line_stride, int extent, bool is_aligned, int thread)
+      : line_(thread / L::kChunks),
+        chunk_(thread % L::kChunks),
+        extent_(extent),
+        is_aligned_(is_aligned),
+        line_stride_(line_stride),
+        from_(first + line_ * line_stride + chunk_ * kChunk) {}
+
+  // Elements from one inner index to the next.
+  __device__ __forceinline__ int64_t inner_stride() const { return L::kAcross ? line_stride_ : 1; }
+
+  // Copies the stage that begins `offset` elements from the first, of which inner_left indices exist.
+  __device__ __forceinline__ void start(uint32_t stage, int64_t offset, int inner_left) const {
+    if (L::kCount < L::kPassLines && line_ >= L::kCount) return;
+    const Element* from = from_ + offset;
+    const int num_lines = L::kAcross ? inner_left : extent_;
+    const int count = min(max((L::kAcross ? extent_ : inner_left) - chunk_ * kChunk, 0), kChunk);  // of elements
+    if (!is_aligned_) return start_unaligned(stage, from, num_lines, count);
+    [&]<int... pass>(std::integer_sequence<int, pass...>) {
+      (start_pass<pass>(stage, from, num_lines, 2 * count), ...);
+    }(std::make_integer_sequence<int, L::kPasses>{});
+  }
+
+ private:
+  static constexpr int kFlip = L::kChunks >= 8 ? L::kPassLines % 8 : 0;  // of a swizzle from one pass to the next
+  static_assert(kFlip == 0 || kFlip == 4);
+  static_assert(L::kPasses == 1 || L::kChunks >= 8 || L::kPassLines % 8 == 0);
+
+  template <int pass>
+  __device__ __forceinline__ void start_pass(uint32_t stage, const Element* from, int num_lines, int num_bytes) const {
+    const uint32_t to = stage + (L::swizzled(line_, chunk_) ^ (pass % 2 * kFlip * 16));
+    ptx::cp_async_16_padded<pass * L::kPassLines * L::kLineBytes>(
+        to, from + pass * L::kPassLines * line_stride_, line_ + pass * L::kPassLines < num_lines ? num_bytes : 0);
+  }
+
+  // The same where chunks do not begin on 16-byte boundaries: element by element, and at once.
+  __device__ __forceinline__ void start_unaligned(uint32_t stage, const Element* from, int num_lines, int count) const {
+#pragma unroll 1
+    for (int pass = 0; pass < L::kPasses; ++pass) {
+      const int line = line_ + pass * L::kPassLines;
+      Vector<Element, kChunk> chunk{};
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (line < num_lines && i < count) chunk.lane[i] = from[pass * L::kPassLines * line_stride_ + i];
+      }
+      uint4 words;
+      memcpy(&words, &chunk, sizeof words);
+      *static_cast<uint4*>(__cvta_shared_to_generic(stage + L::swizzled(line, chunk_))) = words;
+    }
+  }
+
+  int line_, chunk_, extent_;
+  bool is_aligned_;
+  int64_t line_stride_;
+  const Element* from_;
+};
+
+// Where a lane's fragments of an operand lie in a stage, for a warp whose rows or columns begin with `first`.
+template <class L, bool kIsA>
+class Fragments {
+ public:
+  __device__ __forceinline__ explicit Fragments(int first) {
+    // ldmatrix.x4 gives four 8 x 8 matrices. As registers of a are numbered they stand column by column in [row, inner],
+    // those of two of b row by row in [column, inner]; read across, the other way round.
+    const int lane = threadIdx.x % kWarp;
+    const bool by_column = kIsA != L::kAcross;
+    const int line = by_column ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = by_column ? lane / 16 : lane / 8 % 2;
+    at_ = L::kAcross ? L::swizzled(line, first / kChunk + chunk) : L::swizzled(first + line, chunk);
+  }
+  // 16 rows or columns from `first` + 16 * tile on, 16 inner indices from 16 * half on.
+  __device__ __forceinline__ void load(uint32_t (&fragment)[4], uint32_t stage, int tile, int half) const {
+    const uint32_t at = stage + at_;
+    constexpr int kLines = 16 * L::kLineBytes;  // 16 lines further the swizzle is the same
+    if constexpr (L::kAcross) ptx::ldmatrix_x4_trans(fragment, (at ^ (tile * 32)) + half * kLines);
+    else ptx::ldmatrix_x4(fragment, (at ^ (half * 32)) + tile * kLines);
+  }
+
+ private:
+  uint32_t at_;
+};
+
+// ---- the product ----------------------------------------------------------------------------------------------------
+
+template <class T>
+using Sums = float[T::kRowTiles][T::kColumnTiles][4];
+
+// sums += a b over one stage.
+template <class T, class FragmentsA, class FragmentsB>
+__device__ __forceinline__ void multiply_stage(Sums<T>& sums, const FragmentsA& a, const FragmentsB& b,
+                                               uint32_t stage_a, uint32_t stage_b) {
+#pragma unroll
+  for (int half = 0; half < kStep / 16; ++half) {
+    uint32_t rA[T::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) a.load(rA[m], stage_a, m, half);
+#pragma unroll
+    for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) {
+      uint32_t rB[4];
+      b.load(rB, stage_b, pair, half);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename T::Element>(sums[m][2 * pair], rA[m], rB[0], rB[1]);
+        ptx::mma_m16n8k16<typename T::Element>(sums[m][2 * pair + 1], rA[m], rB[2], rB[3]);
+      }
+    }
+  }
+}
+
+// sums += a b over num_steps stages. start(stage_a, stage_b) copies the next one, at addresses of its operands in shared
+// memory. The warp's part begins at row `first_row` and column `first_column` of the tile; nobody asks for it if !is_wanted.
+template <class T, class LinesA, class LinesB, class Start>
+__device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int num_steps, int first_row,
+                                         int first_column, bool is_wanted, Start&& start) {
+  constexpr uint32_t kStageBytes = sizeof(Stage<T>), kBytesA = sizeof(Stage<T>::a);
+  const uint32_t first_stage = ptx::smem_address(stages);
+  const Fragments<LinesA, true> a(first_row);
+  const Fragments<LinesB, false> b(first_column);
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) {
+    const uint32_t stage = first_stage + step * kStageBytes;
+    if (step < num_steps) start(stage, stage + kBytesA);
+    ptx::cp_async_commit();
+  }
+#pragma unroll 1
+  for (int step = 0; step < num_steps; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // this stage has landed for all, and all have read the one before it
+    if (step + kStages - 1 < num_steps) {
+      const uint32_t stage = first_stage + (step + kStages - 1) % kStages * kStageBytes;
+      start(stage, stage + kBytesA);
+    }
+    ptx::cp_async_commit();
+    const uint32_t stage = first_stage + step % kStages * kStageBytes;
+    if (is_wanted) multiply_stage<T>(sums, a, b, stage, stage + kBytesA);
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // all have read the last stages
+}
+
+// Calls f.template operator()<LinesA, LinesB>() for operands whose lines run across the inner dimension or along it.
+template <class T, class F>
+__device__ __forceinline__ void dispatch_lines(bool a_across, bool b_across, F&& f) {
+  auto with_a = [&]<bool kA>() {
+    using LinesA = Lines<T::kRows, kA, T::kGroupThreads>;
+    if (b_across) f.template operator()<LinesA, Lines<T::kColumns, true, T::kGroupThreads>>();
+    else f.template operator()<LinesA, Lines<T::kColumns, false, T::kGroupThreads>>();
+  };
+  if (a_across) with_a.template operator()<true>();
+  else with_a.template operator()<false>();
+}
+
+// ---- the result -----------------------------------------------------------------------------------------------------
+
+// Lines of a tile of sums in shared memory: its rows, or its columns where kTransposed. Places of 4 floats are permuted so
+// that the lanes of a store, and those of a load of 8 neighbours each, stand on different banks.
+template <class T, bool kTransposed>
+struct SumLines {
+  static constexpr int kCount = kTransposed ? T::kColumns : T::kRows, kLength = kTransposed ? T::kRows : T::kColumns;
+  static constexpr int kPlaces = kLength / 4;
+
+  // Of the element `along` of a line, in floats.
+  static __device__ __forceinline__ int at(int line, int along) {
+    const uint32_t place = line * kPlaces + along / 4, lines_apart = kTransposed ? 2 : 1;  // of a store's lanes
+    return (place ^ (place / (kPlaces * lines_apart) % 4 * 2) ^ place / 8 % 2) * 4 + along % 4;
+  }
+};
+
+template <class T, bool kTransposed>
+__device__ __forceinline__ void store_sums(float* to, const Sums<T>& sums, int first_row, int first_column) {
+  using L = SumLines<T, kTransposed>;
+  const int lane = threadIdx.x % kWarp;
+  first_row += lane / 4;
+  first_column += lane % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < T::kColumnTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + m * 16 + half * 8, column = first_column + n * 8;
+        const float x = sums[m][n][2 * half], y = sums[m][n][2 * half + 1];
+        if constexpr (kTransposed) {
+          to[L::at(column, row)] = x;
+          to[L::at(column + 1, row)] = y;
+        } else {
+          *reinterpret_cast<float2*>(to + L::at(row, column)) = make_float2(x, y);
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kRelu: return x < 0.0f ? 0.0f : x;  // NaN stays
+    case Activation::kGelu: return x * (0.5f * erfcf(x * -0.70710678f));
+    case Activation::kSilu: return x / (1.0f + expf(-x));
+    default: return x;
+  }
+}
+
+// Eight elements of a line of the result, rounded. They have one scale and bias, those of `feature`, or (kAlong) one each
+// from there on, of which the first `count` exist.
+template <class Element, bool kAlong>
+__device__ __forceinline__ Vector<Element, kChunk> finish(const Epilogue& e, float (&x)[kChunk], int64_t feature,
+                                                          int count) {
+  auto apply = [&](const float* vector, auto&& f) {
+    if (vector == nullptr) return;
+    const float common = kAlong ? 0.0f : __ldg(vector + feature);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) f(x[i], kAlong ? (i < count ? __ldg(vector + feature + i) : 0.0f) : common);
+  };
+  apply(e.scale, [](float& sum, float scale) { sum *= scale; });
+  apply(e.bias, [](float& sum, float bias) { sum += bias; });
+  if (e.activation != Activation::kNone) {
+#pragma unroll 1
+    for (int i = 0; i < kChunk; ++i) {
+      const float y = activate(e.activation, x[0]);  // a rotation: the index of a register is a constant
+#pragma unroll
+      for (int k = 0; k + 1 < kChunk; ++k) x[k] = x[k + 1];
+      x[kChunk - 1] = y;
+    }
+  }
+  uint4 words;
+  words.x = ptx::pack<Element>(x[0], x[1]);
+  words.y = ptx::pack<Element>(x[2], x[3]);
+  words.z = ptx::pack<Element>(x[4], x[5]);
+  words.w = ptx::pack<Element>(x[6], x[7]);
+  Vector<Element, kChunk> chunk;
+  memcpy(&chunk, &words, sizeof chunk);
+  return chunk;
+}
+
+// f(line, along, x) for the chunks of a group's sums that this thread finishes.
+template <class L, class T, class F>
+__device__ __forceinline__ void for_each_chunk(const float* sums, int thread, F&& f) {
+  constexpr int kLineChunks = L::kLength / kChunk;
+#pragma unroll 1
+  for (int i = thread; i < L::kCount * kLineChunks; i += T::kGroupThreads) {
+    const int line = i / kLineChunks, along = i % kLineChunks * kChunk;
+    float x[kChunk];
+    memcpy(x, __builtin_assume_aligned(sums + L::at(line, along), 16), 16);
+    memcpy(x + 4, __builtin_assume_aligned(sums + L::at(line, along + 4), 16), 16);
+    f(line, along, x);
+  }
+}
+
+}  // namespace
+}  // namespace fmkernels
