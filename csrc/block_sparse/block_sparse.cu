@@ -22,6 +22,7 @@ struct DsdArgs {
   Divisor column_tiles, batches, block_rows;  // batches: that share a list; block_rows: of a list
   int num_rows;                               // of blocks, of all lists
   int tile_inner, num_block_columns;
+  Passes passes;
   bool dense_is_row_major, dense_is_aligned, out_is_row_major, out_is_aligned;
 };
 
@@ -35,10 +36,12 @@ class Walk {
     take_entry();
   }
 
-  // Starts the copies of the next step.
-  __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) {
-    a_.start(stage_a, block_ + inner_ * a_.inner_stride(), left_ - inner_);
-    b_.start(stage_b, (first_ + inner_) * b_.inner_stride(), left_ - inner_);
+  // Starts the copies of a step.
+  __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) const {
+    a_.start(stage_a, block_, inner_, left_ - inner_, args_.passes);
+    b_.start(stage_b, 0, first_ + inner_, left_ - inner_, args_.passes);
+  }
+  __device__ __forceinline__ void advance() {
     inner_ += kStep;
     if (inner_ >= args_.tile_inner) take_entry();
   }
@@ -59,7 +62,7 @@ class Walk {
     inner_ = 0;
     first_ = exists ? next_index_ * args_.tile_inner : 0;
     left_ = exists ? min(static_cast<int>(p.inner) - first_, args_.tile_inner) : 0;
-    block_ = exists ? int64_t{next_position_} * (p.block_rows * p.block_columns) : 0;
+    block_ = exists ? int64_t{next_position_} * (p.block_rows * p.block_columns * 2) : 0;
     read_entry();
   }
 
@@ -69,7 +72,7 @@ class Walk {
   int entry_, end_, next_index_, next_position_ = 0;  // the entry that is read next, and what was read last
   int inner_ = 0, first_ = 0,
       left_ = 0;       // of the block that is copied: the next step, its first row of dense, its rows
-  int64_t block_ = 0;  // and its place in values
+  int64_t block_ = 0;  // and its place in values, in bytes
 };
 
 template <class T, bool kTransposed>
@@ -97,7 +100,7 @@ __device__ __forceinline__ void store_out(const DsdArgs& args, float* sums, int6
   });
 }
 
-template <class T>
+template <class T, bool kIsFast>
 __global__ void __launch_bounds__(T::kThreads, 2) block_sparse_dsd_kernel(const __grid_constant__ DsdArgs args) {
   using Element = typename T::Element;
   const BlockSparseDsdParams& p = args.p;
@@ -124,14 +127,14 @@ __global__ void __launch_bounds__(T::kThreads, 2) block_sparse_dsd_kernel(const 
       static_cast<const Element*>(p.dense.data) + batch * p.dense.batch_stride + first_column * p.dense.column_stride;
   Sums<T> sums = {};
   dispatch_lines<T>(p.transposed, args.dense_is_row_major, [&]<class LinesA, class LinesB>() {
-    const Copies<LinesA, Element> a(static_cast<const Element*>(p.values), p.block_columns, T::kRows, true,
-                                    threadIdx.x);
-    const Copies<LinesB, Element> b(dense, LinesB::kAcross ? p.dense.row_stride : p.dense.column_stride, num_columns,
-                                    args.dense_is_aligned, threadIdx.x);
+    constexpr int kLineA = LinesA::kAcross ? T::kRows : 0;  // else a block has any number of columns
+    const Copies<LinesA, Element, kIsFast, true> a(static_cast<const Element*>(p.values),
+                                                   kLineA != 0 ? kLineA : p.block_columns, T::kRows, true, threadIdx.x);
+    const Copies<LinesB, Element, kIsFast> b(dense, LinesB::kAcross ? p.dense.row_stride : p.dense.column_stride,
+                                             num_columns, args.dense_is_aligned, threadIdx.x);
     Walk walk(args, begin, end, a, b);
     multiply<T, LinesA, LinesB>(sums, smem.stages[0], (end - begin) * ((args.tile_inner + kStep - 1) / kStep), warp_row,
-                                warp_column, is_wanted,
-                                [&](uint32_t stage_a, uint32_t stage_b) { walk.start(stage_a, stage_b); });
+                                warp_column, is_wanted, walk);
   });
 
   // The result.
@@ -153,7 +156,7 @@ void launch_block_sparse_dsd(const BlockSparseDsdParams& p, cudaStream_t stream)
   constexpr int64_t kMaxEntries = int64_t{1} << 29;  // steps are counted in 32 bits
   FM_CHECK(p.num_entries < kMaxEntries, "block_sparse_dsd: there must be less than ", kMaxEntries,
            " indices on CUDA, got ", p.num_entries);
-  const int64_t lines_apart = p.dense.is_row_major() ? p.dense.row_stride : p.dense.column_stride;
+  const bool fast = is_fast(p.dense) && (p.inner % kChunk == 0 || p.transposed);
   dispatch_half(p.dtype, [&]<class Element>() {
     dispatch_int<16, 32, 64, 128>("rows of a block", p.tile_rows(), [&]<int kRows>() {
       using T = DsdTraits<Element, kRows>;
@@ -167,11 +170,15 @@ void launch_block_sparse_dsd(const BlockSparseDsdParams& p, cudaStream_t stream)
                          static_cast<int>(p.num_lists * p.num_block_rows()),
                          p.tile_inner(),
                          static_cast<int>(p.num_block_columns()),
+                         {},
                          p.dense.is_row_major(),
-                         is_aligned_16(p.dense.data, 2, 0, {p.dense.batch_stride, lines_apart}),
+                         is_aligned(p.dense),
                          p.out.is_row_major(),
                          is_aligned_16(p.out.data, 2, p.out.is_row_major() ? p.columns : p.rows, {p.out.batch_stride})};
-      launch("block_sparse_dsd", block_sparse_dsd_kernel<T>, grid, T::kThreads, sizeof(Smem<T>), stream, args);
+      dispatch_bool(fast, [&]<bool kIsFast>() {
+        launch("block_sparse_dsd", block_sparse_dsd_kernel<T, kIsFast>, grid, T::kThreads, sizeof(Smem<T>), stream,
+               args);
+      });
     });
   });
 }

@@ -23,6 +23,7 @@ struct SddArgs {
   int64_t num_tiles;
   int log2_across, log2_tiles;     // tiles of a block, in a row of them and in all
   uint32_t num_rows, num_columns;  // of blocks, of all batches
+  Passes passes;
   bool a_is_row_major, a_is_aligned, b_is_row_major, b_is_aligned;
 };
 
@@ -53,7 +54,25 @@ __device__ __forceinline__ Tile tile_of(const SddArgs& args, int64_t index) {
   return tile;
 }
 
-template <class T>
+// The copies of a tile, step by step.
+template <class CopiesA, class CopiesB>
+struct Walk {
+  CopiesA a;
+  CopiesB b;
+  const Passes& passes;
+  int end;
+  uint32_t inner = 0;  // may pass 2^31 behind the end
+
+  __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) const {
+    const int left = static_cast<int>(static_cast<uint32_t>(end) - inner),
+              first = left > 0 ? static_cast<int>(inner) : 0;
+    a.start(stage_a, 0, first, left, passes);
+    b.start(stage_b, 0, first, left, passes);
+  }
+  __device__ __forceinline__ void advance() { inner += kStep; }
+};
+
+template <class T, bool kIsFast>
 __global__ void __launch_bounds__(T::kThreads, 2) block_sparse_sdd_kernel(const __grid_constant__ SddArgs args) {
   using Element = typename T::Element;
   const BlockSparseSddParams& p = args.p;
@@ -73,18 +92,14 @@ __global__ void __launch_bounds__(T::kThreads, 2) block_sparse_sdd_kernel(const 
       static_cast<const Element*>(p.b.data) + tile.batch * p.b.batch_stride + tile.first_column * p.b.column_stride;
   Sums<T> sums = {};
   dispatch_lines<T>(!args.a_is_row_major, args.b_is_row_major, [&]<class LinesA, class LinesB>() {
-    const Copies<LinesA, Element> a(first_a, LinesA::kAcross ? p.a.column_stride : p.a.row_stride, tile.num_rows,
-                                    args.a_is_aligned, thread);
-    const Copies<LinesB, Element> b(first_b, LinesB::kAcross ? p.b.row_stride : p.b.column_stride, tile.num_columns,
-                                    args.b_is_aligned, thread);
-    int64_t inner = 0;
-    multiply<T, LinesA, LinesB>(sums, smem.stages[group], num_steps, warp_row, warp_column, is_wanted,
-                                [&](uint32_t stage_a, uint32_t stage_b) {
-                                  const int left = static_cast<int>(p.inner - inner);
-                                  a.start(stage_a, inner * a.inner_stride(), left);
-                                  b.start(stage_b, inner * b.inner_stride(), left);
-                                  inner += kStep;
-                                });
+    using A = Copies<LinesA, Element, kIsFast>;
+    using B = Copies<LinesB, Element, kIsFast>;
+    Walk<A, B> walk{
+        {first_a, LinesA::kAcross ? p.a.column_stride : p.a.row_stride, tile.num_rows, args.a_is_aligned, thread},
+        {first_b, LinesB::kAcross ? p.b.row_stride : p.b.column_stride, tile.num_columns, args.b_is_aligned, thread},
+        args.passes,
+        static_cast<int>(p.inner)};
+    multiply<T, LinesA, LinesB>(sums, smem.stages[group], num_steps, warp_row, warp_column, is_wanted, walk);
   });
 
   // The result.
@@ -115,9 +130,6 @@ int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
 }  // namespace
 
 void launch_block_sparse_sdd(const BlockSparseSddParams& p, cudaStream_t stream) {
-  auto is_aligned = [](const DenseView& v) {
-    return is_aligned_16(v.data, 2, 0, {v.batch_stride, v.is_row_major() ? v.row_stride : v.column_stride});
-  };
   dispatch_half(p.dtype, [&]<class Element>() {
     const int side = p.block_rows < p.block_columns ? p.block_rows : p.block_columns;
     dispatch_int<16, 32, 64, 128>("the smaller side of a block", side, [&]<int kSide>() {
@@ -131,12 +143,16 @@ void launch_block_sparse_sdd(const BlockSparseSddParams& p, cudaStream_t stream)
                          log2_of(down * across),
                          static_cast<uint32_t>(p.batch * p.num_block_rows()),
                          static_cast<uint32_t>(p.num_block_columns()),
+                         {},
                          p.a.is_row_major(),
                          is_aligned(p.a),
                          p.b.is_row_major(),
                          is_aligned(p.b)};
       const dim3 grid = grid_of("block_sparse_sdd", num_tiles, T::kGroups);
-      launch("block_sparse_sdd", block_sparse_sdd_kernel<T>, grid, T::kThreads, sizeof(Smem<T>), stream, args);
+      dispatch_bool(is_fast(p.a) && is_fast(p.b), [&]<bool kIsFast>() {
+        launch("block_sparse_sdd", block_sparse_sdd_kernel<T, kIsFast>, grid, T::kThreads, sizeof(Smem<T>), stream,
+               args);
+      });
     });
   });
 }

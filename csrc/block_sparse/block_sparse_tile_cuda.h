@@ -5,8 +5,8 @@
 // Operands   A stage of an operand lies in shared memory as in global memory: lines of 16-byte chunks, that run along the
 //            inner dimension, or across it (kAcross), swizzled. Fragments come by ldmatrix, transposed where lines of a, or
 //            of b, run so that they must be. What lies past the edges is zero and is not read.
-// Pipeline   kStages - 1 stages are under way while one is multiplied. One barrier a stage: it has landed for all, and all
-//            have read the one before it, whose place the next copies take.
+// Pipeline   kStages - 1 stages are under way while one is multiplied, and the fragments of 16 inner indices while those of
+//            the 16 before them are. One barrier a stage: the next one has landed for all, and all have read this one.
 // Result     The sums go to shared memory as floats, where the stages were, so that a thread finishes and stores 16 bytes
 //            of a line of the result, whichever way that lies.
 #pragma once
@@ -73,66 +73,102 @@ struct Lines {
   }
 };
 
-// What a thread copies of an operand.
-template <class L, class Element>
+// Factors of the bytes from one pass of a thread's copies to the next. The kernel reads them from its arguments, where one
+// instruction multiplies and adds; of factors that it knows the compiler makes two.
+struct Passes {
+  int number[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+};
+
+inline int64_t line_stride_of(const DenseView& view) {
+  return view.is_row_major() ? view.row_stride : view.column_stride;
+}
+// Whether all lines begin on 16-byte boundaries.
+inline bool is_aligned(const DenseView& view) {
+  return is_aligned_16(view.data, 2, 0, {view.batch_stride, line_stride_of(view)});
+}
+// Whether they are, moreover, whole chunks, and the bytes from one pass to the next are a 32-bit number.
+inline bool is_fast(const DenseView& view) {
+  const int64_t stride = line_stride_of(view), length = view.is_row_major() ? view.columns : view.rows;
+  return is_aligned(view) && length % kChunk == 0 && stride < 1 << 24 && stride > -(1 << 24);
+}
+
+// What a thread copies of an operand. kIsFast: chunks that exist are whole, and as in is_fast(). kIsWhole: the operand has
+// all kExtent rows of a, or columns of b. Otherwise it is copied asynchronously where it is aligned, else by elements.
+template <class L, class Element, bool kIsFast, bool kIsWhole = false>
 class Copies {
  public:
   // The operand begins at `first`, its lines are line_stride elements apart, and it has `extent` rows of a or columns of b.
   __device__ __forceinline__ Copies(const Element* first, int64_t line_stride, int extent, bool is_aligned, int thread)
       : line_(thread / L::kChunks),
         chunk_(thread % L::kChunks),
-        extent_(extent),
+        extent_left_(extent - (L::kAcross ? chunk_ * kChunk : line_)),
         is_aligned_(is_aligned),
-        line_stride_(line_stride),
-        from_(first + line_ * line_stride + chunk_ * kChunk) {}
+        stride_bytes_(2 * line_stride),
+        from_(first + line_ * line_stride + chunk_ * kChunk) {
+    first_line_ = kIsFast && L::kAcross && !kIsWhole && extent_left_ <= 0 ? kNever : line_;
+  }
 
-  // Elements from one inner index to the next.
-  __device__ __forceinline__ int64_t inner_stride() const { return L::kAcross ? line_stride_ : 1; }
-
-  // Copies the stage that begins `offset` elements from the first, of which inner_left indices exist.
-  __device__ __forceinline__ void start(uint32_t stage, int64_t offset, int inner_left) const {
+  // Copies a stage: of the operand that begins `shift` bytes further, inner indices `inner` .. inner + inner_left - 1.
+  __device__ __forceinline__ void start(uint32_t stage, int64_t shift, int inner, int inner_left,
+                                        const Passes& passes) const {
     if (L::kCount < L::kPassLines && line_ >= L::kCount) return;
-    const Element* from = from_ + offset;
-    const int num_lines = L::kAcross ? inner_left : extent_;
-    const int count = min(max((L::kAcross ? extent_ : inner_left) - chunk_ * kChunk, 0), kChunk);  // of elements
-    if (!is_aligned_) return start_unaligned(stage, from, num_lines, count);
-    [&]<int... pass>(std::integer_sequence<int, pass...>) {
-      (start_pass<pass>(stage, from, num_lines, 2 * count), ...);
-    }(std::make_integer_sequence<int, L::kPasses>{});
+    const void* from = static_cast<const char*>(from_) + shift;
+    if constexpr (kIsFast) {
+      from = ptx::mad_wide(inner, L::kAcross ? static_cast<int>(stride_bytes_) : 2, from);
+      const bool chunk_exists = L::kAcross || chunk_ * kChunk < inner_left;
+      const int lines_left = L::kAcross ? inner_left - first_line_ : chunk_exists ? extent_left_ : 0;
+      [&]<int... pass>(std::integer_sequence<int, pass...>) {
+        (start_pass<pass>(stage, from, kIsWhole && !L::kAcross ? chunk_exists : pass * L::kPassLines < lines_left,
+                          passes),
+         ...);
+      }(std::make_integer_sequence<int, L::kPasses>{});
+    } else {
+      from = static_cast<const char*>(from) + inner * (L::kAcross ? stride_bytes_ : 2);
+      copy(stage, static_cast<const Element*>(from), L::kAcross ? inner_left - line_ : extent_left_,
+           min(max(L::kAcross ? extent_left_ : inner_left - chunk_ * kChunk, 0), kChunk));
+    }
   }
 
  private:
+  static constexpr int kNever = 1 << 30;                                 // a line that does not exist
   static constexpr int kFlip = L::kChunks >= 8 ? L::kPassLines % 8 : 0;  // of a swizzle from one pass to the next
   static_assert(kFlip == 0 || kFlip == 4);
   static_assert(L::kPasses == 1 || L::kChunks >= 8 || L::kPassLines % 8 == 0);
 
   template <int pass>
-  __device__ __forceinline__ void start_pass(uint32_t stage, const Element* from, int num_lines, int num_bytes) const {
+  __device__ __forceinline__ void start_pass(uint32_t stage, const void* from, bool exists,
+                                             const Passes& passes) const {
     const uint32_t to = stage + (L::swizzled(line_, chunk_) ^ (pass % 2 * kFlip * 16));
-    ptx::cp_async_16_padded<pass * L::kPassLines * L::kLineBytes>(
-        to, from + pass * L::kPassLines * line_stride_, line_ + pass * L::kPassLines < num_lines ? num_bytes : 0);
+    const int pass_bytes = static_cast<int>(stride_bytes_) * L::kPassLines;
+    if (pass > 0) from = ptx::mad_wide(passes.number[pass], pass_bytes, from);
+    ptx::cp_async_16_or_zero<pass * L::kPassLines * L::kLineBytes>(to, from, exists);
   }
 
-  // The same where chunks do not begin on 16-byte boundaries: element by element, and at once.
-  __device__ __forceinline__ void start_unaligned(uint32_t stage, const Element* from, int num_lines, int count) const {
+  // Lines and elements of them that may end anywhere.
+  __device__ __forceinline__ void copy(uint32_t stage, const Element* from, int lines_left, int count) const {
 #pragma unroll 1
-    for (int pass = 0; pass < L::kPasses; ++pass) {
-      const int line = line_ + pass * L::kPassLines;
+    for (int pass = 0; pass < L::kPasses; ++pass, from += L::kPassLines * (stride_bytes_ / 2)) {
+      const int line = pass * L::kPassLines;
+      const uint32_t to = stage + L::swizzled(line_ + line, chunk_);
+      if (is_aligned_) {
+        ptx::cp_async_16_padded(to, from, line < lines_left ? 2 * count : 0);
+        continue;
+      }
       Vector<Element, kChunk> chunk{};
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        if (line < num_lines && i < count) chunk.lane[i] = from[pass * L::kPassLines * line_stride_ + i];
+        if (line < lines_left && i < count) chunk.lane[i] = from[i];
       }
       uint4 words;
       memcpy(&words, &chunk, sizeof words);
-      *static_cast<uint4*>(__cvta_shared_to_generic(stage + L::swizzled(line, chunk_))) = words;
+      *static_cast<uint4*>(__cvta_shared_to_generic(to)) = words;
     }
   }
 
-  int line_, chunk_, extent_;
+  int line_, chunk_, extent_left_, first_line_;
   bool is_aligned_;
-  int64_t line_stride_;
-  const Element* from_;
+  int64_t stride_bytes_;
+  const void* from_;
 };
 
 // Where a lane's fragments of an operand lie in a stage, for a warp whose rows or columns begin with `first`.
@@ -164,57 +200,74 @@ class Fragments {
 template <class T>
 using Sums = float[T::kRowTiles][T::kColumnTiles][4];
 
-// sums += a b over one stage.
-template <class T, class FragmentsA, class FragmentsB>
-__device__ __forceinline__ void multiply_stage(Sums<T>& sums, const FragmentsA& a, const FragmentsB& b,
-                                               uint32_t stage_a, uint32_t stage_b) {
-#pragma unroll
-  for (int half = 0; half < kStep / 16; ++half) {
-    uint32_t rA[T::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m) a.load(rA[m], stage_a, m, half);
-#pragma unroll
-    for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) {
-      uint32_t rB[4];
-      b.load(rB, stage_b, pair, half);
-#pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m) {
-        ptx::mma_m16n8k16<typename T::Element>(sums[m][2 * pair], rA[m], rB[0], rB[1]);
-        ptx::mma_m16n8k16<typename T::Element>(sums[m][2 * pair + 1], rA[m], rB[2], rB[3]);
-      }
-    }
-  }
-}
+// The fragments of 16 inner indices of both operands.
+template <class T>
+struct Half16 {
+  uint32_t a[T::kRowTiles][4];
+  uint32_t b[T::kColumnTiles / 2][4];
+};
 
-// sums += a b over num_steps stages. start(stage_a, stage_b) copies the next one, at addresses of its operands in shared
-// memory. The warp's part begins at row `first_row` and column `first_column` of the tile; nobody asks for it if !is_wanted.
-template <class T, class LinesA, class LinesB, class Start>
+// sums += a b over num_steps stages. walk.start(stage_a, stage_b) copies the next one, at addresses of its operands in
+// shared memory, and walk.advance() goes on to the one after it; after the last one come kStages - 1 of zeros. The warp's
+// part begins at row `first_row` and column `first_column` of the tile; nobody asks for it if !is_wanted.
+template <class T, class LinesA, class LinesB, class Walk>
 __device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int num_steps, int first_row,
-                                         int first_column, bool is_wanted, Start&& start) {
+                                         int first_column, bool is_wanted, Walk& walk) {
   constexpr uint32_t kStageBytes = sizeof(Stage<T>), kBytesA = sizeof(Stage<T>::a);
   const uint32_t first_stage = ptx::smem_address(stages);
   const Fragments<LinesA, true> a(first_row);
   const Fragments<LinesB, false> b(first_column);
+  auto load = [&](Half16<T>& half, int step, int which) {
+    const uint32_t stage = first_stage + step % kStages * kStageBytes;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) a.load(half.a[m], stage, m, which);
+#pragma unroll
+    for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) b.load(half.b[pair], stage + kBytesA, pair, which);
+  };
+  auto add = [&](const Half16<T>& half) {
+#pragma unroll
+    for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) {
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) {
+        ptx::mma_m16n8k16<typename T::Element>(sums[m][2 * pair], half.a[m], half.b[pair][0], half.b[pair][1]);
+        ptx::mma_m16n8k16<typename T::Element>(sums[m][2 * pair + 1], half.a[m], half.b[pair][2], half.b[pair][3]);
+      }
+    }
+  };
+  auto start_step = [&](int step) {
+    const uint32_t stage = first_stage + step % kStages * kStageBytes;
+    walk.start(stage, stage + kBytesA);
+    ptx::cp_async_commit();
+  };
+
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
-    const uint32_t stage = first_stage + step * kStageBytes;
-    if (step < num_steps) start(stage, stage + kBytesA);
-    ptx::cp_async_commit();
+    start_step(step);
+    walk.advance();
   }
+  ptx::cp_async_wait<kStages - 2>();
+  __syncthreads();  // the first stage has landed for all
+  Half16<T> first, second;
+  if (is_wanted) load(first, 0, 0);
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
-    ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // this stage has landed for all, and all have read the one before it
-    if (step + kStages - 1 < num_steps) {
-      const uint32_t stage = first_stage + (step + kStages - 1) % kStages * kStageBytes;
-      start(stage, stage + kBytesA);
+    if (is_wanted) {
+      load(second, step, 1);
+      start_step(step + kStages - 1);
+      add(first);
+    } else {
+      start_step(step + kStages - 1);
     }
-    ptx::cp_async_commit();
-    const uint32_t stage = first_stage + step % kStages * kStageBytes;
-    if (is_wanted) multiply_stage<T>(sums, a, b, stage, stage + kBytesA);
+    walk.advance();
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // the next stage has landed for all, and all have read this one
+    if (is_wanted) {
+      load(first, step + 1, 0);
+      add(second);
+    }
   }
   ptx::cp_async_wait<0>();
-  __syncthreads();  // all have read the last stages
+  __syncthreads();  // all have read all stages, and nothing is copied any more
 }
 
 // Calls f.template operator()<LinesA, LinesB>() for operands whose lines run across the inner dimension or along it.
