@@ -285,38 +285,44 @@ __device__ __forceinline__ void dispatch_lines(bool a_across, bool b_across, F&&
 // ---- the result -----------------------------------------------------------------------------------------------------
 
 // Lines of a tile of sums in shared memory: its rows, or its columns where kTransposed. Places of 4 floats are permuted so
-// that the lanes of a store, and those of a load of 8 neighbours each, stand on different banks.
+// that the lanes of a store, and those of a load of 8 neighbours each, stand on different banks. Every bit of at() is a sum,
+// modulo 2, of bits of its arguments: at(x | y) is at(x) ^ at(y).
 template <class T, bool kTransposed>
 struct SumLines {
   static constexpr int kCount = kTransposed ? T::kColumns : T::kRows, kLength = kTransposed ? T::kRows : T::kColumns;
-  static constexpr int kPlaces = kLength / 4;
+  static constexpr uint32_t kPlaces = kLength / 4, kLinesApart = kTransposed ? 2 : 1;  // of the lanes of a store
 
   // Of the element `along` of a line, in floats.
-  static __device__ __forceinline__ int at(int line, int along) {
-    const uint32_t place = line * kPlaces + along / 4, lines_apart = kTransposed ? 2 : 1;  // of a store's lanes
-    return (place ^ (place / (kPlaces * lines_apart) % 4 * 2) ^ place / 8 % 2) * 4 + along % 4;
+  static __device__ __forceinline__ uint32_t at(uint32_t line, uint32_t along) {
+    const uint32_t place = line * kPlaces + along / 4;
+    return (place ^ (place / (kPlaces * kLinesApart) % 4 * 2) ^ place / 8 % 2) * 4 + along % 4;
   }
 };
 
 template <class T, bool kTransposed>
 __device__ __forceinline__ void store_sums(float* to, const Sums<T>& sums, int first_row, int first_column) {
   using L = SumLines<T, kTransposed>;
+  auto at = [](int row, int column) { return kTransposed ? L::at(column, row) : L::at(row, column); };
   const int lane = threadIdx.x % kWarp;
-  first_row += lane / 4;
-  first_column += lane % 4 * 2;
+  const uint32_t first = at(first_row + lane / 4, first_column + lane % 4 * 2);
+  auto further = [&](int rows, int columns) {  // bits that are not among those of the lane's
+    constexpr uint32_t kPermuted = 32;
+    const uint32_t more = at(rows, columns);
+    return to + (first ^ more % kPermuted) + more / kPermuted * kPermuted;
+  };
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < T::kColumnTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + m * 16 + half * 8, column = first_column + n * 8;
+        const int rows = m * 16 + half * 8, columns = n * 8;
         const float x = sums[m][n][2 * half], y = sums[m][n][2 * half + 1];
         if constexpr (kTransposed) {
-          to[L::at(column, row)] = x;
-          to[L::at(column + 1, row)] = y;
+          *further(rows, columns) = x;
+          *further(rows, columns + 1) = y;
         } else {
-          *reinterpret_cast<float2*>(to + L::at(row, column)) = make_float2(x, y);
+          *reinterpret_cast<float2*>(further(rows, columns)) = make_float2(x, y);
         }
       }
     }
@@ -364,16 +370,20 @@ __device__ __forceinline__ Vector<Element, kChunk> finish(const Epilogue& e, flo
   return chunk;
 }
 
-// f(line, along, x) for the chunks of a group's sums that this thread finishes.
+// f(line, along, x) for the chunks of a group's sums that this thread finishes, all at one place along their lines.
 template <class L, class T, class F>
 __device__ __forceinline__ void for_each_chunk(const float* sums, int thread, F&& f) {
-  constexpr int kLineChunks = L::kLength / kChunk;
+  constexpr int kLineChunks = L::kLength / kChunk, kLines = T::kGroupThreads / kLineChunks;  // lines of a pass
+  static_assert(kLines * L::kPlaces % (4 * L::kPlaces * L::kLinesApart) == 0 && kLines * L::kPlaces % 16 == 0,
+                "a pass further the permutation is the same");
+  const int along = thread % kLineChunks * kChunk;
+  const uint32_t at = L::at(thread / kLineChunks, along);
 #pragma unroll 1
-  for (int i = thread; i < L::kCount * kLineChunks; i += T::kGroupThreads) {
-    const int line = i / kLineChunks, along = i % kLineChunks * kChunk;
+  for (int line = thread / kLineChunks; line < L::kCount; line += kLines) {
+    const float* from = sums + (line - thread / kLineChunks) * L::kLength;
     float x[kChunk];
-    memcpy(x, __builtin_assume_aligned(sums + L::at(line, along), 16), 16);
-    memcpy(x + 4, __builtin_assume_aligned(sums + L::at(line, along + 4), 16), 16);
+    memcpy(x, __builtin_assume_aligned(from + at, 16), 16);
+    memcpy(x + 4, __builtin_assume_aligned(from + (at ^ 4), 16), 16);
     f(line, along, x);
   }
 }
