@@ -101,7 +101,8 @@ __device__ __forceinline__ void store_out(const DsdArgs& args, float* sums, int6
 }
 
 template <class T, bool kIsFast>
-__global__ void __launch_bounds__(T::kThreads, 2) block_sparse_dsd_kernel(const __grid_constant__ DsdArgs args) {
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    block_sparse_dsd_kernel(const __grid_constant__ DsdArgs args) {
   using Element = typename T::Element;
   const BlockSparseDsdParams& p = args.p;
   auto& smem = dynamic_smem<Smem<T>>();
@@ -133,8 +134,8 @@ __global__ void __launch_bounds__(T::kThreads, 2) block_sparse_dsd_kernel(const 
     const Copies<LinesB, Element, kIsFast> b(dense, LinesB::kAcross ? p.dense.row_stride : p.dense.column_stride,
                                              num_columns, args.dense_is_aligned, threadIdx.x);
     Walk walk(args, begin, end, a, b);
-    multiply<T, LinesA, LinesB>(sums, smem.stages[0], (end - begin) * ((args.tile_inner + kStep - 1) / kStep), warp_row,
-                                warp_column, is_wanted, walk);
+    multiply<T, LinesA, LinesB>(sums, smem.stages, (end - begin) * ((args.tile_inner + kStep - 1) / kStep), 0, 0,
+                                warp_row, warp_column, is_wanted, walk);
   });
 
   // The result.

@@ -55,31 +55,41 @@ __device__ __forceinline__ Tile tile_of(const SddArgs& args, int64_t index) {
 }
 
 // The copies of a tile, step by step.
-template <class CopiesA, class CopiesB>
+template <class CopiesA, class CopiesB, bool kShares>
 struct Walk {
   CopiesA a;
   CopiesB b;
   const Passes& passes;
+  bool copies_a;
   int end;
   uint32_t inner = 0;  // may pass 2^31 behind the end
 
   __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) const {
     const int left = static_cast<int>(static_cast<uint32_t>(end) - inner),
               first = left > 0 ? static_cast<int>(inner) : 0;
-    a.start(stage_a, 0, first, left, passes);
+    if (!kShares || copies_a) a.start(stage_a, 0, first, left, passes);
     b.start(stage_b, 0, first, left, passes);
   }
   __device__ __forceinline__ void advance() { inner += kStep; }
 };
 
 template <class T, bool kIsFast>
-__global__ void __launch_bounds__(T::kThreads, 2) block_sparse_sdd_kernel(const __grid_constant__ SddArgs args) {
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    block_sparse_sdd_kernel(const __grid_constant__ SddArgs args) {
   using Element = typename T::Element;
   const BlockSparseSddParams& p = args.p;
   auto& smem = dynamic_smem<Smem<T>>();
   const int group = threadIdx.x / T::kGroupThreads, thread = threadIdx.x % T::kGroupThreads;
   const int64_t index = int64_t{blockIdx.x} * T::kGroups + group;
   const Tile tile = tile_of<T>(args, index);
+
+  // Neighbours that have their rows in common read them once.
+  int group_of_a = group;
+  for (int i = 1; i <= group && tile.num_rows > 0; ++i) {
+    const Tile before = tile_of<T>(args, index - i);
+    if (before.num_rows == 0 || before.batch != tile.batch || before.first_row != tile.first_row) break;
+    --group_of_a;
+  }
 
   // The product.
   const int warp = thread / kWarp;
@@ -94,12 +104,14 @@ __global__ void __launch_bounds__(T::kThreads, 2) block_sparse_sdd_kernel(const 
   dispatch_lines<T>(!args.a_is_row_major, args.b_is_row_major, [&]<class LinesA, class LinesB>() {
     using A = Copies<LinesA, Element, kIsFast>;
     using B = Copies<LinesB, Element, kIsFast>;
-    Walk<A, B> walk{
+    Walk<A, B, (T::kGroups > 1)> walk{
         {first_a, LinesA::kAcross ? p.a.column_stride : p.a.row_stride, tile.num_rows, args.a_is_aligned, thread},
         {first_b, LinesB::kAcross ? p.b.row_stride : p.b.column_stride, tile.num_columns, args.b_is_aligned, thread},
         args.passes,
+        group_of_a == group,
         static_cast<int>(p.inner)};
-    multiply<T, LinesA, LinesB>(sums, smem.stages[group], num_steps, warp_row, warp_column, is_wanted, walk);
+    multiply<T, LinesA, LinesB>(sums, smem.stages, num_steps, group, group_of_a, warp_row, warp_column, is_wanted,
+                                walk);
   });
 
   // The result.
@@ -120,10 +132,12 @@ __global__ void __launch_bounds__(T::kThreads, 2) block_sparse_sdd_kernel(const 
   });
 }
 
-// A side of a square tile, and how many tiles a block of threads has.
 template <class Element, int kSide>
-using SddTraits = TileTraits<Element, kSide, kSide, kSide <= 32 ? kSide : kSide / 2, kSide <= 32 ? kSide : kSide / 2,
-                             kSide <= 32 ? 4 : 1>;
+struct SddTraits : TileTraits<Element, kSide, kSide, kSide, kSide, 4> {};
+template <class Element>
+struct SddTraits<Element, 64> : TileTraits<Element, 64, 64, 64, 64, 2, 3> {};
+template <class Element>
+struct SddTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
 
 int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
 

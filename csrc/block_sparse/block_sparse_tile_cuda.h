@@ -23,33 +23,33 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kStep = 32;   // of the inner dimension
-constexpr int kStages = 4;  // a power of two
-constexpr int kChunk = 8;   // elements of 16 bytes
+constexpr int kStep = 32;  // of the inner dimension
+constexpr int kChunk = 8;  // elements of 16 bytes
 
 // A tile of kRows x kColumns, of warps of kWarpRows x kWarpColumns, and how many such groups of warps a block has.
-template <class Element_, int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kGroups_ = 1>
+template <class Element_, int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kGroups_ = 1,
+          int kStages_ = 4>
 struct TileTraits {
   using Element = Element_;
   static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
-  static constexpr int kGroups = kGroups_;
+  static constexpr int kGroups = kGroups_, kStages = kStages_;
   static constexpr int kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kGroupThreads = kRows / kWarpRows * kWarpsAcross * kWarp, kThreads = kGroups * kGroupThreads;
   static constexpr int kRowTiles = kWarpRows / 16, kColumnTiles = kWarpColumns / 8;  // m16 and n8 tiles of a warp
-  static_assert(kThreads == 128, "two blocks of 128 threads may have 255 registers each");
+  static constexpr int kBlocksPerSm = 256 / kThreads;  // whose threads may have 255 registers each
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "whole fragments");
 };
 
 template <class T>
 struct Stage {
-  typename T::Element a[T::kRows * kStep];     // [line, chunk], swizzled
-  typename T::Element b[kStep * T::kColumns];  // likewise
+  typename T::Element a[T::kGroups][T::kRows * kStep];     // [group, line, chunk], swizzled
+  typename T::Element b[T::kGroups][kStep * T::kColumns];  // likewise
 };
 template <class T>
 union Smem {
-  Stage<T> stages[T::kGroups][kStages];
-  float sums[T::kGroups][T::kRows * T::kColumns];  // [line of the result, 4 floats], swizzled
-  static_assert(sizeof(Stage<T>) % 128 == 0, "a swizzle permutes addresses");
+  Stage<T> stages[T::kStages];
+  float sums[T::kGroups][T::kRows * T::kColumns];  // [group, line of the result, 4 floats], swizzled
+  static_assert(sizeof(Stage<T>::a[0]) % 128 == 0 && sizeof(Stage<T>::b[0]) % 128 == 0, "a swizzle permutes addresses");
 };
 
 // ---- operands -------------------------------------------------------------------------------------------------------
@@ -171,17 +171,18 @@ class Copies {
   const void* from_;
 };
 
-// Where a lane's fragments of an operand lie in a stage, for a warp whose rows or columns begin with `first`.
+// Where a lane's fragments of an operand, which begins at byte `operand`, lie in a stage, for a warp whose rows or columns
+// begin with `first`.
 template <class L, bool kIsA>
 class Fragments {
  public:
-  __device__ __forceinline__ explicit Fragments(int first) {
+  __device__ __forceinline__ Fragments(uint32_t operand, int first) {
     // ldmatrix.x4 gives four 8 x 8 matrices. As registers of a are numbered they stand column by column in [row, inner],
     // those of two of b row by row in [column, inner]; read across, the other way round.
     const int lane = threadIdx.x % kWarp;
     const bool by_column = kIsA != L::kAcross;
     const int line = by_column ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = by_column ? lane / 16 : lane / 8 % 2;
-    at_ = L::kAcross ? L::swizzled(line, first / kChunk + chunk) : L::swizzled(first + line, chunk);
+    at_ = operand + (L::kAcross ? L::swizzled(line, first / kChunk + chunk) : L::swizzled(first + line, chunk));
   }
   // 16 rows or columns from `first` + 16 * tile on, 16 inner indices from 16 * half on.
   __device__ __forceinline__ void load(uint32_t (&fragment)[4], uint32_t stage, int tile, int half) const {
@@ -207,22 +208,21 @@ struct Half16 {
   uint32_t b[T::kColumnTiles / 2][4];
 };
 
-// sums += a b over num_steps stages. walk.start(stage_a, stage_b) copies the next one, at addresses of its operands in
-// shared memory, and walk.advance() goes on to the one after it; after the last one come kStages - 1 of zeros. The warp's
-// part begins at row `first_row` and column `first_column` of the tile; nobody asks for it if !is_wanted.
+// sums += a b over num_steps stages of a group of warps, which multiplies what the group group_of_a copies of a.
+// walk.start(a, b) copies the next stage to these addresses in shared memory, and walk.advance() goes on to the one after it;
+// after the last one come kStages - 1 of zeros. The warp's part begins at row `first_row` and column `first_column` of the
+// tile; nobody asks for it if !is_wanted.
 template <class T, class LinesA, class LinesB, class Walk>
-__device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int num_steps, int first_row,
-                                         int first_column, bool is_wanted, Walk& walk) {
-  constexpr uint32_t kStageBytes = sizeof(Stage<T>), kBytesA = sizeof(Stage<T>::a);
-  const uint32_t first_stage = ptx::smem_address(stages);
-  const Fragments<LinesA, true> a(first_row);
-  const Fragments<LinesB, false> b(first_column);
-  auto load = [&](Half16<T>& half, int step, int which) {
-    const uint32_t stage = first_stage + step % kStages * kStageBytes;
+__device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int num_steps, int group, int group_of_a,
+                                         int first_row, int first_column, bool is_wanted, Walk& walk) {
+  constexpr uint32_t kStageBytes = sizeof(Stage<T>), kBytesA = sizeof(Stage<T>::a[0]), kBytesB = sizeof(Stage<T>::b[0]);
+  const Fragments<LinesA, true> a(group_of_a * kBytesA, first_row);
+  const Fragments<LinesB, false> b(T::kGroups * kBytesA + group * kBytesB, first_column);
+  auto load = [&](Half16<T>& half, uint32_t stage, int which) {
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) a.load(half.a[m], stage, m, which);
 #pragma unroll
-    for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) b.load(half.b[pair], stage + kBytesA, pair, which);
+    for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) b.load(half.b[pair], stage, pair, which);
   };
   auto add = [&](const Half16<T>& half) {
 #pragma unroll
@@ -234,35 +234,38 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int nu
       }
     }
   };
-  auto start_step = [&](int step) {
-    const uint32_t stage = first_stage + step % kStages * kStageBytes;
-    walk.start(stage, stage + kBytesA);
+  auto start = [&](uint32_t stage) {
+    walk.start(stage + group * kBytesA, stage + T::kGroups * kBytesA + group * kBytesB);
     ptx::cp_async_commit();
   };
 
+  const uint32_t first_stage = ptx::smem_address(stages), last_stage = first_stage + (T::kStages - 1) * kStageBytes;
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
-    start_step(step);
+  for (int step = 0; step < T::kStages - 1; ++step) {
+    start(first_stage + step * kStageBytes);
     walk.advance();
   }
-  ptx::cp_async_wait<kStages - 2>();
+  ptx::cp_async_wait<T::kStages - 2>();
   __syncthreads();  // the first stage has landed for all
   Half16<T> first, second;
-  if (is_wanted) load(first, 0, 0);
+  if (is_wanted) load(first, first_stage, 0);
+  uint32_t stage = first_stage, stage_before = last_stage;
 #pragma unroll 1
   for (int step = 0; step < num_steps; ++step) {
     if (is_wanted) {
-      load(second, step, 1);
-      start_step(step + kStages - 1);
+      load(second, stage, 1);
+      start(stage_before);
       add(first);
     } else {
-      start_step(step + kStages - 1);
+      start(stage_before);
     }
     walk.advance();
-    ptx::cp_async_wait<kStages - 2>();
+    stage_before = stage;
+    stage = stage == last_stage ? first_stage : stage + kStageBytes;
+    ptx::cp_async_wait<T::kStages - 2>();
     __syncthreads();  // the next stage has landed for all, and all have read this one
     if (is_wanted) {
-      load(first, step + 1, 0);
+      load(first, stage, 0);
       add(second);
     }
   }
