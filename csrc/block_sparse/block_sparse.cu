@@ -4,7 +4,8 @@
 // Contract   see block_sparse.h. Half elements. Any strides; dense whose lines do not begin on 16-byte boundaries is copied
 //            element by element, which is right and slow.
 // Work       grid: rows of blocks by their `order`, the longest first, of each the batches (where they share a list), of
-//            each the tiles of columns. A block walks the list of its row, each entry in steps of 32 of its inner columns.
+//            each the tiles of columns. A block walks the list of its row, each entry in steps of 32 of its inner columns,
+//            or, where blocks are of 16 x 16, two entries a step.
 // Shared     union Smem, block_sparse_tile_cuda.h.         128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
 // Pipeline   that of block_sparse_tile_cuda.h; the index and the position of the next entry come one entry ahead.
 // Edges      Values of S past the edge of the matrix are zeroed on their way along the inner dimension; along its rows they
@@ -26,53 +27,72 @@ struct DsdArgs {
   bool dense_is_row_major, dense_is_aligned, out_is_row_major, out_is_aligned;
 };
 
-// The copies of a row of blocks, step by step.
-template <class CopiesA, class CopiesB>
+// The copies of a row of blocks, step by step. kIsPaired: a step takes two entries where blocks have 16 inner columns.
+template <class CopiesA, class CopiesB, bool kIsPaired>
 class Walk {
  public:
   __device__ __forceinline__ Walk(const DsdArgs& args, int begin, int end, const CopiesA& a, const CopiesB& b)
       : args_(args), a_(a), b_(b), entry_(begin), end_(end) {
-    read_entry();
-    take_entry();
+    read_entries();
+    take_entries();
   }
 
   // Starts the copies of a step.
   __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) const {
-    a_.start(stage_a, block_, inner_, left_ - inner_, args_.passes);
-    b_.start(stage_b, 0, first_ + inner_, left_ - inner_, args_.passes);
+    const Block &first = blocks_[0], &second = blocks_[kIsPaired];
+    auto of_a = [&](const Block& block) { return Piece{block.place, block.inner, block.left}; };
+    auto of_b = [&](const Block& block) { return Piece{0, block.first + block.inner, block.left}; };
+    a_.start(stage_a, of_a(first), of_a(second), args_.passes);
+    b_.start(stage_b, of_b(first), of_b(second), args_.passes);
   }
   __device__ __forceinline__ void advance() {
-    inner_ += kStep;
-    if (inner_ >= args_.tile_inner) take_entry();
+    for (Block& block : blocks_) block.inner += kStep, block.left -= kStep;
+    if (blocks_[0].inner >= args_.tile_inner) take_entries();
   }
 
  private:
-  __device__ __forceinline__ void read_entry() {
-    next_index_ = -1;
-    if (entry_ < end_) {
-      next_index_ = __ldg(args_.p.indices + entry_);
-      next_position_ = args_.p.positions == nullptr ? entry_ : __ldg(args_.p.positions + entry_);
+  static constexpr int kEntries = kIsPaired ? 2 : 1;
+  struct Block {
+    int64_t place;  // in values, in bytes
+    int first, inner,
+        left;  // its first row of dense, and of the step: its first one in the block, and how many there are
+  };
+
+  __device__ __forceinline__ bool takes_two() const { return kIsPaired && args_.tile_inner == kStep / 2; }
+
+  __device__ __forceinline__ void read_entries() {
+    const int num_entries = takes_two() ? 2 : 1;
+    for (int i = 0; i < kEntries; ++i) {
+      next_index_[i] = -1;
+      const int entry = entry_ + i;
+      if (entry >= end_ || i >= num_entries) continue;
+      next_index_[i] = __ldg(args_.p.indices + entry);
+      next_position_[i] = args_.p.positions == nullptr ? entry : __ldg(args_.p.positions + entry);
     }
-    ++entry_;
+    entry_ += num_entries;
   }
-  __device__ __forceinline__ void take_entry() {
+  __device__ __forceinline__ void take_entries() {
     const BlockSparseDsdParams& p = args_.p;
-    const bool exists = static_cast<uint32_t>(next_index_) < static_cast<uint32_t>(args_.num_block_columns) &&
-                        static_cast<uint32_t>(next_position_) < static_cast<uint32_t>(p.num_blocks);
-    inner_ = 0;
-    first_ = exists ? next_index_ * args_.tile_inner : 0;
-    left_ = exists ? min(static_cast<int>(p.inner) - first_, args_.tile_inner) : 0;
-    block_ = exists ? int64_t{next_position_} * (p.block_rows * p.block_columns * 2) : 0;
-    read_entry();
+    for (int i = 0; i < kEntries; ++i) {
+      const bool exists = static_cast<uint32_t>(next_index_[i]) < static_cast<uint32_t>(args_.num_block_columns) &&
+                          static_cast<uint32_t>(next_position_[i]) < static_cast<uint32_t>(p.num_blocks);
+      Block& block = blocks_[i];
+      block.inner = 0;
+      block.first = exists ? next_index_[i] * args_.tile_inner : 0;
+      block.left = exists ? min(static_cast<int>(p.inner) - block.first, args_.tile_inner) : 0;
+      block.place = exists ? int64_t{next_position_[i]} * (p.block_rows * p.block_columns * 2) : 0;
+    }
+    if (takes_two()) blocks_[1].inner -= kStep / 2, blocks_[1].left += kStep / 2;
+    else if (kIsPaired) blocks_[1] = blocks_[0];
+    read_entries();
   }
 
   const DsdArgs& args_;
   const CopiesA& a_;
   const CopiesB& b_;
-  int entry_, end_, next_index_, next_position_ = 0;  // the entry that is read next, and what was read last
-  int inner_ = 0, first_ = 0,
-      left_ = 0;       // of the block that is copied: the next step, its first row of dense, its rows
-  int64_t block_ = 0;  // and its place in values, in bytes
+  int entry_, end_;                                     // the entry that is read next, and the end of the list
+  int next_index_[kEntries], next_position_[kEntries];  // of what was read last
+  Block blocks_[kEntries];                              // that are copied
 };
 
 template <class T, bool kTransposed>
@@ -129,13 +149,18 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   Sums<T> sums = {};
   dispatch_lines<T>(p.transposed, args.dense_is_row_major, [&]<class LinesA, class LinesB>() {
     constexpr int kLineA = LinesA::kAcross ? T::kRows : 0;  // else a block has any number of columns
-    const Copies<LinesA, Element, kIsFast, true> a(static_cast<const Element*>(p.values),
-                                                   kLineA != 0 ? kLineA : p.block_columns, T::kRows, true, threadIdx.x);
-    const Copies<LinesB, Element, kIsFast> b(dense, LinesB::kAcross ? p.dense.row_stride : p.dense.column_stride,
-                                             num_columns, args.dense_is_aligned, threadIdx.x);
-    Walk walk(args, begin, end, a, b);
-    multiply<T, LinesA, LinesB>(sums, smem.stages, (end - begin) * ((args.tile_inner + kStep - 1) / kStep), 0, 0,
-                                warp_row, warp_column, is_wanted, walk);
+    constexpr bool kIsPaired = kIsFast && T::kRows == 16;
+    using A = Copies<LinesA, Element, kIsFast, true, kIsPaired>;
+    using B = Copies<LinesB, Element, kIsFast, false, kIsPaired>;
+    const A a(static_cast<const Element*>(p.values), kLineA != 0 ? kLineA : p.block_columns, T::kRows, true,
+              threadIdx.x);
+    const B b(dense, LinesB::kAcross ? p.dense.row_stride : p.dense.column_stride, num_columns, args.dense_is_aligned,
+              threadIdx.x);
+    Walk<A, B, kIsPaired> walk(args, begin, end, a, b);
+    const int num_entries = end - begin;
+    const int num_steps = kIsPaired && args.tile_inner < kStep ? (num_entries + 1) / 2
+                                                               : num_entries * ((args.tile_inner + kStep - 1) / kStep);
+    multiply<T, LinesA, LinesB>(sums, smem.stages, num_steps, 0, 0, warp_row, warp_column, is_wanted, walk);
   });
 
   // The result.

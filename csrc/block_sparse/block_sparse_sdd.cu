@@ -65,10 +65,10 @@ struct Walk {
   uint32_t inner = 0;  // may pass 2^31 behind the end
 
   __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) const {
-    const int left = static_cast<int>(static_cast<uint32_t>(end) - inner),
-              first = left > 0 ? static_cast<int>(inner) : 0;
-    if (!kShares || copies_a) a.start(stage_a, 0, first, left, passes);
-    b.start(stage_b, 0, first, left, passes);
+    const int left = static_cast<int>(static_cast<uint32_t>(end) - inner);
+    const Piece piece{0, left > 0 ? static_cast<int>(inner) : 0, min(left, kStep)};
+    if (!kShares || copies_a) a.start(stage_a, piece, piece, passes);
+    b.start(stage_b, piece, piece, passes);
   }
   __device__ __forceinline__ void advance() { inner += kStep; }
 };

@@ -92,9 +92,16 @@ inline bool is_fast(const DenseView& view) {
   return is_aligned(view) && length % kChunk == 0 && stride < 1 << 24 && stride > -(1 << 24);
 }
 
+// What a stage holds of an operand: of the one that begins `shift` bytes further, inner indices `inner` .. inner + left - 1.
+struct Piece {
+  int64_t shift;
+  int inner, left;  // at most kStep; none: zeros
+};
+
 // What a thread copies of an operand. kIsFast: chunks that exist are whole, and as in is_fast(). kIsWhole: the operand has
-// all kExtent rows of a, or columns of b. Otherwise it is copied asynchronously where it is aligned, else by elements.
-template <class L, class Element, bool kIsFast, bool kIsWhole = false>
+// all kExtent rows of a, or columns of b. kIsPaired: the second 16 inner indices of a stage are those of another piece.
+// Copies that are not fast are asynchronous where the operand is aligned, else by elements, and at once.
+template <class L, class Element, bool kIsFast, bool kIsWhole = false, bool kIsPaired = false>
 class Copies {
  public:
   // The operand begins at `first`, its lines are line_stride elements apart, and it has `extent` rows of a or columns of b.
@@ -108,24 +115,25 @@ class Copies {
     first_line_ = kIsFast && L::kAcross && !kIsWhole && extent_left_ <= 0 ? kNever : line_;
   }
 
-  // Copies a stage: of the operand that begins `shift` bytes further, inner indices `inner` .. inner + inner_left - 1.
-  __device__ __forceinline__ void start(uint32_t stage, int64_t shift, int inner, int inner_left,
-                                        const Passes& passes) const {
+  // Copies a stage: of one piece, or of two, where those of `second` lie 16 inner indices behind the place that it names.
+  __device__ __forceinline__ void start(uint32_t stage, Piece piece, const Piece& second, const Passes& passes) const {
     if (L::kCount < L::kPassLines && line_ >= L::kCount) return;
-    const void* from = static_cast<const char*>(from_) + shift;
+    constexpr bool kByPass = L::kAcross && L::kPassLines <= 16;  // which piece is asked for by the pass, or the thread
+    if (kIsPaired && !kByPass && (L::kAcross ? line_ >= 16 : chunk_ * kChunk >= 16)) piece = second;
+    const int lines_left = lines_left_of(piece), lines_left_of_second = lines_left_of(second);
+    const void *from = place_of(piece), *from_second = place_of(second);
     if constexpr (kIsFast) {
-      from = ptx::mad_wide(inner, L::kAcross ? static_cast<int>(stride_bytes_) : 2, from);
-      const bool chunk_exists = L::kAcross || chunk_ * kChunk < inner_left;
-      const int lines_left = L::kAcross ? inner_left - first_line_ : chunk_exists ? extent_left_ : 0;
+      auto start_pass_of = [&]<int pass>() {
+        constexpr bool kSecond = kIsPaired && kByPass && pass * L::kPassLines >= 16;
+        start_pass<pass>(stage, kSecond ? from_second : from, kSecond ? lines_left_of_second : lines_left, passes);
+      };
       [&]<int... pass>(std::integer_sequence<int, pass...>) {
-        (start_pass<pass>(stage, from, kIsWhole && !L::kAcross ? chunk_exists : pass * L::kPassLines < lines_left,
-                          passes),
-         ...);
+        (start_pass_of.template operator()<pass>(), ...);
       }(std::make_integer_sequence<int, L::kPasses>{});
     } else {
-      from = static_cast<const char*>(from) + inner * (L::kAcross ? stride_bytes_ : 2);
-      copy(stage, static_cast<const Element*>(from), L::kAcross ? inner_left - line_ : extent_left_,
-           min(max(L::kAcross ? extent_left_ : inner_left - chunk_ * kChunk, 0), kChunk));
+      static_assert(!kIsPaired);
+      copy(stage, static_cast<const Element*>(from), lines_left,
+           min(max(L::kAcross ? extent_left_ : piece.left - chunk_ * kChunk, 0), kChunk));
     }
   }
 
@@ -135,13 +143,24 @@ class Copies {
   static_assert(kFlip == 0 || kFlip == 4);
   static_assert(L::kPasses == 1 || L::kChunks >= 8 || L::kPassLines % 8 == 0);
 
+  // From the thread's first line on; 0 or less where its chunk does not exist.
+  __device__ __forceinline__ int lines_left_of(const Piece& piece) const {
+    if (L::kAcross) return piece.left - first_line_;
+    return kIsFast && chunk_ * kChunk >= piece.left ? 0 : kIsWhole ? L::kCount : extent_left_;
+  }
+  __device__ __forceinline__ const void* place_of(const Piece& piece) const {
+    const char* from = static_cast<const char*>(from_) + piece.shift;
+    if constexpr (kIsFast) return ptx::mad_wide(piece.inner, L::kAcross ? static_cast<int>(stride_bytes_) : 2, from);
+    else return from + piece.inner * (L::kAcross ? stride_bytes_ : 2);
+  }
+
   template <int pass>
-  __device__ __forceinline__ void start_pass(uint32_t stage, const void* from, bool exists,
+  __device__ __forceinline__ void start_pass(uint32_t stage, const void* from, int lines_left,
                                              const Passes& passes) const {
     const uint32_t to = stage + (L::swizzled(line_, chunk_) ^ (pass % 2 * kFlip * 16));
     const int pass_bytes = static_cast<int>(stride_bytes_) * L::kPassLines;
     if (pass > 0) from = ptx::mad_wide(passes.number[pass], pass_bytes, from);
-    ptx::cp_async_16_or_zero<pass * L::kPassLines * L::kLineBytes>(to, from, exists);
+    ptx::cp_async_16_or_zero<pass * L::kPassLines * L::kLineBytes>(to, from, pass * L::kPassLines < lines_left);
   }
 
   // Lines and elements of them that may end anywhere.
