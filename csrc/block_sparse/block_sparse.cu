@@ -174,7 +174,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 }
 
 template <class Element, int kRows>
-using DsdTraits = TileTraits<Element, kRows, kRows == 128 ? 128 : 256, kRows == 128 ? 64 : kRows, 64>;
+struct DsdTraits : TileTraits<Element, kRows, 256, kRows, 64> {};
+template <class Element>
+struct DsdTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
 
 }  // namespace
 
