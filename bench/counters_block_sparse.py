@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make counters OP=block_sparse` counts: both products of a half-full matrix, by block size, and their layouts."""
+"""What `make counters OP=block_sparse` counts: both products of a half-full matrix, by size of block and layout."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // block_sparse.cu: dsd, out = activation(scale * (op(S) dense) + bias), one row of blocks and one tile of columns a block.
 //
-// Contract   see block_sparse.h. Half elements. Any strides; dense whose lines do not begin on 16-byte boundaries is copied
-//            element by element, which is right and slow.
+// Contract   see block_sparse.h. Half elements. Any sizes and strides; where operands are not of whole 16-byte chunks on
+//            16-byte boundaries another kernel copies them, chunk by chunk or dense element by element, which is slow.
 // Work       grid: rows of blocks by their `order`, the longest first, of each the batches (where they share a list), of
 //            each the tiles of columns. A block walks the list of its row, each entry in steps of 32 of its inner columns,
 //            or, where blocks are of 16 x 16, two entries a step.
@@ -13,6 +13,7 @@
 // Numerics   float32 accumulation in the order of the list, one rounding. Deterministic.
 // Cost       2 * block_rows * block_columns * columns flops a block, and its rows of dense once for each row of blocks.
 
+#include "block_sparse_result_cuda.h"
 #include "block_sparse_tile_cuda.h"
 
 namespace fmkernels {
@@ -104,14 +105,14 @@ __device__ __forceinline__ void store_out(const DsdArgs& args, float* sums, int6
   const int64_t first_line = kTransposed ? first_column : first_row,
                 first_along = kTransposed ? first_row : first_column;
   const int64_t num_lines = (kTransposed ? p.columns : p.rows) - first_line;
-  const int64_t length = (kTransposed ? p.rows : p.columns) - first_along;
-  Element* out = static_cast<Element*>(p.out.data) + batch * p.out.batch_stride + first_line * (first_along + length) +
-                 first_along;
+  const int64_t line_stride = kTransposed ? p.rows : p.columns, length = line_stride - first_along;
+  Element* out =
+      static_cast<Element*>(p.out.data) + batch * p.out.batch_stride + first_line * line_stride + first_along;
   for_each_chunk<L, T>(sums, threadIdx.x, [&](int line, int along, float (&x)[kChunk]) {
     if (line >= num_lines || along >= length) return;
     const int count = static_cast<int>(min(length - along, int64_t{kChunk}));
     const auto chunk = finish<Element, kTransposed>(p.epilogue, x, first_row + (kTransposed ? along : line), count);
-    Element* to = out + line * (first_along + length) + along;
+    Element* to = out + line * line_stride + along;
     if (args.out_is_aligned && count == kChunk) return store_vector<Element, kChunk>(to, chunk);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {

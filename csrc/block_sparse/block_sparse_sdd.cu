@@ -2,16 +2,18 @@
 // block_sparse_sdd.cu: the blocks of a topology of activation(scale * (a b) + bias), each from its rows of a and its columns
 // of b.
 //
-// Contract   see block_sparse.h. Half elements. Any strides; an operand whose lines do not begin on 16-byte boundaries is
-//            copied element by element, which is right and slow.
-// Work       grid: square tiles of the blocks, in the order of the list. Tiles of 128 and 64 have a block of threads, smaller
-//            ones a warp, which copies for itself.
-// Shared     union Smem, block_sparse_tile_cuda.h.             128 x 128: 64 KiB, 64 x 64: 32 KiB, 4 x 32 x 32: 64, 16 x 16: 32
+// Contract   see block_sparse.h. Half elements. Any sizes and strides; where an operand is not of whole 16-byte chunks on
+//            16-byte boundaries another kernel copies it, chunk by chunk or element by element, which is slow.
+// Work       grid: square tiles of the blocks, in the order of the list. A tile of 128 has four warps, a smaller one has one.
+//            A block of threads has one tile of 128, two of 64 or four; neighbours in the list that have their rows of a in
+//            common read them once.
+// Shared     union Smem, block_sparse_tile_cuda.h.      128 x 128: 64 KiB, two of 64 x 64: 48, four of 32 x 32: 64, 16 x 16: 32
 // Pipeline   that of block_sparse_tile_cuda.h, over the inner dimension.
 // Edges      Past the edge of the matrix, and where there is no block, zeros are written.
 // Numerics   float32 accumulation, one rounding. A tile does not depend on the others. Deterministic.
 // Cost       2 * block_rows * block_columns * inner flops a block.
 
+#include "block_sparse_result_cuda.h"
 #include "block_sparse_tile_cuda.h"
 
 namespace fmkernels {
