@@ -167,6 +167,16 @@ def test_nan_stays_in_its_row_and_passes_relu():
     assert not actual[0, :, 6:].isnan().any()
 
 
+def test_zeros_past_the_edge_are_no_products():
+    """Of an infinity in a row or a column of the matrix and the zeros that stand in for those past its edge."""
+    product = Product(density=1.0)
+    arguments, expected = product.sdd()
+    arguments[0][0, :, 3] = arguments[1][0, 5] = float("inf")
+    blocks = product.run("block_sparse_sdd", *arguments)
+    assert not blocks[expected != 0].isfinite().any()
+    assert (blocks[expected == 0] == 0).all()
+
+
 def test_float32_is_refused():
     product = Product(dtype=torch.float32)
     with pytest.raises(RuntimeError, match="dtype must be float16 or bfloat16"):
