@@ -50,6 +50,18 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* gmem) {
 __device__ __forceinline__ void cp_async_16_or_zero(uint32_t smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(valid ? 16 : 0) : "memory");
 }
+// The same from gmem to smem + kSmem, or zeros where !valid.
+template <int kSmem>
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t smem, const void* gmem, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16, %3;" ::"r"(smem), "n"(kSmem), "l"(gmem),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+// The same from gmem to smem of the first num_bytes, 0 to 16, and zeros behind them. Where num_bytes is neither 0 nor 16 for
+// the compiler to see, that takes it six instructions.
+__device__ __forceinline__ void cp_async_16_padded(uint32_t smem, const void* gmem, int num_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(num_bytes) : "memory");
+}
 // cp.async.commit_group: what this thread has issued since the last one becomes a group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // cp.async.wait_group: all groups of this thread but the newest kPending have landed.
@@ -168,6 +180,13 @@ __device__ __forceinline__ uint32_t fma_x2<Half>(uint32_t a, uint32_t b, uint32_
   uint32_t d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
+}
+
+// mad.wide: address + a * b, in one instruction, which the compiler does not take apart to keep products in registers.
+__device__ __forceinline__ const void* mad_wide(int a, int b, const void* address) {
+  const void* sum;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(address));
+  return sum;
 }
 
 // ex2.approx.ftz: 2^x within 2 units in the last place; subnormal results are 0, -infinity gives 0.
