@@ -85,7 +85,7 @@ def test_dsd_beside_sparse(compare, device, peer, size, block, density):
 def test_other_products(compare, device, product, block, density):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     s = matrix(1024, 1024, block, density, dtype, device)
-    a = torch.randn(1024, 1024, device=device).to(dtype)
+    a = (torch.randn(1024, 1024, device=device) / 32).to(dtype)
     dense, of = s.to_dense(), s.topology
     run, peer = {
         "dds": (lambda a: dds(a, s), lambda a: a @ dense),
@@ -102,14 +102,15 @@ def test_training_step(compare, device, block):
     """Forward and both gradients of a linear layer, 512 tokens, 1024 features in and out, a quarter of the blocks."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     s = matrix(1024, 1024, block, 0.25, dtype, device)
-    x, grad = (torch.randn(512, 1024, device=device).to(dtype) for _ in range(2))
+    x, grad = ((torch.randn(512, 1024, device=device) / 32).to(dtype) for _ in range(2))
     dense = s.to_dense()
 
     def step(layer):
         def run(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-            x = x.detach().requires_grad_()
-            out, weight = layer(x)
-            return torch.autograd.grad(out, (x, weight), grad)
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                out, weight = layer(x)
+                return torch.autograd.grad(out, (x, weight), grad)
 
         return run
 

@@ -28,8 +28,9 @@ constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = 6;
 constexpr int kLongestSum = 256;                // of the inner dimension in one chain of additions
 constexpr int kMaxSegments = kLongestSum / 16;  // blocks of a chain
-constexpr int kGroupColumns = 96;               // of dense that are packed together, at most
-constexpr int64_t kGroupBytes = 256 << 10;      // of packed dense, where that leaves two panels
+constexpr int kGroupColumns = 96;               // of dense that are packed together
+constexpr int64_t kInnerStep = 512;             // rows of dense that are packed at a time: 192 KiB of a group
+constexpr int64_t kSumBytes = 1 << 20;          // of the sums of a group that wait for the next step
 constexpr int kGroupRows = 10 * kTileRows;      // columns of dense that go over the blocks together
 constexpr int64_t kPackedFloats = 4 << 20;      // of b that sdd packs at a time
 constexpr int64_t kRunBlocks = 8;               // blocks of a task of sdd
@@ -131,6 +132,25 @@ void pack_panel(const T* data, int64_t row_stride, int64_t column_stride, int64_
   }
 }
 
+// The panels of num_columns columns, one after another; line by line, so that a page of memory is looked up once.
+template <class T>
+void pack_panels(const T* data, int64_t row_stride, int64_t column_stride, int64_t num_rows, int64_t num_columns,
+                 float* out) {
+  const int64_t num_whole = column_stride == 1 ? num_columns / kPanel * kPanel : 0;
+  for (int64_t k = 0; k < num_rows && num_whole > 0; ++k) {
+    const T* row = data + k * row_stride;
+    float* to = out + k * kPanel;
+    for (int64_t column = 0; column < num_whole; column += kPanel, to += num_rows * kPanel) {
+      store(to, load(row + column));
+      store(to + kLanes, load(row + column + kLanes));
+    }
+  }
+  for (int64_t column = num_whole; column < num_columns; column += kPanel) {
+    pack_panel(data + column * column_stride, row_stride, column_stride, num_rows, num_columns - column,
+               out + column * num_rows);
+  }
+}
+
 // `count` elements as floats.
 template <class T>
 void convert(const T* from, int64_t count, float* to) {
@@ -201,21 +221,25 @@ struct Chain {
   int count[kMaxSegments];
 };
 
-// Calls f(chain) for the blocks of a row of blocks of op(S).
+// Calls f(chain) for the blocks of a row of blocks of op(S) that lie in a range of the inner dimension.
 template <class F>
-void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, F&& f) {
+void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, int64_t begin, int64_t end, F&& f) {
   const int32_t* offsets = p.offsets + list * (p.num_block_rows() + 1) + block_row;
   const int tile_inner = p.tile_inner(), longest = kLongestSum / tile_inner;
-  for (int64_t entry = offsets[0]; entry < offsets[1]; entry += longest) {
-    Chain chain;
-    chain.num_segments = static_cast<int>(min(longest, offsets[1] - entry));
-    for (int s = 0; s < chain.num_segments; ++s) {
-      chain.position[s] = p.positions == nullptr ? entry + s : p.positions[entry + s];
-      chain.inner[s] = int64_t{p.indices[entry + s]} * tile_inner;
-      chain.count[s] = static_cast<int>(min(tile_inner, p.inner - chain.inner[s]));
-    }
+  Chain chain;
+  chain.num_segments = 0;
+  for (int64_t entry = offsets[0]; entry < offsets[1]; ++entry) {
+    const int64_t inner = int64_t{p.indices[entry]} * tile_inner;
+    if (inner < begin || inner >= end) continue;
+    const int s = chain.num_segments++;
+    chain.position[s] = p.positions == nullptr ? entry : p.positions[entry];
+    chain.inner[s] = inner;
+    chain.count[s] = static_cast<int>(min(tile_inner, p.inner - inner));
+    if (chain.num_segments < longest) continue;
     f(chain);
+    chain.num_segments = 0;
   }
+  if (chain.num_segments > 0) f(chain);
 }
 
 // Tasks of a product: groups of columns of dense, and parts of the rows of blocks where those are too few for the workers.
@@ -231,65 +255,66 @@ int workers_of(const BlockSparseDsdParams& p) {
   return workers_for(2 * p.num_entries * lists * p.block_rows * p.block_columns * p.columns);
 }
 
-// out[rows of a block][columns of a group], a panel of dense at a time.
+// out[rows of a part][columns of a group], a step of the inner dimension after another, a panel of dense at a time.
 template <class T>
 void dsd_by_rows(const BlockSparseDsdParams& p) {
-  const int64_t affordable = kGroupBytes / 4 / max(1, p.inner) / kPanel * kPanel;
-  const int64_t group_columns = max(2 * kPanel, min(kGroupColumns, affordable));
-  const int workers = workers_of(p);
-  const int64_t num_block_rows = p.num_block_rows();
-  const Tasks tasks(ceil_div(p.columns, group_columns), p.batch, num_block_rows, workers);
-  const int tile_rows = p.tile_rows(), block_elements = p.block_rows * p.block_columns;
-  const int64_t packed_floats = p.inner * group_columns, c_floats = tile_rows * group_columns;
+  const int workers = workers_of(p), tile_rows = p.tile_rows(), block_elements = p.block_rows * p.block_columns;
+  const int64_t num_block_rows = p.num_block_rows(), affordable = kSumBytes / 4 / kGroupColumns / tile_rows;
+  Tasks tasks(ceil_div(p.columns, kGroupColumns), p.batch, num_block_rows, workers);
+  tasks.parts = max(tasks.parts, ceil_div(num_block_rows, affordable));
+  const int64_t inner_step = min(p.inner, kInnerStep);  // whole blocks, or all of it
+  const int64_t packed_floats = inner_step * kGroupColumns;
+  const int64_t sum_floats = ceil_div(num_block_rows, tasks.parts) * tile_rows * kGroupColumns;
   const int64_t block_floats = sizeof(T) == 4 ? 0 : kLongestSum * tile_rows;
-  const int64_t worker_bytes = Arena::array_bytes<float>(packed_floats) + Arena::array_bytes<float>(c_floats) +
+  const int64_t worker_bytes = Arena::array_bytes<float>(packed_floats) + Arena::array_bytes<float>(sum_floats) +
                                Arena::array_bytes<float>(block_floats);
   const Workspace workspace(workers * worker_bytes);
 
   parallel_for(p.batch * tasks.groups * tasks.parts, workers, [&](int64_t task, int worker) {
     Arena arena(workspace.data() + worker * worker_bytes);
-    float *packed = arena.take<float>(packed_floats), *c = arena.take<float>(c_floats);
+    float *packed = arena.take<float>(packed_floats), *sums = arena.take<float>(sum_floats);
     float* blocks = arena.take<float>(block_floats);
     const int64_t part = task % tasks.parts, group = task / tasks.parts % tasks.groups;
-    const int64_t batch = task / tasks.parts / tasks.groups, first_column = group * group_columns;
-    const int64_t num_columns = min(group_columns, p.columns - first_column);
+    const int64_t batch = task / tasks.parts / tasks.groups, first_column = group * kGroupColumns;
+    const int64_t num_columns = min(kGroupColumns, p.columns - first_column);
+    const int64_t list = p.num_lists == 1 ? 0 : batch;
+    const int64_t begin = num_block_rows * part / tasks.parts, end = num_block_rows * (part + 1) / tasks.parts;
     const T* dense =
         static_cast<const T*>(p.dense.data) + batch * p.dense.batch_stride + first_column * p.dense.column_stride;
-    for (int64_t column = 0; column < num_columns; column += kPanel) {
-      pack_panel(dense + column * p.dense.column_stride, p.dense.row_stride, p.dense.column_stride, p.inner,
-                 num_columns - column, packed + column * p.inner);
-    }
-    const int64_t list = p.num_lists == 1 ? 0 : batch;
-    const int64_t end = num_block_rows * (part + 1) / tasks.parts;
-    for (int64_t block_row = num_block_rows * part / tasks.parts; block_row < end; ++block_row) {
-      const int64_t first_row = block_row * tile_rows, num_rows = min(tile_rows, p.rows - first_row);
-      bool adds = false;
-      for_chains(p, list, block_row, [&](const Chain& chain) {
-        Segment segments[kMaxSegments];
-        for (int s = 0; s < chain.num_segments; ++s) {
-          const T* block = static_cast<const T*>(p.values) + chain.position[s] * block_elements;
-          const float* a;
-          if constexpr (sizeof(T) == 4) {
-            a = block;
-          } else {
-            convert(block, block_elements, blocks + s * block_elements);
-            a = blocks + s * block_elements;
+    memset(sums, 0, static_cast<size_t>((end - begin) * tile_rows * kGroupColumns) * sizeof(float));
+
+    for (int64_t inner = 0; inner < p.inner; inner += inner_step) {
+      const int64_t length = min(inner_step, p.inner - inner);
+      pack_panels(dense + inner * p.dense.row_stride, p.dense.row_stride, p.dense.column_stride, length, num_columns,
+                  packed);
+      for (int64_t block_row = begin; block_row < end; ++block_row) {
+        const int64_t num_rows = min(tile_rows, p.rows - block_row * tile_rows);
+        float* block_sums = sums + (block_row - begin) * tile_rows * kGroupColumns;
+        for_chains(p, list, block_row, inner, inner + length, [&](const Chain& chain) {
+          Segment segments[kMaxSegments];
+          for (int s = 0; s < chain.num_segments; ++s) {
+            const T* block = static_cast<const T*>(p.values) + chain.position[s] * block_elements;
+            const float* a;
+            if constexpr (sizeof(T) == 4) {
+              a = block;
+            } else {
+              convert(block, block_elements, blocks + s * block_elements);
+              a = blocks + s * block_elements;
+            }
+            segments[s] = {a, packed + (chain.inner[s] - inner) * kPanel, chain.count[s]};
           }
-          segments[s] = {a, packed + chain.inner[s] * kPanel, chain.count[s]};
-        }
-        for (int64_t column = 0; column < num_columns; column += kPanel) {
-          dispatch_order(p.transposed, [&]<bool kByColumns>() {
-            multiply_rows<kByColumns>(segments, chain.num_segments, num_rows, p.block_columns, column * p.inner, kPanel,
-                                      c + column, group_columns, adds);
-          });
-        }
-        adds = true;
-      });
-      if (!adds) memset(c, 0, static_cast<size_t>(c_floats) * sizeof(float));
-      for (int64_t row = 0; row < num_rows; ++row) {
-        T* out = static_cast<T*>(p.out.data) + batch * p.out.batch_stride + (first_row + row) * p.out.row_stride;
-        finish(p.epilogue, first_row + row, 0, c + row * group_columns, num_columns, out + first_column);
+          for (int64_t column = 0; column < num_columns; column += kPanel) {
+            dispatch_order(p.transposed, [&]<bool kByColumns>() {
+              multiply_rows<kByColumns>(segments, chain.num_segments, num_rows, p.block_columns, column * length,
+                                        kPanel, block_sums + column, kGroupColumns, true);
+            });
+          }
+        });
       }
+    }
+    for (int64_t row = begin * tile_rows; row < min(end * tile_rows, p.rows); ++row) {
+      T* out = static_cast<T*>(p.out.data) + batch * p.out.batch_stride + row * p.out.row_stride + first_column;
+      finish(p.epilogue, row, 0, sums + (row - begin * tile_rows) * kGroupColumns, num_columns, out);
     }
   });
 }
@@ -335,7 +360,7 @@ void dsd_by_columns(const BlockSparseDsdParams& p) {
     for (int64_t block_row = num_block_rows * part / tasks.parts; block_row < end; ++block_row) {
       const int64_t first_row = block_row * tile_rows, num_rows = min(tile_rows, p.rows - first_row);
       bool adds = false;
-      for_chains(p, list, block_row, [&](const Chain& chain) {
+      for_chains(p, list, block_row, 0, p.inner, [&](const Chain& chain) {
         Segment segments[kMaxSegments];
         for (int s = 0; s < chain.num_segments; ++s) {
           segments[s] = {left.data + chain.inner[s] * (left.by_columns ? left.stride : 1),
