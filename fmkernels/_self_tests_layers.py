@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .block_sparse import dsd, sdd
+from .block_sparse_matrix import BlockSparse
 from .glu import swiglu
 from .lora import lora_expand, lora_shrink
 from .norm import rms_norm
@@ -108,6 +110,24 @@ def _test_lora_expand(backend: Backend) -> None:
     assert_as_good_as_torch(lora_expand(h, base, b, idx), reference.lora_expand, h, base, b, idx)
 
 
+def _blocks(backend: Backend) -> tuple[BlockSparse, Tensor, Tensor]:
+    """A sparse matrix and two dense ones; halves where float32 has no kernel."""
+    dtype = torch.float32 if backend.name == "cpu" else torch.bfloat16
+    s, a, b = (t.to(dtype) for t in _random(backend, (40, 50), (40, 24), (24, 50)))
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]], dtype=torch.bool, device=backend.device)
+    return BlockSparse.from_dense(s, 16, mask), a, b
+
+
+def _test_block_sparse_dsd(backend: Backend) -> None:
+    s, _, b = _blocks(backend)
+    assert_as_good_as_torch(dsd(s, b.mT), reference.dsd, s.to_dense(), b.mT)
+
+
+def _test_block_sparse_sdd(backend: Backend) -> None:
+    s, a, b = _blocks(backend)
+    assert_as_good_as_torch(sdd(a, b, s.topology).to_dense(), reference.sdd, a, b, s.topology)
+
+
 SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "norm_forward": _test_norm,
     "norm_forward_out": _test_norm_out,
@@ -119,6 +139,8 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "rope_forward_out": _test_rope_out,
     "quantized_linear_forward": _test_quantized_linear,
     "quantized_linear_dequantize": _test_dequantize,
+    "block_sparse_dsd": _test_block_sparse_dsd,
+    "block_sparse_sdd": _test_block_sparse_sdd,
     "lora_shrink": _test_lora_shrink,
     "lora_expand": _test_lora_expand,
 }
