@@ -6,17 +6,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
+from ._block_sparse_checks import (
+    check_dense,
+    check_dsd,
+    check_epilogue,
+    check_major,
+    check_sdd,
+    operands,
+)
+from ._block_sparse_epilogue import ACTIVATIONS, FUNCTIONS, finish_blocks
 from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
 from .block_sparse_matrix import BlockSparse
 from .block_topology import BlockTopology
-
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
-_FUNCTIONS = (None, F.relu, F.gelu, F.silu)
 
 
 def dsd(
@@ -50,8 +55,8 @@ def dsd(
     the others are. FLOPs are counted; under autocast values and b take the autocast dtype. After Gale et al. 2022,
     MegaBlocks, and Gray et al. 2017, GPU kernels for block-sparse weights.
     """
-    s, b = _operands("dsd", s, "b", b)
-    _check_dense("dsd", "b", b, s, -2)
+    s, b = operands("dsd", s, "b", b)
+    check_dense("dsd", "b", b, s, -2)
     return _multiply("dsd", s, b, False, scale, bias, activation)
 
 
@@ -82,14 +87,14 @@ def dds(
 
     As `dsd`, in all else.
     """
-    s, a = _operands("dds", s, "a", a)
+    s, a = operands("dds", s, "a", a)
     if len(s.shape) == 3 or a.dim() == 2:
-        _check_dense("dds", "a", a, s, -1)
+        check_dense("dds", "a", a, s, -1)
         return _multiply("dds", s.t(), a.mT, True, scale, bias, activation)
     if a.dim() == 0:
         raise ValueError("dds: a must be [..., inner], got 0 dimensions [].")
     flat = a.reshape(-1, a.shape[-1])
-    _check_dense("dds", "a", flat, s, -1)
+    check_dense("dds", "a", flat, s, -1)
     return _multiply("dds", s.t(), flat.mT, True, scale, bias, activation).view(*a.shape[:-1], s.shape[-1])
 
 
@@ -133,19 +138,19 @@ def sdd(
         check.size(op, name, t, dim, f"for this topology, of shape {topology.shape}, size", expected)
         if dims == 3:
             check.size(op, name, t, 0, "the batch of the topology,", topology.shape[0])
-        _check_major(op, name, t)
+        check_major(op, name, t)
     check.same_dtype(op, "b", b, "a", a)
     check.size(op, "b", b, -2, "as many rows as a has columns,", a.shape[-1])
-    _check_epilogue(op, topology.shape[-1], a, scale, bias, activation)
+    check_epilogue(op, topology.shape[-1], a, scale, bias, activation)
     three = [t if dims == 3 else t[None] for t in (a, b)]
     indices = (topology.row_indices, topology.column_indices)
     if not needs_grad(a, b, bias):
         args = (*three, *indices, scale, _as_float(bias), *topology.block, ACTIVATIONS[activation])
-        return BlockSparse.of(call(ops.block_sparse_sdd, args, _check_sdd), topology)
+        return BlockSparse.of(call(ops.block_sparse_sdd, args, check_sdd), topology)
     values = _Sdd.apply(*three, topology)
     if scale is None and bias is None and activation is None:
         return BlockSparse.of(values, topology)
-    return BlockSparse.of(_finish_blocks(values, topology, scale, bias, activation), topology)
+    return BlockSparse.of(finish_blocks(values, topology, scale, bias, activation), topology)
 
 
 # ---- dsd, of which dds is one ---------------------------------------------------------------------------------------
@@ -162,12 +167,12 @@ def _multiply(
 ) -> Tensor:
     """op(S) dense, or its transpose."""
     rows = s.shape[-2]
-    _check_epilogue(op, rows, s.values, scale, bias, activation)
+    check_epilogue(op, rows, s.values, scale, bias, activation)
     three = dense if dense.dim() == 3 else dense[None]
     if needs_grad(s.values, dense, bias):
         out = _Dsd.apply(s.values, three, bias, s.topology, s.is_transposed, transposed_out, scale)
         if activation is not None:
-            out = _FUNCTIONS[ACTIVATIONS[activation]](out)
+            out = FUNCTIONS[activation](out)
     else:
         out = _run_dsd(s, three, transposed_out, scale, bias, ACTIVATIONS[activation])
     return out if dense.dim() == 3 else out[0]
@@ -183,7 +188,7 @@ def _run_dsd(
 ) -> Tensor:
     lists = s.topology.lists(s.is_transposed)
     epilogue = (scale, _as_float(bias), s.shape[-2], s.is_transposed, transposed_out, activation)
-    return call(ops.block_sparse_dsd, (s.values, dense, *lists, *epilogue), _check_dsd)
+    return call(ops.block_sparse_dsd, (s.values, dense, *lists, *epilogue), check_dsd)
 
 
 class _Dsd(torch.autograd.Function):
@@ -232,7 +237,7 @@ class _Dsd(torch.autograd.Function):
 
 def _run_sdd(a: Tensor, b: Tensor, topology: BlockTopology) -> Tensor:
     args = (a, b, topology.row_indices, topology.column_indices, None, None, *topology.block, 0)
-    return call(ops.block_sparse_sdd, args, _check_sdd)
+    return call(ops.block_sparse_sdd, args, check_sdd)
 
 
 class _Sdd(torch.autograd.Function):
@@ -252,27 +257,7 @@ class _Sdd(torch.autograd.Function):
         return grad_a, grad_b, None
 
 
-def _finish_blocks(
-    values: Tensor, topology: BlockTopology, scale: Tensor | None, bias: Tensor | None, activation: str | None
-) -> Tensor:
-    """The epilogue of sdd by torch's operations, for gradients; past the edge of the matrix stay zeros."""
-    (block_rows, block_columns), (rows, columns) = topology.block, topology.shape[-2:]
-
-    def of_blocks(vector: Tensor) -> Tensor:
-        padded = F.pad(vector, (0, topology.num_block_columns * block_columns - columns))
-        return padded.view(-1, 1, block_columns)[topology.column_indices.long()]
-
-    out = values if scale is None else (values * of_blocks(scale)).to(values.dtype)
-    out = out if bias is None else (out + of_blocks(bias)).to(values.dtype)
-    out = out if activation is None else _FUNCTIONS[ACTIVATIONS[activation]](out)
-    row = topology.row_indices.long()
-    first = row.remainder(max(1, topology.num_block_rows)) * block_rows
-    left = torch.where(row < 0, 0, rows - first)
-    is_inside = torch.arange(block_rows, device=row.device) < left[:, None]
-    return torch.where(is_inside[:, :, None], out, 0)
-
-
-# ---- checks, fake kernels, rules ------------------------------------------------------------------------------------
+# ---- fake kernels, rules ------------------------------------------------------------------------------------
 
 
 def _as_float(bias: Tensor | None) -> Tensor | None:
@@ -282,72 +267,6 @@ def _as_float(bias: Tensor | None) -> Tensor | None:
 def _with_major(t: Tensor) -> Tensor:
     """As it is where rows or columns are contiguous, else copied: gradients come in any strides."""
     return t if t.stride(-1) == 1 or t.stride(-2) == 1 else t.contiguous()
-
-
-def _operands(op: str, s: BlockSparse, name: str, dense: Tensor) -> tuple[BlockSparse, Tensor]:
-    if not isinstance(s, BlockSparse):
-        raise TypeError(f"{op}: s must be a BlockSparse, got {type(s).__name__}.")
-    check.is_tensor(op, name, dense)
-    values, dense = autocast(2, s.values, dense)
-    check.same_dtype(op, name, dense, "s", values)
-    check.same_device(op, name, dense, "s", values)
-    if not values.is_contiguous():
-        raise ValueError(f"{op}: the values of s must be contiguous, got strides {list(values.stride())}.")
-    return s if values is s.values else s.with_values(values), dense
-
-
-def _check_dense(op: str, name: str, dense: Tensor, s: BlockSparse, inner_dim: int) -> None:
-    batched = len(s.shape) == 3
-    if dense.dim() not in ((3,) if batched else (2, 3)):
-        layout = "[batch, rows, columns]" if batched else "[rows, columns] or [batch, rows, columns]"
-        raise ValueError(f"{op}: {name} must be {layout} for this s, got {list(dense.shape)}.")
-    inner = s.shape[-1] if op == "dsd" else s.shape[-2]
-    check.size(op, name, dense, inner_dim, f"for this s, of shape {s.shape}, size", inner)
-    if batched:
-        check.size(op, name, dense, 0, "the batch of s,", s.shape[0])
-    _check_major(op, name, dense)
-
-
-def _check_major(op: str, name: str, t: Tensor) -> None:
-    if min(t.shape[-2:]) > 1 and t.stride(-1) != 1 and t.stride(-2) != 1:
-        raise ValueError(
-            f"{op}: {name} must be contiguous in its rows or in its columns, got strides {list(t.stride())}."
-        )
-
-
-def _check_epilogue(
-    op: str, length: int, like: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str | None
-) -> None:
-    if activation not in ACTIVATIONS:
-        names = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}.")
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if vector is None:
-            continue
-        check.is_tensor(op, name, vector)
-        check.rank(op, name, vector, 1, "a vector")
-        check.size(op, name, vector, 0, "size", length)
-        check.same_device(op, name, vector, "the other arguments", like)
-        check.last_dim_contiguous(op, name, vector)
-    if scale is not None:
-        check.dtype(op, "scale", scale, (torch.float32,))
-        if needs_grad(scale):
-            raise ValueError(f"{op}: scale must not require a gradient: it is a constant.")
-    if bias is not None:
-        check.float32_or_dtype_of(op, "bias", bias, "matrix", like)
-
-
-def _check_dsd(values: Tensor, dense: Tensor, *others: Any) -> None:
-    check.dtype("dsd", "values", values, check.FLOAT_DTYPES)
-    check.same_device("dsd", "the topology", others[0], "values", values)
-    check.kernel_exists("dsd", "block_sparse_dsd", values)
-
-
-def _check_sdd(a: Tensor, b: Tensor, *others: Any) -> None:
-    check.dtype("sdd", "a", a, check.FLOAT_DTYPES)
-    check.same_device("sdd", "b", b, "a", a)
-    check.same_device("sdd", "the topology", others[0], "a", a)
-    check.kernel_exists("sdd", "block_sparse_sdd", a)
 
 
 @register_fake("block_sparse_dsd")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """dsd, dds, sdd: values, gradients, edges, errors, and what torch asks of an op. The matrices are in
-test_block_topology.py."""
+test_block_topology.py, lists that lie in test_block_sparse_emulated.py."""
 
 import math
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from fmkernels import BlockSparse, BlockTopology, _library, dds, dsd, reference, sdd
+from fmkernels import BlockSparse, BlockTopology, dds, dsd, reference, sdd
 from fmkernels.testing import assert_as_good_as_torch, backends
 
 BACKENDS = backends("block_sparse_dsd")
@@ -325,26 +325,6 @@ def test_blocks_that_no_row_lists_are_zeros(backend):
     assert (blocks.values[1:] == 0).all()
     nan = BlockSparse.of(torch.cat([blocks.values[:1], torch.full_like(blocks.values[1:], math.nan)]), of)
     assert torch.equal(backend.run(dsd, nan, b.mT), backend.run(dsd, blocks, b.mT))
-
-
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.name != "cpu"], ids=str)
-def test_the_device_skips_what_is_out_of_range(backend):
-    s = matrix((48, 48), 16, 1.0, torch.bfloat16).to(backend.device)
-    b = normal(48, 24, dtype=torch.bfloat16).to(backend.device)
-    offsets, indices, _, order = s.topology.lists(False)
-    args = (None, None, 48, False, False, 0)
-    good = backend.run(_library.ops.block_sparse_dsd, s.values, b[None], offsets, indices, None, order, *args)
-    wrong = indices.clone()
-    wrong[0], wrong[4] = 2**31 - 1, -5
-    positions = torch.tensor([0, 1, 2, 3, 4, 99, 6, 7, -1], dtype=torch.int32, device=backend.device)
-    run = lambda *lists: backend.run(_library.ops.block_sparse_dsd, s.values, b[None], *lists, *args)  # noqa: E731
-    out = run(offsets, wrong, positions, order)
-    kept = s.values.clone()
-    kept[[0, 4, 5, 8]] = 0
-    assert torch.equal(out[0], backend.run(dsd, s.with_values(kept), b))
-    assert torch.equal(
-        run(torch.tensor([[-3, 3, 6, 2**31 - 1]], dtype=torch.int32, device=backend.device), indices, None, order), good
-    )
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
