@@ -469,7 +469,7 @@ void sdd(const BlockSparseSddParams& p) {
 template <>
 void run_block_sparse_dsd<kIsa>(const BlockSparseDsdParams& p) {
   dispatch_dtype(p.dtype, [&]<class T>() {
-    p.out.is_row_major() && !(p.out.row_stride == 1 && p.rows > 1) ? dsd_by_rows<T>(p) : dsd_by_columns<T>(p);
+    p.out.is_row_major() ? dsd_by_rows<T>(p) : dsd_by_columns<T>(p);
   });
 }
 
