@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check as check
@@ -118,12 +119,11 @@ class BlockTopology:
         expected = [*shape[:-2], -(-shape[-2] // block_rows), -(-shape[-1] // block_columns)]
         if list(mask.shape) != expected:
             raise ValueError(f"{op}: mask must be {expected} for shape {shape}, got {list(mask.shape)}.")
-        ends = mask.sum(-1).flatten().cumsum(0)
-        lists = ends.view(mask.shape[:-1])
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]]).view(mask.shape[:-1])[..., :1] if ends.numel() else lists
-        first = starts if ends.numel() else torch.zeros(*mask.shape[:-2], 1, dtype=torch.long, device=mask.device)
-        row_offsets = torch.cat([first, lists], dim=-1).int()
-        return cls(row_offsets, mask.nonzero()[:, -1].int(), shape, (block_rows, block_columns))
+        offsets = F.pad(mask.sum(-1), (1, 0)).cumsum(-1)
+        if mask.dim() == 3:  # a list goes on where the one before it ends
+            num_blocks = offsets[:, -1:]
+            offsets = offsets + num_blocks.cumsum(0) - num_blocks
+        return cls(offsets.int(), mask.nonzero()[:, -1].int(), shape, (block_rows, block_columns))
 
     @property
     def num_blocks(self) -> int:

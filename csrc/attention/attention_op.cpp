@@ -17,7 +17,6 @@ TokenView view_tokens(const Tensor& t) {
   return {data_of(t), packed ? 0 : stride_of(t, 0), stride_of(t, first), stride_of(t, first + 1)};
 }
 
-// A contiguous tensor of the same sizes and dtype, not written yet.
 // A tensor whose rows the kernels of this backend can read: itself or, where the 16-byte copies of CUDA cannot reach
 // its rows, a contiguous copy.
 Tensor readable(const Tensor& t) {
@@ -92,8 +91,7 @@ AttentionForwardParams common_params(const Tensor& q, const Tensor& k, const Ten
   p.dropout_threshold = static_cast<uint32_t>(std::fmin(std::floor(dropout_p * 65536.0 + 0.5), 65535.0));
   FM_CHECK(dropout_p == 0.0 || dropout_rng.has_value(), "dropout_rng must be given where dropout_p is not 0");
   if (dropout_rng.has_value()) {
-    p.dropout_rng =
-        static_cast<const int64_t*>(checked_vector("dropout_rng", *dropout_rng, q, ScalarType::Long, "int64", 2));
+    p.dropout_rng = view_vector<int64_t>("dropout_rng", *dropout_rng, q, ScalarType::Long, "int64", 2);
   }
   return p;
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../common/dispatch.h"
+#include "../common/integers_cpu.h"
 #include "../common/vec.h"
 #include "attention.h"
 
@@ -15,11 +16,6 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = __builtin_inff();
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- geometry ------------------------------------------------------------------------------------------------------
 

@@ -8,17 +8,6 @@
 
 namespace fmkernels {
 
-// The data of a vector [num_elements].
-inline const void* checked_vector(const char* name, const Tensor& t, const Tensor& q, ScalarType dtype,
-                                  const char* dtype_name, int64_t num_elements) {
-  check_same_device(name, t, q);
-  check_scalar_type(name, t, dtype, dtype_name);
-  check_rank(name, t, 1);
-  check_last_dim_contiguous(name, t);
-  check_size(name, t, 0, num_elements);
-  return data_of(t);
-}
-
 // Of Params whose batch and heads are set.
 template <class Params>
 void set_scores(Params& p, const Tensor& q, const std::optional<Tensor>& alibi_slopes,
@@ -50,7 +39,7 @@ void set_scores(Params& p, const Tensor& q, const std::optional<Tensor>& alibi_s
     p.alibi_batch_stride = t.dim() == 2 ? stride_of(t, 0) : 0;
   }
   if (sinks.has_value()) {
-    p.sinks = static_cast<const float*>(checked_vector("sinks", *sinks, q, ScalarType::Float, "float32", p.heads));
+    p.sinks = view_vector<float>("sinks", *sinks, q, ScalarType::Float, "float32", p.heads);
   }
 }
 

@@ -10,7 +10,7 @@
 //   sdd    S[i, j] = activation(scale[j] * sum_k a[i, k] b[k, j] + bias[j]) in the blocks of a topology, zeros past its edge
 //
 // The set is closed under differentiation: the gradient of a product by S is an sdd, by the dense operand a dsd.
-// Sizes need not be multiples of the block: what a block holds past the edge of the matrix is not read by dsd.
+// A block has 16, 32, 64 or 128 rows, and columns. Sizes need not be multiples of it: what a block holds past the edge of the matrix is not read by dsd.
 #pragma once
 
 #include <cmath>
@@ -21,8 +21,6 @@
 #include "../common/stream.h"
 
 namespace fmkernels {
-
-constexpr int kMaxBlock = 128;  // blocks have 16, 32, 64 or 128 rows, and as many columns or others of these
 
 enum class Activation : int { kNone, kRelu, kGelu, kSilu };  // gelu by erf
 

@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "../common/dispatch_cpu.h"
+#include "../common/integers_cpu.h"
 #include "../common/parallel.h"
 #include "../common/vec.h"
 
@@ -34,16 +35,6 @@ constexpr int64_t kSumBytes = 1 << 20;          // of the sums of a group that w
 constexpr int kGroupRows = 10 * kTileRows;      // columns of dense that go over the blocks together
 constexpr int64_t kPackedFloats = 4 << 20;      // of b that sdd packs at a time
 constexpr int64_t kRunBlocks = 8;               // blocks of a task of sdd
-
-template <class A, class B>
-constexpr int64_t min(A a, B b) {
-  return static_cast<int64_t>(a) < static_cast<int64_t>(b) ? a : b;
-}
-template <class A, class B>
-constexpr int64_t max(A a, B b) {
-  return static_cast<int64_t>(a) < static_cast<int64_t>(b) ? b : a;
-}
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- the register tile -------------------------------------------------------------------------------------------------
 
@@ -468,9 +459,7 @@ void sdd(const BlockSparseSddParams& p) {
 
 template <>
 void run_block_sparse_dsd<kIsa>(const BlockSparseDsdParams& p) {
-  dispatch_dtype(p.dtype, [&]<class T>() {
-    p.out.is_row_major() ? dsd_by_rows<T>(p) : dsd_by_columns<T>(p);
-  });
+  dispatch_dtype(p.dtype, [&]<class T>() { p.out.is_row_major() ? dsd_by_rows<T>(p) : dsd_by_columns<T>(p); });
 }
 
 template <>

@@ -39,22 +39,12 @@ DenseView view_dense(const char* name, const Tensor& t, const Tensor& like) {
 }
 
 const int32_t* list_of(const char* name, const Tensor& t, int64_t length, const Tensor& like) {
-  check_rank(name, t, 1);
-  check_size(name, t, 0, length);
-  check_same_device(name, t, like);
-  check_scalar_type(name, t, ScalarType::Int, "int32");
-  FM_CHECK(t.is_contiguous(), name, " must be contiguous");
-  return static_cast<const int32_t*>(data_of(t));
+  return view_vector<int32_t>(name, t, like, ScalarType::Int, "int32", length);
 }
 
+// Null where it is left out.
 const float* vector_of(const char* name, const OptionalTensor& t, int64_t length, const Tensor& like) {
-  if (!t.has_value()) return nullptr;
-  check_rank(name, *t, 1);
-  check_size(name, *t, 0, length);
-  check_same_device(name, *t, like);
-  check_scalar_type(name, *t, ScalarType::Float, "float32");
-  check_last_dim_contiguous(name, *t);
-  return static_cast<const float*>(data_of(*t));
+  return t.has_value() ? view_vector<float>(name, *t, like, ScalarType::Float, "float32", length) : nullptr;
 }
 
 Epilogue view_epilogue(const OptionalTensor& scale, const OptionalTensor& bias, int64_t activation, int64_t length,

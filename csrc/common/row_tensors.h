@@ -10,12 +10,7 @@ namespace fmkernels {
 // [batch], contiguous: an element for each row of `like`.
 template <class T>
 const T* view_one_a_row(const char* name, const Tensor& t, const Tensor& like, ScalarType type, const char* type_name) {
-  check_rank(name, t, 1);
-  check_same_device(name, t, like);
-  check_size(name, t, 0, like.size(0));
-  check_scalar_type(name, t, type, type_name);
-  FM_CHECK(t.is_contiguous(), name, " must be contiguous");
-  return static_cast<const T*>(data_of(t));
+  return view_vector<T>(name, t, like, type, type_name, like.size(0));
 }
 
 // One tensor of a call and the view that is made of it; a null tensor gives a view without data.

@@ -120,6 +120,18 @@ inline void check_scalar_type(const char* name, const Tensor& t, ScalarType expe
   FM_CHECK(t.scalar_type() == expected, name, " must be ", expected_name);
 }
 
+// The data of a vector [num_elements], contiguous, on the device of `like`.
+template <class T>
+const T* view_vector(const char* name, const Tensor& t, const Tensor& like, ScalarType type, const char* type_name,
+                     int64_t num_elements) {
+  check_rank(name, t, 1);
+  check_same_device(name, t, like);
+  check_size(name, t, 0, num_elements);
+  check_scalar_type(name, t, type, type_name);
+  check_last_dim_contiguous(name, t);
+  return static_cast<const T*>(data_of(t));
+}
+
 #if defined(FM_CUDA) && !defined(FM_EMULATED)
 // Makes the device of a tensor current for a scope and knows torch's stream on it.
 class StreamScope {
