@@ -174,21 +174,25 @@ def _multiply(
         if activation is not None:
             out = FUNCTIONS[activation](out)
     else:
-        out = _run_dsd(s, three, transposed_out, scale, bias, ACTIVATIONS[activation])
+        activation = ACTIVATIONS[activation]
+        out = _run_dsd(s.values, s.topology, s.is_transposed, three, transposed_out, scale, bias, activation)
     return out if dense.dim() == 3 else out[0]
 
 
 def _run_dsd(
-    s: BlockSparse,
+    values: Tensor,
+    topology: BlockTopology,
+    is_transposed: bool,
     dense: Tensor,
     transposed_out: bool,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     activation: int = 0,
 ) -> Tensor:
-    lists = s.topology.lists(s.is_transposed)
-    epilogue = (scale, _as_float(bias), s.shape[-2], s.is_transposed, transposed_out, activation)
-    return call(ops.block_sparse_dsd, (s.values, dense, *lists, *epilogue), check_dsd)
+    """Takes no `BlockSparse`: under torch.compile a backward may not look at what its checks look at."""
+    rows = topology.shape[-1 if is_transposed else -2]
+    epilogue = (scale, _as_float(bias), rows, is_transposed, transposed_out, activation)
+    return call(ops.block_sparse_dsd, (values, dense, *topology.lists(is_transposed), *epilogue), check_dsd)
 
 
 class _Dsd(torch.autograd.Function):
@@ -206,7 +210,7 @@ class _Dsd(torch.autograd.Function):
         ctx.save_for_backward(values, dense, scale)
         ctx.topology, ctx.is_transposed, ctx.transposed_out = topology, is_transposed, transposed_out
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _run_dsd(BlockSparse.of(values, topology, is_transposed), dense, transposed_out, scale, bias)
+        return _run_dsd(values, topology, is_transposed, dense, transposed_out, scale, bias)
 
     @staticmethod
     @once_differentiable
@@ -220,9 +224,8 @@ class _Dsd(torch.autograd.Function):
             grad = (grad * scale[:, None]).to(values.dtype)
         grad = _with_major(grad)
         if ctx.needs_input_grad[1]:
-            s = BlockSparse.of(values, ctx.topology, not ctx.is_transposed)
             by_columns = dense.stride(-1) != 1 and dense.stride(-2) == 1
-            grad_dense = _run_dsd(s, grad, by_columns)
+            grad_dense = _run_dsd(values, ctx.topology, not ctx.is_transposed, grad, by_columns)
             grad_dense = grad_dense.mT if by_columns else grad_dense
         if ctx.needs_input_grad[0]:
             if ctx.topology.num_lists == 1 and len(dense) > 1:  # the sum over the batch is one more inner dimension
@@ -251,9 +254,9 @@ class _Sdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        s = BlockSparse.of(grad_values.contiguous(), ctx.topology)
-        grad_a = _run_dsd(s, b.mT, False) if ctx.needs_input_grad[0] else None
-        grad_b = _run_dsd(s.t(), a, True) if ctx.needs_input_grad[1] else None
+        s = (grad_values.contiguous(), ctx.topology)
+        grad_a = _run_dsd(*s, False, b.mT, False) if ctx.needs_input_grad[0] else None
+        grad_b = _run_dsd(*s, True, a, True) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b, None
 
 

@@ -2,18 +2,22 @@
 """Modules over the ops, whose state dicts are those of the modules they replace, and what training with them needs."""
 
 from .attention import Attention
+from .block_sparse_linear import BlockSparseLinear
 from .checkpoint import checkpoint_policy
 from .glu import SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .quantized_linear import QuantizedLinear
 from .rope import RotaryEmbedding
+from .weight_grad import WeightGradStore
 
 __all__ = [
     "Attention",
+    "BlockSparseLinear",
     "LayerNorm",
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
+    "WeightGradStore",
     "checkpoint_policy",
 ]

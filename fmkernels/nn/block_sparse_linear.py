@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer of whose weight only some blocks are stored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import _check as check
+from .._library import autocast, needs_grad
+from ..block_sparse import dds, sdd
+from ..block_sparse_matrix import BlockSparse
+from ..block_topology import BlockTopology
+from .weight_grad import DeferredWeightGrad, WeightGradStore
+
+_OP = "nn.BlockSparseLinear"
+
+
+class BlockSparseLinear(DeferredWeightGrad, nn.Module):
+    """What `torch.nn.Linear` computes, of a weight that is zero outside of the blocks of a topology.
+
+        y = fmkernels.dds(x, w.t(), bias=bias)
+
+    The blocks are the parameter `weight`, [num_blocks, block rows, block columns]; the topology is two buffers,
+    `row_offsets` and `column_indices`, and a part of the state dict. Loading a state dict takes its topology; one of a
+    dense `torch.nn.Linear` gives the blocks that this topology has, the rest of its weight is not kept.
+
+    Args:
+        in_features, out_features, bias: as of `torch.nn.Linear`.
+        topology: a `BlockTopology` of shape (out_features, in_features).
+        weight_grad_store: where backward leaves the gradient of the weight for later; None: it is computed in backward.
+        device: of the parameters and the topology; default: of the topology.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: one sentence with the argument, its rule and what came.
+
+    A new weight is uniform as that of `torch.nn.Linear`, for the inputs that a row has on average. Devices, dtypes,
+    determinism: as `fmkernels.dds`.
+    """
+
+    row_offsets: Tensor
+    column_indices: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        topology: BlockTopology,
+        weight_grad_store: WeightGradStore | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, number in (("in_features", in_features), ("out_features", out_features)):
+            check.integer(_OP, name, number, 1)
+        check.flag(_OP, "bias", bias)
+        self.in_features, self.out_features = in_features, out_features
+        self._check_topology(topology)
+        self._set_store(_OP, weight_grad_store)
+        device = topology.device if device is None else device
+        self._hold(topology)
+        self.weight = nn.Parameter(torch.empty(topology.num_blocks, *topology.block, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._apply(lambda t: t)  # brings the topology to the device
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls, module: nn.Linear, topology: BlockTopology, *, weight_grad_store: WeightGradStore | None = None
+    ) -> BlockSparseLinear:
+        """The blocks of a layer that the topology has, on its device; it shares the layer's bias."""
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{_OP}.from_linear: module must be a torch.nn.Linear, got {type(module).__name__}.")
+        result = cls.__new__(cls)
+        nn.Module.__init__(result)
+        result.in_features, result.out_features = module.in_features, module.out_features
+        result._check_topology(topology)
+        result._set_store(_OP, weight_grad_store)
+        topology = topology.to(module.weight.device)
+        result._hold(topology)
+        values = BlockSparse.from_dense(module.weight.detach(), mask=topology).values
+        result.weight = nn.Parameter(values, requires_grad=module.weight.requires_grad)
+        result.bias = module.bias
+        result.train(module.training)
+        return result
+
+    def _check_topology(self, topology: BlockTopology) -> None:
+        if not isinstance(topology, BlockTopology):
+            raise TypeError(f"{_OP}: topology must be a BlockTopology, got {type(topology).__name__}.")
+        expected = (self.out_features, self.in_features)
+        if topology.shape != expected:
+            raise ValueError(f"{_OP}: topology must be of shape {expected}, got {topology.shape}.")
+
+    def _hold(self, topology: BlockTopology) -> None:
+        self.topology = topology
+        self.register_buffer("row_offsets", topology.row_offsets)
+        self.register_buffer("column_indices", topology.column_indices)
+
+    def reset_parameters(self) -> None:
+        """New values, as a new layer has."""
+        inputs = self.in_features * self.topology.density
+        bound = 1 / math.sqrt(inputs) if inputs > 0 else 0.0
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] gives [..., out_features]."""
+        if self.weight_grad_store is not None and needs_grad(self.weight):
+            return _deferred(x, self.weight, self.bias, self.topology, self.weight_grad_store)
+        return dds(x, self.matrix.t(), bias=self.bias)
+
+    @property
+    def matrix(self) -> BlockSparse:
+        """The weight, [out_features, in_features], over the parameter."""
+        return BlockSparse.of(self.weight, self.topology)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer that computes the same."""
+        dense = self.matrix.to_dense().detach()
+        result = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        result.weight = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
+        result.bias = self.bias
+        result.train(self.training)
+        return result
+
+    @torch.no_grad()
+    def set_topology(self, topology: BlockTopology, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Changes which blocks there are: those that stay keep their values, new ones are zeros.
+
+        Args:
+            topology: of the same shape and block.
+            optimizer: one that holds the weight: its state of the blocks that stay is kept, that of new ones is zeros.
+
+        The parameter stays the same object; its gradient is dropped.
+        """
+        self._check_topology(topology)
+        if topology.block != self.topology.block:
+            raise ValueError(f"{_OP}: topology must have blocks of {self.topology.block}, got {topology.block}.")
+        topology = topology.to(self.weight.device)
+        old = self.topology
+        columns = old.num_block_columns
+        keys = [t.row_indices.long() * columns + t.column_indices for t in (old, topology)]
+        place = torch.full((old.num_block_rows * columns,), -1, dtype=torch.long, device=self.weight.device)
+        place[keys[0]] = torch.arange(old.num_blocks, device=place.device)
+        source = place[keys[1]]  # [num_blocks] where a block was, -1: it is new
+        is_new = (source < 0)[:, None, None]
+
+        def moved(blocks: Tensor) -> Tensor:
+            if old.num_blocks == 0:
+                return blocks.new_zeros(topology.num_blocks, *topology.block)
+            return torch.where(is_new, 0, blocks[source.clamp(min=0)])
+
+        if optimizer is not None:
+            state = optimizer.state.get(self.weight, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == self.weight.shape:
+                    state[name] = moved(value)
+        self.weight.grad = None
+        self.weight.data = moved(self.weight)
+        self._hold(topology)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
+        """As of every module; the topology follows the weight, but not to the meta device, which would forget it."""
+        topology = self.topology
+        super()._apply(fn, recurse)
+        is_there = self.weight.device in (topology.device, torch.device("meta"))
+        self._hold(topology if is_there else topology.to(self.weight.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
+        names = {name: prefix + name for name in ("weight", "row_offsets", "column_indices")}
+        weight, offsets, indices = (state_dict.get(key) for key in names.values())
+        state_dict = dict(state_dict)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and offsets is None and indices is None:
+            if tuple(weight.shape) == self.topology.shape:  # of a dense layer
+                topology = self.topology.to(weight.device)
+                state_dict[names["weight"]] = BlockSparse.from_dense(weight.detach(), mask=topology).values
+                state_dict[names["row_offsets"]] = topology.row_offsets
+                state_dict[names["column_indices"]] = topology.column_indices
+        elif isinstance(offsets, Tensor) and isinstance(indices, Tensor):
+            try:
+                topology = BlockTopology(offsets, indices, self.topology.shape, self.topology.block)
+            except (ValueError, TypeError) as error:
+                errors.append(f"{prefix}: {error}")
+                return
+            if topology.num_blocks != self.topology.num_blocks and isinstance(weight, Tensor):
+                self.weight.grad = None
+                self.weight.data = self.weight.new_empty(topology.num_blocks, *topology.block)
+            self._hold(topology.to(self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block={self.topology.block}, density={self.topology.density:.3g}"
+        )
+
+
+def _deferred(
+    x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, store: WeightGradStore
+) -> Tensor:
+    (x,) = autocast(1, x)
+    # Were the weight an input of the function, its hooks would run at the end of backward, without a gradient. Something
+    # has to need one, though, or there is no backward.
+    anchor = None if needs_grad(x, bias) else torch.empty(0, requires_grad=True)
+    return _Deferred.apply(x, bias, anchor, (weight, topology, store))
+
+
+class _Deferred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor | None, layer: tuple[Any, ...]) -> Tensor:
+        weight, topology, _ = layer
+        s = BlockSparse.of(weight.detach().to(x.dtype), topology)
+        ctx.save_for_backward(x, s.values)
+        ctx.layer = layer
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return dds(x, s.t(), bias=bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        weight, topology, store = ctx.layer
+        grad, flat = (t.reshape(-1, t.shape[-1]) for t in (grad_out, x))
+        grad = grad if grad.stride(-1) == 1 or grad.stride(-2) == 1 else grad.contiguous()
+        store.put(weight, lambda: sdd(grad.mT, flat, topology).values.to(weight.dtype))
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = dds(grad, BlockSparse.of(values, topology)).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.mT.sum(1, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None
