@@ -5,6 +5,7 @@ from . import nn, paged_kv
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
+from .block_patterns import banded_blocks, block_norms, butterfly_blocks, largest_blocks, random_blocks
 from .block_sparse import dds, dsd, sdd
 from .block_sparse_matrix import BlockSparse
 from .block_topology import BlockTopology, topology_moe
@@ -32,12 +33,16 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "banded_blocks",
+    "block_norms",
+    "butterfly_blocks",
     "create_block_mask",
     "cross_entropy",
     "dds",
     "dequantize_weight",
     "dsd",
     "geglu",
+    "largest_blocks",
     "layer_norm",
     "linear_cross_entropy",
     "lora",
@@ -48,6 +53,7 @@ __all__ = [
     "paged_kv",
     "quantize_weight",
     "quantized_linear",
+    "random_blocks",
     "rms_norm",
     "rope",
     "rope_cache",

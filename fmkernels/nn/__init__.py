@@ -2,16 +2,19 @@
 """Modules over the ops, whose state dicts are those of the modules they replace, and what training with them needs."""
 
 from .attention import Attention
+from .block_pruning import BlockPruning
 from .block_sparse_linear import BlockSparseLinear
 from .checkpoint import checkpoint_policy
 from .glu import SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .quantized_linear import QuantizedLinear
 from .rope import RotaryEmbedding
+from .sparsify import calibration, sparsify
 from .weight_grad import WeightGradStore
 
 __all__ = [
     "Attention",
+    "BlockPruning",
     "BlockSparseLinear",
     "LayerNorm",
     "QuantizedLinear",
@@ -19,5 +22,7 @@ __all__ = [
     "RotaryEmbedding",
     "SwiGLU",
     "WeightGradStore",
+    "calibration",
     "checkpoint_policy",
+    "sparsify",
 ]

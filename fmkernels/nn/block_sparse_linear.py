@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,7 +140,8 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
             topology: of the same shape and block.
             optimizer: one that holds the weight: its state of the blocks that stay is kept, that of new ones is zeros.
 
-        The parameter stays the same object; its gradient is dropped.
+        With as many blocks as before the weight is changed in place. With more or fewer it is another parameter, which
+        takes the place of the old one in the optimizer. Its gradient is dropped.
         """
         self._check_topology(topology)
         if topology.block != self.topology.block:
@@ -158,13 +160,21 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
                 return blocks.new_zeros(topology.num_blocks, *topology.block)
             return torch.where(is_new, 0, blocks[source.clamp(min=0)])
 
+        old_weight, values = self.weight, moved(self.weight)
+        if values.shape == old_weight.shape:
+            old_weight.copy_(values)
+            old_weight.grad = None
+        else:
+            self.weight = nn.Parameter(values, requires_grad=old_weight.requires_grad)
         if optimizer is not None:
-            state = optimizer.state.get(self.weight, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == self.weight.shape:
-                    state[name] = moved(value)
-        self.weight.grad = None
-        self.weight.data = moved(self.weight)
+            if old_weight in optimizer.state:
+                state = optimizer.state.pop(old_weight)
+                optimizer.state[self.weight] = {
+                    name: moved(value) if isinstance(value, Tensor) and value.shape == old_weight.shape else value
+                    for name, value in state.items()
+                }
+            for group in optimizer.param_groups:
+                group["params"] = [self.weight if p is old_weight else p for p in group["params"]]
         self._hold(topology)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
@@ -207,34 +217,46 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
 def _deferred(
     x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, store: WeightGradStore
 ) -> Tensor:
+    """The weight is no input of the function: its hooks would run at the end of backward, without a gradient.
+
+    An empty tensor stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it asks
+    for those of inputs alone, as a pipeline does of made-up inputs when it infers shapes.
+    """
     (x,) = autocast(1, x)
-    # Were the weight an input of the function, its hooks would run at the end of backward, without a gradient. Something
-    # has to need one, though, or there is no backward.
-    anchor = None if needs_grad(x, bias) else torch.empty(0, requires_grad=True)
-    return _Deferred.apply(x, bias, anchor, (weight, topology, store))
+    left: list[Callable[[], Tensor]] = []
+    stand_in = torch.empty(0, requires_grad=True)
+    stand_in.register_hook(lambda _: store.put(weight, left.pop()))
+    return _Deferred.apply(x, bias, stand_in, weight.detach(), topology, left)
 
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, anchor: Tensor | None, layer: tuple[Any, ...]) -> Tensor:
-        weight, topology, _ = layer
-        s = BlockSparse.of(weight.detach().to(x.dtype), topology)
-        ctx.save_for_backward(x, s.values)
-        ctx.layer = layer
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        stand_in: Tensor,
+        weight: Tensor,
+        topology: BlockTopology,
+        left: list[Callable[[], Tensor]],
+    ) -> Tensor:
+        s = BlockSparse.of(weight.to(x.dtype), topology)
+        ctx.save_for_backward(x, s.values, stand_in)
+        ctx.topology, ctx.left = topology, left
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return dds(x, s.t(), bias=bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
-        weight, topology, store = ctx.layer
+        x, values, stand_in = ctx.saved_tensors
+        topology, weight_dtype = ctx.topology, ctx.weight_dtype
         grad, flat = (t.reshape(-1, t.shape[-1]) for t in (grad_out, x))
         grad = grad if grad.stride(-1) == 1 or grad.stride(-2) == 1 else grad.contiguous()
-        store.put(weight, lambda: sdd(grad.mT, flat, topology).values.to(weight.dtype))
+        ctx.left[:] = [lambda: sdd(grad.mT, flat, topology).values.to(weight_dtype)]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = dds(grad, BlockSparse.of(values, topology)).view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.mT.sum(1, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None
+        return grad_x, grad_bias, torch.empty_like(stand_in), None, None, None

@@ -100,7 +100,9 @@ def sparsify(
     block = _checked_block(block)
     chosen = _chosen(op, model, layers)
     if not chosen:
-        raise ValueError(f"{op}: layers must name a torch.nn.Linear of the model whose weight is its own, got {layers!r}.")
+        raise ValueError(
+            f"{op}: layers must name a torch.nn.Linear of the model whose weight is its own, got {layers!r}."
+        )
     for name, module in chosen:
         if moments is None:
             continue
@@ -135,9 +137,7 @@ def _chosen(op: str, model: nn.Module, layers: str) -> list[tuple[str, nn.Linear
     ]
 
 
-def _pruned(
-    module: nn.Linear, density: float, block: tuple[int, int], moments: Tensor | None
-) -> BlockSparseLinear:
+def _pruned(module: nn.Linear, density: float, block: tuple[int, int], moments: Tensor | None) -> BlockSparseLinear:
     weight = module.weight.detach()
     if moments is None:
         mask = largest_blocks(block_norms(weight, block), density)
@@ -169,9 +169,7 @@ def _losses(weight: Tensor, damped: Tensor, width: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _refitted(
-    weight: Tensor, moments: Tensor, damped: Tensor, mask: Tensor, block: tuple[int, int]
-) -> Tensor:
+def _refitted(weight: Tensor, moments: Tensor, damped: Tensor, mask: Tensor, block: tuple[int, int]) -> Tensor:
     """The weight with only the blocks of the mask, changed so that moments see the least of the loss.
 
     Of one row of blocks, with S the columns that stay and R the others: w_S + w_R moments_RS (damped_SS)^-1.

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deferred weight gradients: the bits of an ordinary backward, each computed once, in pipelines and under DDP."""
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fmkernels import BlockTopology, random_blocks
+from fmkernels.nn import BlockSparseLinear, WeightGradStore
+
+WIDTH, WORLD_SIZE, NUM_STAGES, NUM_MICROBATCHES = 64, 2, 4, 4
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+def layer(seed=0, store=None):
+    """The same parameters in every process."""
+    torch.manual_seed(seed)
+    topology = BlockTopology.from_mask(random_blocks(WIDTH // 16, WIDTH // 16, 0.5), 16)
+    return BlockSparseLinear(WIDTH, WIDTH, topology=topology, weight_grad_store=store)
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fmkernels":
+            self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def gradients(module):
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert torch.equal(found[name], grad), name
+
+
+@pytest.mark.parametrize("x_needs_grad", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_gradients_have_the_same_bits(autocast, x_needs_grad):
+    store = WeightGradStore()
+    plain, deferring = layer(), layer(store=store)
+    batches = torch.randn(3, 2, 5, WIDTH)
+    for batch in batches:
+        xs = [batch.clone().requires_grad_(x_needs_grad) for _ in range(2)]
+        for module, x in zip((plain, deferring), xs, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = module(x)
+            y.float().square().sum().backward()
+        assert not x_needs_grad or torch.equal(xs[0].grad, xs[1].grad)
+    assert len(store) == len(batches)
+    assert deferring.weight.grad is None
+    deferring.backward_dw()
+    assert len(store) == 0
+    assert_same_bits(gradients(deferring), gradients(plain))
+    plain.backward_dw()  # nothing waits
+
+
+def test_each_product_runs_once_and_where_it_belongs():
+    store = WeightGradStore()
+    module = nn.Sequential(layer(store=store), layer(store=store))
+    with CountOps() as counter:
+        y = module(torch.randn(5, WIDTH))
+        y.sum().backward()
+    assert counter.counts == {"block_sparse_dsd": 3}  # two forward; of the input nobody asks the gradient
+    with CountOps() as counter:
+        store.pop()()
+    assert counter.counts == {"block_sparse_sdd": 2}
+
+
+def test_hooks_of_the_parameter_run_with_the_gradient():
+    store = WeightGradStore()
+    module = layer(store=store)
+    seen = []
+    module.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    module(torch.randn(5, WIDTH, requires_grad=True)).sum().backward()
+    assert seen == []
+    module.backward_dw()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], module.weight.grad)
+
+
+def test_a_backward_for_inputs_alone_leaves_nothing():
+    """A pipeline infers shapes with a backward of made-up inputs, whose gradient went to the weight."""
+    store = WeightGradStore()
+    module = layer(store=store)
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    y = module(x).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    assert len(store) == 0
+    y.backward()
+    assert len(store) == 1
+
+
+def test_without_gradients_nothing_waits():
+    store = WeightGradStore()
+    module = layer(store=store)
+    with torch.no_grad():
+        module(torch.randn(5, WIDTH))
+    module.weight.requires_grad_(False)
+    module(torch.randn(5, WIDTH, requires_grad=True)).sum().backward()
+    assert len(store) == 0
+
+
+# ---- more than one process -------------------------------------------------------------------------------------------
+
+
+def check_pipeline(rank):
+    """Two stages a rank, with the gradients of the whole model in one process."""
+    torch.manual_seed(1)
+    x, target = torch.randn(2, NUM_MICROBATCHES * 3, WIDTH)
+    whole = nn.Sequential(*(layer(seed) for seed in range(NUM_STAGES)))
+    for part, wanted in zip(x.chunk(NUM_MICROBATCHES), target.chunk(NUM_MICROBATCHES), strict=True):
+        (nn.functional.mse_loss(whole(part), wanted) / NUM_MICROBATCHES).backward()
+    for schedule_type, places in (
+        (ScheduleInterleavedZeroBubble, ((0, 2), (1, 3))),
+        (ScheduleZBVZeroBubble, ((0, 3), (1, 2))),
+    ):
+        modules, stages = [], []
+        for index in places[rank]:
+            store = WeightGradStore()
+            modules.append(layer(index, store))
+            stages.append(PipelineStage(modules[-1], index, NUM_STAGES, torch.device("cpu"), dw_builder=store.pop))
+        schedule = schedule_type(stages, NUM_MICROBATCHES, loss_fn=nn.functional.mse_loss)
+        inputs = (x,) if rank == 0 else ()
+        holds_last = NUM_STAGES - 1 in places[rank]
+        arguments = {"target": target} if holds_last else {}
+        for _ in range(2):  # the first step also infers shapes, with a forward and backward of its own
+            for module in modules:
+                module.zero_grad()
+            with CountOps() as counter:
+                schedule.step(*inputs, **arguments)
+            for index, module in zip(places[rank], modules, strict=True):
+                assert_same_bits(gradients(module), gradients(whole[index]))
+        assert counter.counts["block_sparse_sdd"] == 2 * NUM_MICROBATCHES, counter.counts
+        num_first = NUM_MICROBATCHES if 0 in places[rank] else 0  # the first stage has no gradient to send on
+        assert counter.counts["block_sparse_dsd"] == 4 * NUM_MICROBATCHES - num_first, counter.counts
+
+
+def check_ddp(rank):
+    torch.manual_seed(1)
+    batch = torch.randn(2 * WORLD_SIZE, WIDTH)
+    results = []
+    for store in (None, WeightGradStore()):
+        module = DistributedDataParallel(nn.Sequential(layer(0, store), nn.ReLU(), layer(1, store)))
+        for _ in range(3):  # the buckets are rebuilt after the first
+            module.zero_grad()
+            module(batch.chunk(WORLD_SIZE)[rank]).square().mean().backward()
+            if store is not None:
+                store.pop()()
+        results.append(gradients(module))
+    assert_same_bits(*results)
+
+
+def run_rank(rank, store, check):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
+    try:
+        check(rank)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    os._exit(0)  # see test_nn_distributed.py
+
+
+@needs_gloo
+@pytest.mark.parametrize("check", [check_pipeline, check_ddp])
+def test_in_two_processes(check, tmp_path):
+    torch.multiprocessing.spawn(run_rank, (tmp_path / "store", check), nprocs=WORLD_SIZE)
+
+
+def test_errors():
+    with pytest.raises(
+        TypeError, match=r"nn.BlockSparseLinear: weight_grad_store must be a WeightGradStore, got bool\."
+    ):
+        layer(store=True)
