@@ -83,7 +83,8 @@ def butterfly_blocks(rows: int, columns: int, max_stride: int | None = None, *, 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    From any input to any output there is a path through log2(n) such layers. After Dao et al. 2022, Pixelated Butterfly.
+    From any input to any output there is a path through log2(n) such layers. After Dao et al. 2022, Pixelated
+    Butterfly.
     """
     op = "butterfly_blocks"
     _check_grid(op, rows, columns)

@@ -121,7 +121,7 @@ def test_a_state_dict_that_lies_is_refused():
         module.load_state_dict(state)
     state = module.state_dict()
     del state["row_offsets"]
-    with pytest.raises(RuntimeError, match="Missing key.*row_offsets"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*row_offsets"):
         module.load_state_dict(state)
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         module.load_state_dict(torch.nn.Linear(IN + 1, OUT).state_dict())

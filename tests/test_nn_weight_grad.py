@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 from torch.nn.parallel import DistributedDataParallel
@@ -165,6 +166,14 @@ def check_ddp(rank):
     assert_same_bits(*results)
 
 
+def check_fsdp(rank):
+    module = nn.Sequential(layer(store=WeightGradStore()))
+    fully_shard(module)
+    module(torch.randn(5, WIDTH, requires_grad=True)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"the weight must stay until its gradient is computed, it was replaced\."):
+        module[0].backward_dw()
+
+
 def run_rank(rank, store, check):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
@@ -177,7 +186,7 @@ def run_rank(rank, store, check):
 
 
 @needs_gloo
-@pytest.mark.parametrize("check", [check_pipeline, check_ddp])
+@pytest.mark.parametrize("check", [check_pipeline, check_ddp, check_fsdp])
 def test_in_two_processes(check, tmp_path):
     torch.multiprocessing.spawn(run_rank, (tmp_path / "store", check), nprocs=WORLD_SIZE)
 

@@ -29,9 +29,9 @@ class BlockPruning:
             pruning.step()
             optimizer.zero_grad()
 
-    Every `every` steps, from step `begin` to step `end`, each `fmkernels.nn.BlockSparseLinear` loses the blocks of least
-    norm until it has the density of the schedule, which goes from its first one to `density` by a cubic. Then a share of
-    what is left, `regrow`, which fades with a cosine, makes room for blocks that the layer does not have: with
+    Every `every` steps, from step `begin` to step `end`, each `fmkernels.nn.BlockSparseLinear` loses the blocks of
+    least norm until it has the density of the schedule, which goes from its first one to `density` by a cubic. Then a
+    share of what is left, `regrow`, which fades with a cosine, makes room for blocks that the layer does not have: with
     `by="gradient"` those to which the dense gradient of that step is largest, with `by="random"` any. A new block is
     zeros; blocks that stay keep their values and their optimizer state, bit by bit. A layer that begins sparse and has
     `density` already trains sparse to sparse.
@@ -53,9 +53,10 @@ class BlockPruning:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
     Deterministic. In the steps that regrow by gradient a layer holds its input and one dense gradient; hooks watch for
-    them, which a compiled model does not run: there only by="random" works. A change of the number of blocks changes the shape of the parameter: wrap with DistributedDataParallel after pruning has ended, or
-    begin with the final density. After Zhu and Gupta 2017, To prune, or not to prune, and Evci et al. 2020, Rigging the
-    lottery, with blocks in place of weights.
+    them, which a compiled model does not run: there only by="random" works. With another number of blocks the weight is
+    another parameter (see `BlockSparseLinear.set_topology`): wrap with DistributedDataParallel when pruning has ended,
+    or begin with the final density. After Zhu and Gupta 2017, To prune, or not to prune, and Evci et al. 2020, Rigging
+    the lottery, with blocks in place of weights.
     """
 
     def __init__(
@@ -121,8 +122,8 @@ class BlockPruning:
             return False
         if self._handles and not self._gradients:
             raise RuntimeError(
-                f"{_OP}: no layer was given a gradient in this step: call step() after backward, and choose by='random' "
-                "for a compiled model."
+                f"{_OP}: no layer was given a gradient in this step: step() must come after backward, and by='random' "
+                "is for compiled models."
             )
         done = (step - self.begin) / max(1, self.end - self.begin)
         share = self.regrow * (1 + math.cos(math.pi * done)) / 2

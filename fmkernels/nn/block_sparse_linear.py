@@ -115,8 +115,32 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] gives [..., out_features]."""
         if self.weight_grad_store is not None and needs_grad(self.weight):
-            return _deferred(x, self.weight, self.bias, self.topology, self.weight_grad_store)
+            return self._deferred(x, self.weight_grad_store)
         return dds(x, self.matrix.t(), bias=self.bias)
+
+    def _deferred(self, x: Tensor, store: WeightGradStore) -> Tensor:
+        """The weight is no input of the function: its hooks would run at the end of backward, without a gradient.
+
+        An empty tensor stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it
+        asks for those of inputs alone, as a pipeline does of made-up inputs when it infers shapes.
+        """
+        (x,) = autocast(1, x)
+        weight = self.weight
+        left: list[Callable[[], Tensor]] = []
+
+        def put(_grad: Tensor) -> None:
+            compute = left.pop()
+
+            def gradient() -> Tensor:
+                if self.weight is not weight:  # by fully_shard, or other blocks
+                    raise RuntimeError(f"{_OP}: the weight must stay until its gradient is computed, it was replaced.")
+                return compute()
+
+            store.put(weight, gradient)
+
+        stand_in = torch.empty(0, requires_grad=True)
+        stand_in.register_hook(put)
+        return _Deferred.apply(x, self.bias, stand_in, weight.detach(), self.topology, left)
 
     @property
     def matrix(self) -> BlockSparse:
@@ -212,21 +236,6 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"block={self.topology.block}, density={self.topology.density:.3g}"
         )
-
-
-def _deferred(
-    x: Tensor, weight: Tensor, bias: Tensor | None, topology: BlockTopology, store: WeightGradStore
-) -> Tensor:
-    """The weight is no input of the function: its hooks would run at the end of backward, without a gradient.
-
-    An empty tensor stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it asks
-    for those of inputs alone, as a pipeline does of made-up inputs when it infers shapes.
-    """
-    (x,) = autocast(1, x)
-    left: list[Callable[[], Tensor]] = []
-    stand_in = torch.empty(0, requires_grad=True)
-    stand_in.register_hook(lambda _: store.put(weight, left.pop()))
-    return _Deferred.apply(x, bias, stand_in, weight.detach(), topology, left)
 
 
 class _Deferred(torch.autograd.Function):

@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-from .._library import autocast
+from torch import Tensor
 
 
 class WeightGradStore:
@@ -29,7 +25,7 @@ class WeightGradStore:
 
     The gradients have the bits that an ordinary backward gives. They are accumulated by autograd, so the hooks of the
     parameter run, those of DistributedDataParallel too. fully_shard (FSDP2) reduces gradients when backward of a module
-    ends and would not see them: don't put both on one module. Not for torch.compile.
+    ends, when these are not there yet: with both on one module the later call raises. Not for torch.compile.
 
     After Qi et al. 2024, Zero Bubble Pipeline Parallelism.
     """
