@@ -172,6 +172,11 @@ class BlockTopology:
             self._made[name] = self._make_columns() if transposed else self._make_rows()
         return self._made[name]
 
+    def use_columns(self, offsets: Tensor, indices: Tensor, positions: Tensor) -> None:
+        """Takes the lists of columns from one who has them, as `lists(True)` gives them, so that none are made."""
+        lists = offsets.view(self.num_lists, -1)
+        self._made["columns"] = lists, indices, positions, _longest_first(lists)
+
     def _make_rows(self) -> tuple[Tensor, Tensor, None, Tensor]:
         offsets = self.row_offsets.view(self.num_lists, -1)
         return offsets, self.column_indices, None, _longest_first(offsets)
