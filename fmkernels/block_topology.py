@@ -172,6 +172,11 @@ class BlockTopology:
             self._made[name] = self._make_columns() if transposed else self._make_rows()
         return self._made[name]
 
+    def make_lists_to_compile(self) -> None:
+        """Under torch.compile, all that is kept: an autograd.Function, which asks for it, may not be who makes it."""
+        if torch.compiler.is_compiling():
+            self.lists(False), self.lists(True), self.row_indices
+
     def use_columns(self, offsets: Tensor, indices: Tensor, positions: Tensor) -> None:
         """Takes the lists of columns from one who has them, as `lists(True)` gives them, so that none are made."""
         lists = offsets.view(self.num_lists, -1)
