@@ -162,6 +162,16 @@ ERRORS = [
         "stk.Matrix.view: shape must have the 48 columns and 48 rows of the matrix, got (3, 48).",
     ),
     (
+        lambda: X.view(-3, -16, 48),
+        ValueError,
+        "stk.Matrix.view: shape must have the 48 columns and 48 rows of the matrix, got (-3, -16, 48).",
+    ),
+    (
+        lambda: X.view(3.0, 16, 48),
+        ValueError,
+        "stk.Matrix.view: shape must have the 48 columns and 48 rows of the matrix, got (3.0, 16, 48).",
+    ),
+    (
         lambda: stk.random.dense_mask(48, 50, 0.5, 16),
         ValueError,
         "stk.random.dense_mask: cols must be a multiple of the blocking, 16, got 50.",

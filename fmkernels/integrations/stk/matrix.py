@@ -189,7 +189,8 @@ class Matrix:
         op = f"{_OP}.view"
         if self._is_transposed:
             raise ValueError(f"{op}: the matrix must not be transposed.")
-        if len(shape) < 2 or shape[-1] != self._size[-1] or math.prod(shape[:-1]) != math.prod(self._size[:-1]):
+        is_size = len(shape) >= 2 and all(type(x) is int and x >= 0 for x in shape)
+        if not is_size or shape[-1] != self._size[-1] or math.prod(shape[:-1]) != math.prod(self._size[:-1]):
             raise ValueError(
                 f"{op}: shape must have the {self._size[-1]} columns and {math.prod(self._size[:-1])} rows of the "
                 f"matrix, got {shape}."
