@@ -14,7 +14,7 @@ from . import _check as check
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-_WHOLE = -1  # tile_idx of a block that is visible as a whole
+WHOLE = -1  # tile_idx of a block that is visible as a whole
 _STRIP_ELEMENTS = 1 << 23  # of the mask, evaluated at a time
 
 
@@ -55,7 +55,7 @@ def build(
             line, index = is_listed.nonzero(as_tuple=True)
             is_tile = (is_listed & ~is_whole)[line, index]
             tiles = _pack(blocks.transpose(1, 2)[line[is_tile], index[is_tile]]).cpu()
-            idx = torch.full(line.shape, _WHOLE, dtype=torch.int32)
+            idx = torch.full(line.shape, WHOLE, dtype=torch.int32)
             words = (array.array("i", tile).tobytes() for tile in tiles.flatten(1).tolist())
             idx[is_tile.cpu()] = torch.tensor([pool.setdefault(key, len(pool)) for key in words], dtype=torch.int32)
             lines.append((line + (head * rows + first)).cpu())

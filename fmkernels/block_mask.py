@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check as check
-from ._block_mask_build import Mask, build
+from ._block_mask_build import WHOLE, Mask, build
+from .block_topology import BlockTopology
 
 BLOCKS = (64, 128)
 _TENSORS = (
@@ -29,8 +30,8 @@ _TENSORS = (
 class BlockMask:
     """Which pairs of a query and a key attention visits: whole blocks, and bits inside the others.
 
-    Made by `create_block_mask` or `BlockMask.from_flex`. The tensors are drawn in docs/layouts.md. All are int32 and
-    contiguous; batch and heads may be 1, the mask is then shared.
+    Made by `create_block_mask`, `BlockMask.from_flex` or `BlockMask.from_topology`. The tensors are drawn in
+    docs/layouts.md. All are int32 and contiguous; batch and heads may be 1, the mask is then shared.
 
     Args:
         seq_q: number of queries.
@@ -177,6 +178,50 @@ class BlockMask:
             )
         tensors = build(mask.mask_mod, batch, heads, seq_q, seq_k, block, partial.device, (partial, whole))
         return BlockMask(seq_q, seq_k, *tensors)
+
+    @staticmethod
+    def from_topology(topology: BlockTopology, *, batch: int | None = None, heads: int | None = None) -> BlockMask:
+        """The mask by which a query sees the keys of the blocks that a topology stores.
+
+        Blocks of 64 x 64 and 128 x 128 stay as they are listed, others get bits, as `create_block_mask` makes them.
+
+        Args:
+            topology: of shape (seq_q, seq_k), or (batch * heads, seq_q, seq_k) with the heads of a batch entry one
+                after another. Waits for the device, which alone knows how many blocks there are.
+            batch: number of batch entries; None: they share one mask.
+            heads: number of query heads; None: they share one mask.
+
+        Raises:
+            ValueError, TypeError: one sentence with the argument, its rule and what came.
+        """
+        op = "BlockMask.from_topology"
+        if not isinstance(topology, BlockTopology):
+            raise TypeError(f"{op}: topology must be a fmkernels.BlockTopology, got {type(topology).__name__}.")
+        for name, count in (("batch", batch), ("heads", heads)):
+            if count is not None:
+                check.integer(op, name, count, 1)
+        batch, heads, (seq_q, seq_k) = batch or 1, heads or 1, topology.shape[-2:]
+        if topology.num_lists != batch * heads:
+            raise ValueError(
+                f"{op}: topology must have as many matrices as there are masks, {batch * heads} by batch and heads, "
+                f"got {topology.num_lists}."
+            )
+        block = max(64, *topology.block)
+        if topology.block != (block, block):
+            grid = topology.to_mask().view(batch, heads, topology.num_block_rows, topology.num_block_columns)
+            rows, columns = topology.block
+
+            def is_stored(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return grid[b, h, i // rows, j // columns]
+
+            tensors = build(is_stored, batch, heads, seq_q, seq_k, block, topology.device)
+            return BlockMask(seq_q, seq_k, *tensors)
+        whole = torch.full_like(topology.column_indices[: int(topology.row_offsets.flatten()[-1])], WHOLE)
+        tensors = []
+        for is_transposed in (False, True):
+            offsets, indices, *_ = topology.lists(is_transposed)
+            tensors += [offsets.view(batch, heads, -1), indices[: len(whole)].contiguous(), whole]
+        return BlockMask(seq_q, seq_k, *tensors, whole.new_empty(0, block, block // 32))
 
 
 def create_block_mask(

@@ -147,6 +147,7 @@ def sdd(
     if not needs_grad(a, b, bias):
         args = (*three, *indices, scale, _as_float(bias), *topology.block, ACTIVATIONS[activation])
         return BlockSparse.of(call(ops.block_sparse_sdd, args, check_sdd), topology)
+    topology.make_lists_to_compile()
     values = _Sdd.apply(*three, topology)
     if scale is None and bias is None and activation is None:
         return BlockSparse.of(values, topology)
@@ -170,6 +171,7 @@ def _multiply(
     check_epilogue(op, rows, s.values, scale, bias, activation)
     three = dense if dense.dim() == 3 else dense[None]
     if needs_grad(s.values, dense, bias):
+        s.topology.make_lists_to_compile()
         out = _Dsd.apply(s.values, three, bias, s.topology, s.is_transposed, transposed_out, scale)
         if activation is not None:
             out = FUNCTIONS[activation](out)

@@ -125,6 +125,15 @@ class BlockTopology:
             offsets = offsets + num_blocks.cumsum(0) - num_blocks
         return cls(offsets.int(), mask.nonzero()[:, -1].int(), shape, (block_rows, block_columns))
 
+    def to_mask(self) -> Tensor:
+        """[rows of blocks, columns of blocks] bool, or [batch, rows of blocks, columns of blocks]: those stored."""
+        rows, columns, num_columns = self.row_indices.long(), self.column_indices, self.num_block_columns
+        num_places = self.num_lists * self.num_block_rows * num_columns
+        is_in = (rows >= 0) & (columns >= 0) & (columns < num_columns)
+        place = torch.where(is_in, rows * num_columns + columns, num_places)  # the last one is thrown away
+        mask = torch.zeros(num_places + 1, dtype=torch.bool, device=self.device).index_fill_(0, place, True)
+        return mask[:num_places].view(*self.shape[:-2], self.num_block_rows, num_columns)
+
     @property
     def num_blocks(self) -> int:
         return self.column_indices.shape[0]
@@ -171,6 +180,16 @@ class BlockTopology:
         if name not in self._made:
             self._made[name] = self._make_columns() if transposed else self._make_rows()
         return self._made[name]
+
+    def make_lists_to_compile(self) -> None:
+        """Under torch.compile, all that is kept: an autograd.Function, which asks for it, may not be who makes it."""
+        if torch.compiler.is_compiling():
+            self.lists(False), self.lists(True), self.row_indices
+
+    def use_columns(self, offsets: Tensor, indices: Tensor, positions: Tensor) -> None:
+        """Takes the lists of columns from one who has them, as `lists(True)` gives them, so that none are made."""
+        lists = offsets.view(self.num_lists, -1)
+        self._made["columns"] = lists, indices, positions, _longest_first(lists)
 
     def _make_rows(self) -> tuple[Tensor, Tensor, None, Tensor]:
         offsets = self.row_offsets.view(self.num_lists, -1)

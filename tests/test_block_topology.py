@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmkernels import BlockSparse, BlockTopology, _library, reference, topology_moe
+from fmkernels import BlockSparse, BlockTopology, _library, dds, dsd, reference, sdd, topology_moe
 from fmkernels.testing import backends
 
 DEVICES = sorted({backend.device for backend in backends("block_sparse_dsd")})
@@ -270,3 +270,19 @@ def test_moe_topology_compiles_to_one_graph():
         strict=True,
     ):
         assert torch.equal(found, expected)
+
+
+def test_compiled_gradients_of_a_topology_made_in_the_graph():
+    """The backward made the lists then, which torch.compile refuses."""
+    values, a, b = (t.requires_grad_() for t in (dense(9, 16, 16), dense(48, 8), dense(8, 48)))
+    offsets, indices = torch.arange(0, 10, 3, dtype=torch.int32), torch.arange(3, dtype=torch.int32).repeat(3)
+
+    def loss(values, a, b):
+        of = BlockTopology(offsets.clone(), indices.clone(), (48, 48), 16)
+        s = BlockSparse.of(values, of)
+        return dsd(s, a).square().sum() + dds(b, s).square().sum() + sdd(a, b, of).values.square().sum()
+
+    leaves = (values, a, b)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, torch.autograd.grad(compiled(*leaves), leaves), expected))

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces of other libraries over the ops: `transformers`, `sdpa` and `flash_attn`, each imported by its name."""
+"""Interfaces of other libraries over the ops: `transformers`, `sdpa`, `flash_attn`, `vllm`, `flashinfer` and `stk`.
+
+Each is imported by its name.
+"""
