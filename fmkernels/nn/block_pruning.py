@@ -105,8 +105,13 @@ class BlockPruning:
 
     def density_at(self, step: int, first: float) -> float:
         """The density that the schedule has at a step, of a layer that began with `first`."""
-        done = min(1.0, max(0.0, (step - self.begin) / max(1, self.end - self.begin)))
-        return self.density + (first - self.density) * (1 - done) ** 3
+        return self.density + (first - self.density) * (1 - self._done(step)) ** 3
+
+    def _done(self, step: int) -> float:
+        """How much of the schedule lies behind, from 0 to 1."""
+        if step >= self.end:
+            return 1.0
+        return max(0.0, (step - self.begin) / (self.end - self.begin))
 
     def changes_at(self, step: int) -> bool:
         """Whether that step, counted from 0, changes blocks."""
@@ -125,8 +130,7 @@ class BlockPruning:
                 f"{_OP}: no layer was given a gradient in this step: step() must come after backward, and by='random' "
                 "is for compiled models."
             )
-        done = (step - self.begin) / max(1, self.end - self.begin)
-        share = self.regrow * (1 + math.cos(math.pi * done)) / 2
+        share = self.regrow * (1 + math.cos(math.pi * self._done(step))) / 2
         has_changed = False
         for name, layer in self.layers.items():
             has_changed |= self._change(name, layer, self.density_at(step, self.first_densities[name]), share)
