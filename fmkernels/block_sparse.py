@@ -95,7 +95,8 @@ def dds(
         raise ValueError("dds: a must be [..., inner], got 0 dimensions [].")
     flat = a.reshape(-1, a.shape[-1])
     check_dense("dds", "a", flat, s, -1)
-    return _multiply("dds", s.t(), flat.mT, True, scale, bias, activation).view(*a.shape[:-1], s.shape[-1])
+    out = _multiply("dds", s.t(), flat.mT, True, scale, bias, activation)
+    return torch.ops.aten._unsafe_view(out, (*a.shape[:-1], s.shape[-1]))
 
 
 def sdd(
@@ -178,7 +179,8 @@ def _multiply(
     else:
         activation = ACTIVATIONS[activation]
         out = _run_dsd(s.values, s.topology, s.is_transposed, three, transposed_out, scale, bias, activation)
-    return out if dense.dim() == 3 else out[0]
+    # No view: who gets it may detach it in place, as stages of a pipeline do.
+    return out if dense.dim() == 3 else torch.ops.aten._unsafe_view(out, out.shape[1:])
 
 
 def _run_dsd(

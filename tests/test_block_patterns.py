@@ -101,7 +101,9 @@ def test_errors():
         banded_blocks(-1, 4, 0)
     with pytest.raises(ValueError, match=r"butterfly_blocks: max_stride must be 0 or a power of two, got 3\."):
         butterfly_blocks(4, 4, 3)
-    with pytest.raises(ValueError, match=r"largest_blocks: scores must be \[rows of blocks, columns of blocks\], got 1"):
+    with pytest.raises(
+        ValueError, match=r"largest_blocks: scores must be \[rows of blocks, columns of blocks\], got 1"
+    ):
         largest_blocks(torch.ones(4), 0.5)
     with pytest.raises(TypeError, match=r"block_norms: weight must be a tensor, got list\."):
         block_norms([[1.0]], 16)
