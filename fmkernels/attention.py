@@ -57,7 +57,7 @@ def attention(
         dropout_rng: [2], int64, on the device of q: a seed and an offset modulo 2**32, from which it follows what is
             dropped; the same pair drops the same weights again. None: drawn from torch's generator of the device.
         block_mask: made by `create_block_mask`; a key must be visible by it and by the others. Only listed blocks are
-            visited. On the CPU alone.
+            visited.
         return_lse: also return the logarithm of the denominator.
 
     All tensors may have any strides with a contiguous last dimension (bias: any strides). Nothing is copied, except on

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fmkernels import BlockMask, BlockTopology, banded_blocks, random_blocks
 from fmkernels.nn import Attention
 from fmkernels.testing import assert_as_good_as_torch
 
@@ -34,16 +35,17 @@ def rotate(q, k):
     return turn(q), turn(k)
 
 
-def sdpa(q, k, v, *, causal, window):
+def sdpa(q, k, v, *, causal, window, visible=None):
     """torch's own attention, of tensors as fmkernels has them."""
     left, right = (math.inf if side == -1 else side for side in window)
     i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
-    visible = (i - j <= left) & (j - i <= (min(right, 0) if causal else right))
+    if visible is None:
+        visible = (i - j <= left) & (j - i <= (min(right, 0) if causal else right))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True).transpose(1, 2)
 
 
-def definition(module):
+def definition(module, visible=None):
     """The module as a function of x and its parameters, over torch's attention."""
     names = [name for name, _ in module.named_parameters()]
 
@@ -56,7 +58,7 @@ def definition(module):
         q, k, v = (t.unflatten(-1, (-1, module.head_dim)) for t in (q, k, v))
         if module.rope is not None:
             q, k = module.rope(q, k)
-        o = sdpa(q, k, v, causal=module.causal, window=module.window).flatten(-2)
+        o = sdpa(q, k, v, causal=module.causal, window=module.window, visible=visible).flatten(-2)
         output = "o_proj" if module.layout == "llama" else "out_proj"
         return F.linear(o, given[f"{output}.weight"], given.get(f"{output}.bias"))
 
@@ -209,3 +211,25 @@ def test_wrong_input(x, error, sentence):
     with pytest.raises(error) as raised:
         Attention(64, 4)(x)
     assert str(raised.value) == f"nn.Attention: {sentence}"
+
+
+@LAYOUTS
+def test_block_sparse_attention(layout):
+    """A topology of queries and keys, through its mask; the sequence is no multiple of a block."""
+    torch.manual_seed(0)
+    mask = random_blocks(6, 6, 0.5) | banded_blocks(6, 6, 0)
+    module = Attention(64, 4, 2, layout=layout)
+    topology = BlockTopology.from_mask(mask, 16, (90, 90))
+    x = torch.randn(2, 90, 64, requires_grad=True)
+    y = module(x, block_mask=BlockMask.from_topology(topology))
+    y.square().sum().backward()
+    visible = topology.to_mask().repeat_interleave(16, 0).repeat_interleave(16, 1)[:90, :90].tril()
+    given = definition(module, visible)
+
+    def with_gradients(x, *parameters):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *parameters)]
+        y = given(*leaves)
+        return (y.detach(), *torch.autograd.grad(y.square().sum(), leaves))
+
+    found = (y, x.grad, *(p.grad for p in module.parameters()))
+    assert_as_good_as_torch(found, with_gradients, x, *module.parameters())

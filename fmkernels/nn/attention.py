@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import _check as check
 from .._attention_checks import MAX_HEAD_DIM
 from ..attention import attention
+from ..block_mask import BlockMask
 
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -113,8 +114,8 @@ class Attention(nn.Module):
                 nn.init.zeros_(self.in_proj_bias)
                 nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x and the result are [batch, seq, hidden]."""
+    def forward(self, x: Tensor, *, block_mask: BlockMask | None = None) -> Tensor:
+        """x and the result are [batch, seq, hidden]; block_mask as of `fmkernels.attention`."""
         check.is_tensor("nn.Attention", "x", x)
         check.rank("nn.Attention", "x", x, 3, "[batch, seq, hidden]")
         check.size("nn.Attention", "x", x, -1, "hidden", self.hidden)
@@ -125,7 +126,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)
         if self.rope is not None:
             q, k = self.rope(q, k)
-        o = attention(q, k, v, causal=self.causal, window=self.window).flatten(-2)
+        o = attention(q, k, v, causal=self.causal, window=self.window, block_mask=block_mask).flatten(-2)
         return self.o_proj(o) if self.layout == "llama" else self.out_proj(o)
 
     def extra_repr(self) -> str:
