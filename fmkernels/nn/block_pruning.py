@@ -29,7 +29,7 @@ class BlockPruning:
             pruning.step()
             optimizer.zero_grad()
 
-    Every `every` steps, from step `begin` to step `end`, each `fmkernels.nn.BlockSparseLinear` loses the blocks of
+    Every `every` steps, from step `begin` on, and at step `end` each `fmkernels.nn.BlockSparseLinear` loses the blocks of
     least norm until it has the density of the schedule, which goes from its first one to `density` by a cubic. Then a
     share of what is left, `regrow`, which fades with a cosine, makes room for blocks that the layer does not have: with
     `by="gradient"` those to which the dense gradient of that step is largest, with `by="random"` any. A new block is
@@ -115,7 +115,8 @@ class BlockPruning:
 
     def changes_at(self, step: int) -> bool:
         """Whether that step, counted from 0, changes blocks."""
-        return self.begin <= step <= self.end and (step - self.begin) % self.every == 0
+        is_due = step == self.end or (step - self.begin) % self.every == 0
+        return self.begin <= step <= self.end and is_due
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -151,11 +152,9 @@ class BlockPruning:
             scores = self._scores(name, layer).flatten()
             scores[stay] = -1.0  # these places are taken; all other scores are 0 or more
             mask[scores.argsort(descending=True, stable=True)[: num_blocks - len(stay)]] = True
-        was = torch.zeros_like(mask)
-        was[place] = True
-        if torch.equal(mask, was):
-            return False
         grid = mask.view(topology.num_block_rows, topology.num_block_columns)
+        if torch.equal(grid, topology.to_mask()):
+            return False
         layer.set_topology(BlockTopology.from_mask(grid, topology.block, topology.shape), self.optimizer)
         return True
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _check as check
 from ..block_patterns import block_norms, largest_blocks
+from ..block_sparse_matrix import BlockSparse
 from ..block_topology import BlockTopology, _checked_block
 from .block_sparse_linear import BlockSparseLinear
 
@@ -150,7 +151,7 @@ def _pruned(module: nn.Linear, density: float, block: tuple[int, int], moments: 
     topology = BlockTopology.from_mask(mask, block, tuple(weight.shape))
     result = BlockSparseLinear.from_linear(module, topology)
     dense = _refitted(exact, moments, damped, mask, block).to(weight.dtype)
-    result.load_state_dict({"weight": dense, **({} if module.bias is None else {"bias": module.bias})})
+    result.weight.copy_(BlockSparse.from_dense(dense, mask=topology).values)
     return result
 
 
