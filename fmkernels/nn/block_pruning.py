@@ -29,11 +29,11 @@ class BlockPruning:
             pruning.step()
             optimizer.zero_grad()
 
-    Every `every` steps, from step `begin` on, and at step `end` each `fmkernels.nn.BlockSparseLinear` loses the blocks of
-    least norm until it has the density of the schedule, which goes from its first one to `density` by a cubic. Then a
-    share of what is left, `regrow`, which fades with a cosine, makes room for blocks that the layer does not have: with
-    `by="gradient"` those to which the dense gradient of that step is largest, with `by="random"` any. A new block is
-    zeros; blocks that stay keep their values and their optimizer state, bit by bit. A layer that begins sparse and has
+    Every `every` steps from step `begin` on, and at step `end`, each `fmkernels.nn.BlockSparseLinear` loses the blocks
+    of least norm until it has the density of the schedule, which goes from its first one to `density` by a cubic. Then
+    a share of what is left, `regrow`, which fades with a cosine, makes room for blocks that the layer does not have:
+    with `by="gradient"` those to which the dense gradient of that step is largest, with `by="random"` any. A new block
+    is zeros; blocks that stay keep their values and optimizer state, bit by bit. A layer that begins sparse and has
     `density` already trains sparse to sparse.
 
     Args:
