@@ -155,7 +155,10 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], check_tensors: Callable[
 
     Under FMKERNELS_CHECK=1 it is asked before: on CUDA no op sees the values that it would have to refuse.
     """
-    if check_values or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        check_tensors(*args)
+        return op(*_distinct(args))
+    if check_values:
         check_tensors(*args)
         return op(*args)
     try:
@@ -167,6 +170,15 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], check_tensors: Callable[
         raise failure
     finally:
         del failure  # its traceback holds this frame: without the cycle a caught failure frees the tensors at once
+
+
+def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without a tensor that comes twice, as cu_seqlens may: dynamo does not trace an autograd.Function given one."""
+    result: list[Any] = []
+    for i, x in enumerate(args):
+        is_again = isinstance(x, Tensor) and any(x is before for before in args[:i])
+        result.append(x.view_as(x) if is_again else x)
+    return tuple(result)
 
 
 def needs_grad(*tensors: Any) -> bool:
