@@ -28,7 +28,9 @@ namespace {
 
 constexpr int kLongestSum = 256;                // of the inner dimension in one chain of additions
 constexpr int kMaxSegments = kLongestSum / 16;  // blocks of a chain
-constexpr int kDirectColumns = 4;               // of dense that go over the values without a panel of them
+constexpr int kDirectColumns = 8;               // of dense that go over the values without a panel of them
+constexpr int kDirectGroup = 4;                 // of them at a time
+constexpr int64_t kBytesAhead = 16 << 10;       // of values, between what is read and what is asked for
 constexpr int kFewColumns = 48;                 // of dense for which no block is packed ahead
 constexpr int kFewColumnsByRows = 16;           // the same where out is row-major
 constexpr int kGroupColumns = 96;               // of dense that are packed together
@@ -46,9 +48,12 @@ struct Chain {
   int64_t position[kMaxSegments], inner[kMaxSegments];
   int count[kMaxSegments];
   float scale[kMaxSegments];
-  int64_t next;  // position of a block that is read soon after
+  int64_t next_entry;  // of the list
 };
 
+int64_t position_of(const BlockSparseDsdParams& p, int64_t entry) {
+  return p.positions == nullptr ? entry : p.positions[entry];
+}
 float scale_of(const BlockSparseDsdParams& p, int64_t position) {
   return p.block_scales == nullptr ? 1.0f : p.block_scales[position];
 }
@@ -72,8 +77,8 @@ void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, 
       end_of_step = inner / step * step + step;
     }
     const int s = chain.num_segments++;
-    chain.position[s] = p.positions == nullptr ? entry : p.positions[entry];
-    if (entry + 1 < offsets[1]) chain.next = p.positions == nullptr ? entry + 1 : p.positions[entry + 1];
+    chain.next_entry = entry + 1;
+    chain.position[s] = position_of(p, entry);
     chain.inner[s] = inner;
     chain.count[s] = static_cast<int>(min(tile_inner, p.inner - inner));
     chain.scale[s] = scale_of(p, chain.position[s]);
@@ -248,26 +253,47 @@ void lines_of(const T* dense, int64_t column_stride, int64_t row_stride, int64_t
 }
 
 // sums[column][row of a row of blocks] += or = of a chain, where dense has at most kDirectColumns columns that lie as lines.
+// A stretch of num_stored rows of a block is read after another; what is kBytesAhead further on its way comes meanwhile.
 template <class V>
-void add_direct(const BlockSparseDsdParams& p, const Chain& chain, const Left& left, int64_t num_rows, float* sums,
-                bool adds) {
+void add_direct(const BlockSparseDsdParams& p, const Chain& chain, int64_t end_of_list, const Left& left,
+                int64_t num_rows, float* sums, bool adds) {
   const Lying lying = lying_of(p);
-  const int block_elements = p.block_rows * p.block_columns, tile_rows = p.tile_rows();
+  const int tile_rows = p.tile_rows(), num_segments = chain.num_segments;
+  auto block_at = [&](int64_t position) {
+    return static_cast<const V*>(p.values) + position * p.block_rows * p.block_columns;
+  };
   StoredSegment<V> segments[kMaxSegments];
-  auto block_at = [&](int64_t position) { return static_cast<const V*>(p.values) + position * block_elements; };
-  for (int s = 0; s < chain.num_segments; ++s) {
-    segments[s] = {block_at(chain.position[s]), left.data + chain.inner[s], chain.count[s], chain.scale[s],
-                   block_at(s + 1 < chain.num_segments ? chain.position[s + 1] : chain.next)};
+  for (int s = 0; s < num_segments; ++s) {
+    segments[s] = {block_at(chain.position[s]), left.data + chain.inner[s], chain.count[s], chain.scale[s], nullptr};
   }
-  dispatch_checked_int<1, 2, 3, 4>(static_cast<int>(p.columns), [&]<int kColumns>() {
+  const int64_t num_groups = ceil_div(p.columns, kDirectGroup), most_columns = ceil_div(p.columns, num_groups);
+  dispatch_checked_int<1, 2, 3, 4>(static_cast<int>(most_columns), [&]<int kColumns>() {
     auto run = [&]<int kVectors>() {
-      for (int row = 0; row < num_rows; row += kVectors * kLanes) {
-        if (lying.inner_stride == 1) {
-          multiply_stored<V, true, kColumns, kVectors>(segments, chain.num_segments, row * lying.row_stride,
-                                                       lying.row_stride, left.stride, sums + row, tile_rows, adds);
-        } else {
-          multiply_stored<V, false, kColumns, kVectors>(segments, chain.num_segments, row, lying.inner_stride,
-                                                        left.stride, sums + row, tile_rows, adds);
+      constexpr int kRows = kVectors * kLanes;
+      const int64_t stretches = ceil_div(num_rows, kRows);
+      const int64_t further = max(1, kBytesAhead / (kRows * p.tile_inner() * static_cast<int64_t>(sizeof(V))));
+      for (int64_t i = 0; i < stretches; ++i) {
+        const int64_t first = i * kRows * lying.row_stride;
+        for (int s = 0; s < num_segments; ++s) {
+          const int64_t place = i * num_segments + s + further, beyond = place - stretches * num_segments;
+          segments[s].ahead =
+              beyond < 0 ? segments[place % num_segments].values + place / num_segments * kRows * lying.row_stride
+                         : block_at(position_of(p, min(chain.next_entry + beyond, end_of_list - 1)));
+        }
+        for (int64_t column = 0; column < p.columns; column += kColumns) {
+          float* c = sums + column * tile_rows + i * kRows;
+          const int64_t x_first = column * left.stride;
+          auto multiply = [&]<int kCount>() {
+            if (lying.inner_stride == 1) {
+              multiply_stored<V, true, kCount, kVectors>(segments, num_segments, first, lying.row_stride, x_first,
+                                                         left.stride, c, tile_rows, adds);
+            } else {
+              multiply_stored<V, false, kCount, kVectors>(segments, num_segments, first, lying.inner_stride, x_first,
+                                                          left.stride, c, tile_rows, adds);
+            }
+          };
+          if (p.columns - column >= kColumns) multiply.template operator()<kColumns>();
+          else if constexpr (kColumns > 1) multiply.template operator()<kColumns - 1>();  // one less, of 5 or 7
         }
       }
     };
@@ -333,6 +359,7 @@ void dsd_few(const BlockSparseDsdParams& p) {
     Arena of_worker(scratch + worker * worker_bytes);
     float *sums = of_worker.take<float>(sum_floats), *packed = of_worker.take<float>(panel_floats);
     const int64_t part = task % tasks.parts, batch = task / tasks.parts, list = p.num_lists == 1 ? 0 : batch;
+    const int64_t end_of_list = p.offsets[list * (num_block_rows + 1) + num_block_rows];
     Left left = first_left;
     left.data = copies ? lefts + batch * left_floats : reinterpret_cast<const float*>(dense_of(batch));
     T* out = static_cast<T*>(p.out.data) + batch * p.out.batch_stride;
@@ -342,7 +369,7 @@ void dsd_few(const BlockSparseDsdParams& p) {
       bool adds = is_row_major;
       if (adds) memset(sums, 0, static_cast<size_t>(sum_floats) * sizeof(float));
       for_chains(p, list, block_row, 0, p.inner, step, [&](const Chain& chain) {
-        if (is_direct) add_direct<V>(p, chain, left, num_rows, sums, adds);
+        if (is_direct) add_direct<V>(p, chain, end_of_list, left, num_rows, sums, adds);
         else add_packed<V>(p, chain, left, num_rows, packed, sums, adds);
         adds = true;
       });

@@ -131,27 +131,27 @@ void pack_stored(const V* block, Lying lying, int num_inner, float scale, float*
 
 // ---- few columns: no panel ------------------------------------------------------------------------------------------------
 
-// A block of a chain; and the one that is read after it, or any other.
+// Rows of a block of a chain.
 template <class V>
 struct StoredSegment {
   const V* values;  // of the first row and inner index
   const float* x;   // of the first inner index of the first column of dense, of which this is a stretch
   int count;
   float scale;
-  const V* ahead;
+  const V* ahead;  // as much that is read soon after, as these values lie; or anything
 };
 
 // c[column][row] = or, where `adds`, += the sum over all segments of values[row][k] x[column][k], for kColumns columns and
 // kVectors * kLanes rows: in the order of multiply_tile, one addition after another, so that it has the same bits.
 template <class V, bool kAlongInner, int kColumns, int kVectors>
 __attribute__((noinline)) void multiply_stored(const StoredSegment<V>* segments, int num_segments, int64_t first,
-                                               int64_t stride, int64_t x_stride, float* c, int64_t c_stride,
-                                               bool adds) {
+                                               int64_t stride, int64_t x_first, int64_t x_stride, float* c,
+                                               int64_t c_stride, bool adds) {
   VecF acc[kColumns][kVectors] = {};
   for (int s = 0; s < num_segments; ++s) {
     const V* values = segments[s].values + first;
-    const char* ahead = reinterpret_cast<const char*>(segments[s].ahead + first);
-    const float *x = segments[s].x, scale = segments[s].scale;
+    const char* ahead = reinterpret_cast<const char*>(segments[s].ahead);
+    const float *x = segments[s].x + x_first, scale = segments[s].scale;
     const int count = segments[s].count;
     auto add = [&](const float* x_of_k, int v, VecF w) {
 #pragma GCC unroll 4
@@ -159,13 +159,18 @@ __attribute__((noinline)) void multiply_stored(const StoredSegment<V>* segments,
     };
     if constexpr (kAlongInner) {
       int k = 0;
-      for (; k + kUnit<V> <= count; k += kUnit<V>) {
-        for (int line = 0; line < kVectors * kLanes / 4; ++line, ahead += 64) __builtin_prefetch(ahead);
+      while (k + kUnit<V> <= count) {  // a cache line of each row after another
+        const int units = count - k < 4 * kUnit<V> ? (count - k) / kUnit<V> : 4;
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-          for_columns(values + v * kLanes * stride + k, stride, kUnit<V>, scale,
-                      [&](int i, VecF w) { add(x + k + i, v, w); });
+          const V* line = values + v * kLanes * stride + k;
+          for (int u = 0; u < units; ++u, ahead += kLanes * 16) {
+            for (int i = 0; i < kLanes / 4; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+            for_columns(line + u * kUnit<V>, stride, kUnit<V>, scale,
+                        [&](int i, VecF w) { add(x + k + u * kUnit<V> + i, v, w); });
+          }
         }
+        k += units * kUnit<V>;
       }
       if (k < count) {
 #pragma GCC unroll 8
@@ -176,8 +181,8 @@ __attribute__((noinline)) void multiply_stored(const StoredSegment<V>* segments,
       }
     } else {
       for (int k = 0; k < count; ++k, values += stride, ahead += stride * sizeof(V)) {
-        __builtin_prefetch(ahead);
-        if (kVectors * kLanes * sizeof(V) > 64) __builtin_prefetch(ahead + 64);
+        __builtin_prefetch(ahead, 0, 2);
+        if (kVectors * kLanes * sizeof(V) > 64) __builtin_prefetch(ahead + 64, 0, 2);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) add(x + k, v, load_stored(values + v * kLanes, scale));
       }
