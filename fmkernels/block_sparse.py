@@ -11,12 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from . import _check as check
 from ._block_sparse_checks import (
+    as_float,
     check_dense,
     check_dsd,
     check_epilogue,
     check_major,
     check_sdd,
     operands,
+    with_major,
 )
 from ._block_sparse_epilogue import ACTIVATIONS, FUNCTIONS, finish_blocks
 from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
@@ -39,19 +41,20 @@ def dsd(
     Args:
         s: [rows, inner], or [batch, rows, inner]; as it is stored or transposed (`s.t()`).
         b: [inner, columns] or [batch, inner, columns], dtype of s, contiguous in its rows or in its columns. A batch
-            with an s of 2 dimensions: each is multiplied by the same s.
+            with an s of 2 dimensions: each is multiplied by the same s. Of any dtype with an s of int8 values.
         scale: [rows] float32; a constant.
-        bias: [rows], float32 or the dtype of s.
+        bias: [rows], float32 or the dtype of b.
         activation: None, "relu", "gelu" (by erf) or "silu".
 
     Returns:
-        [rows, columns] or [batch, rows, columns], dtype of s, contiguous. Rows without a block are activation(bias).
+        [rows, columns] or [batch, rows, columns], dtype of b, contiguous. Rows without a block are activation(bias).
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
     CPU: float32, bfloat16, float16; CUDA (sm_80 and later): bfloat16, float16. Accumulates in float32 in the order of
-    the blocks. Differentiable once in the values of s, b and bias. Deterministic; a column has the same bits whatever
+    the blocks. An int8 value is its product with the scale of its block, in float32, on CUDA rounded to the dtype of b.
+    Differentiable once in the values of s (if not int8), b and bias. Deterministic; a column has the same bits whatever
     the others are. FLOPs are counted; under autocast values and b take the autocast dtype. After Gale et al. 2022,
     MegaBlocks, and Gray et al. 2017, GPU kernels for block-sparse weights.
     """
@@ -74,13 +77,14 @@ def dds(
 
     Args:
         a: [..., inner], dtype of s; with an s of 3 dimensions [batch, rows, inner]. Contiguous in its rows or columns.
+            Of any dtype with an s of int8 values.
         s: [inner, columns], or [batch, inner, columns]; as it is stored or transposed (`s.t()`).
         scale: [columns] float32; a constant.
-        bias: [columns], float32 or the dtype of s.
+        bias: [columns], float32 or the dtype of a.
         activation: None, "relu", "gelu" (by erf) or "silu".
 
     Returns:
-        [..., columns], dtype of s, contiguous. Columns without a block are activation(bias).
+        [..., columns], dtype of a, contiguous. Columns without a block are activation(bias).
 
     Raises:
         ValueError, TypeError: as `dsd`.
@@ -145,7 +149,7 @@ def sdd(
     three = [t if dims == 3 else t[None] for t in (a, b)]
     indices = (topology.row_indices, topology.column_indices)
     if not needs_grad(a, b, bias):
-        args = (*three, *indices, scale, _as_float(bias), *topology.block, ACTIVATIONS[activation])
+        args = (*three, *indices, scale, as_float(bias), *topology.block, ACTIVATIONS[activation])
         return BlockSparse.of(call(ops.block_sparse_sdd, args, check_sdd), topology)
     values = _Sdd.apply(*three, topology)
     if scale is None and bias is None and activation is None:
@@ -167,10 +171,10 @@ def _multiply(
 ) -> Tensor:
     """op(S) dense, or its transpose."""
     rows = s.shape[-2]
-    check_epilogue(op, rows, s.values, scale, bias, activation)
+    check_epilogue(op, rows, dense, scale, bias, activation)
     three = dense if dense.dim() == 3 else dense[None]
     if needs_grad(s.values, dense, bias):
-        out = _Dsd.apply(s.values, three, bias, s.topology, s.is_transposed, transposed_out, scale)
+        out = _Dsd.apply(s.values, three, bias, s, transposed_out, scale)
         if activation is not None:
             out = FUNCTIONS[activation](out)
     else:
@@ -187,7 +191,7 @@ def _run_dsd(
     activation: int = 0,
 ) -> Tensor:
     lists = s.topology.lists(s.is_transposed)
-    epilogue = (scale, _as_float(bias), s.shape[-2], s.is_transposed, transposed_out, activation)
+    epilogue = (scale, as_float(bias), s.shape[-2], s.is_transposed, transposed_out, activation, s.block_scales)
     return call(ops.block_sparse_dsd, (s.values, dense, *lists, *epilogue), check_dsd)
 
 
@@ -198,29 +202,28 @@ class _Dsd(torch.autograd.Function):
         values: Tensor,
         dense: Tensor,
         bias: Tensor | None,
-        topology: BlockTopology,
-        is_transposed: bool,
+        s: BlockSparse,
         transposed_out: bool,
         scale: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(values, dense, scale)
-        ctx.topology, ctx.is_transposed, ctx.transposed_out = topology, is_transposed, transposed_out
+        ctx.save_for_backward(values, dense, scale, s.block_scales)
+        ctx.topology, ctx.is_transposed, ctx.transposed_out = s.topology, s.is_transposed, transposed_out
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _run_dsd(BlockSparse.of(values, topology, is_transposed), dense, transposed_out, scale, bias)
+        return _run_dsd(s, dense, transposed_out, scale, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        values, dense, scale = ctx.saved_tensors
+        values, dense, scale, block_scales = ctx.saved_tensors
         grad = grad_out.mT if ctx.transposed_out else grad_out  # [batch, rows, columns]
         grad_values = grad_dense = grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2), dtype=torch.float32).to(ctx.bias_dtype)
         if scale is not None:
-            grad = (grad * scale[:, None]).to(values.dtype)
-        grad = _with_major(grad)
+            grad = (grad * scale[:, None]).to(dense.dtype)
+        grad = with_major(grad)
         if ctx.needs_input_grad[1]:
-            s = BlockSparse.of(values, ctx.topology, not ctx.is_transposed)
+            s = BlockSparse.of(values, ctx.topology, not ctx.is_transposed, block_scales)
             by_columns = dense.stride(-1) != 1 and dense.stride(-2) == 1
             grad_dense = _run_dsd(s, grad, by_columns)
             grad_dense = grad_dense.mT if by_columns else grad_dense
@@ -229,7 +232,7 @@ class _Dsd(torch.autograd.Function):
                 grad, dense = (t.transpose(0, 1).flatten(1)[None] for t in (grad, dense))
             left, right = (dense, grad.mT) if ctx.is_transposed else (grad, dense.mT)
             grad_values = _run_sdd(left, right, ctx.topology)
-        return grad_values, grad_dense, grad_bias, None, None, None, None
+        return grad_values, grad_dense, grad_bias, None, None, None
 
 
 # ---- sdd ------------------------------------------------------------------------------------------------------------
@@ -260,19 +263,10 @@ class _Sdd(torch.autograd.Function):
 # ---- fake kernels, rules ------------------------------------------------------------------------------------
 
 
-def _as_float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float().contiguous()
-
-
-def _with_major(t: Tensor) -> Tensor:
-    """As it is where rows or columns are contiguous, else copied: gradients come in any strides."""
-    return t if t.stride(-1) == 1 or t.stride(-2) == 1 else t.contiguous()
-
-
 @register_fake("block_sparse_dsd")
-def _(values, dense, offsets, indices, positions, order, scale, bias, rows, transposed, transposed_out, activation):
+def _(values, dense, offsets, indices, positions, order, scale, bias, rows, transposed, transposed_out, *options):
     batch, _, columns = dense.shape
-    return values.new_empty((batch, columns, rows) if transposed_out else (batch, rows, columns))
+    return dense.new_empty((batch, columns, rows) if transposed_out else (batch, rows, columns))
 
 
 @register_fake("block_sparse_sdd")

@@ -243,7 +243,8 @@ void dsd_by_columns(const BlockSparseDsdParams& p) {
 
 // Columns of dense as lines along the inner dimension.
 template <class T>
-void lines_of(const T* dense, int64_t column_stride, int64_t row_stride, int64_t num_columns, int64_t inner, float* out) {
+void lines_of(const T* dense, int64_t column_stride, int64_t row_stride, int64_t num_columns, int64_t inner,
+              float* out) {
   for (int64_t column = 0; column < num_columns; ++column, dense += column_stride, out += inner) {
     if (row_stride == 1) convert(dense, inner, out);
     else {
