@@ -366,7 +366,7 @@ def test_every_barrier_and_wait_that_is_taken_out_is_reported(block):
             backend.run(dsd, matrix_, b)
             backend.run(dsd, matrix_, b.mT.contiguous().mT)
 
-    instance = f"DsdTraitsINS_8BFloat16ELi{block}EEELb1Ea"
+    instance = f"DsdTraitsINS_8BFloat16ELi{block}EEELb1ELb1E"
     total, unseen = missing_synchronisations("block_sparse_dsd_kernel", instance, run)
     assert total >= 4 * 6
     assert unseen == []

@@ -126,10 +126,11 @@ __device__ __forceinline__ void store_out(const DsdArgs& args, float* sums, int6
   });
 }
 
-template <class T, bool kIsFast, class Stored>
+template <class T, bool kIsFast, bool kIsInt8>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     block_sparse_dsd_kernel(const __grid_constant__ DsdArgs args) {
   using Element = typename T::Element;
+  using Stored = std::conditional_t<kIsInt8, int8_t, Element>;  // of S
   const BlockSparseDsdParams& p = args.p;
   auto& smem = dynamic_smem<Smem<T>>();
 
@@ -194,7 +195,6 @@ void launch_dsd(const BlockSparseDsdParams& p, cudaStream_t stream) {
   dispatch_half(p.dtype, [&]<class Element>() {
     dispatch_int<16, 32, 64, 128>("rows of a block", p.tile_rows(), [&]<int kRows>() {
       using T = DsdTraits<Element, kRows>;
-      using Stored = std::conditional_t<kIsInt8, int8_t, Element>;
       const int64_t column_tiles = (p.columns + T::kColumns - 1) / T::kColumns;
       const int64_t batches = p.num_lists == 1 ? p.batch : 1;
       const dim3 grid = grid_of("block_sparse_dsd", p.num_lists * p.num_block_rows() * batches * column_tiles, 1);
@@ -211,7 +211,7 @@ void launch_dsd(const BlockSparseDsdParams& p, cudaStream_t stream) {
                          p.out.is_row_major(),
                          is_aligned_16(p.out.data, 2, p.out.is_row_major() ? p.columns : p.rows, {p.out.batch_stride})};
       dispatch_bool(fast, [&]<bool kIsFast>() {
-        launch("block_sparse_dsd", block_sparse_dsd_kernel<T, kIsFast, Stored>, grid, T::kThreads, sizeof(Smem<T>),
+        launch("block_sparse_dsd", block_sparse_dsd_kernel<T, kIsFast, kIsInt8>, grid, T::kThreads, sizeof(Smem<T>),
                stream, args);
       });
     });
