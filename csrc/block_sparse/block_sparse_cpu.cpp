@@ -28,7 +28,8 @@ namespace {
 
 constexpr int kLongestSum = 256;                // of the inner dimension in one chain of additions
 constexpr int kMaxSegments = kLongestSum / 16;  // blocks of a chain
-constexpr int kDirectColumns = 8;               // of dense that go over the values without a panel of them
+constexpr int kDirectColumns = 8;               // of dense that go over the values without a panel of them: from rows
+constexpr int kDirectColumnsAcross = 16;        // that lie along the inner dimension, or across it
 constexpr int kDirectGroup = 4;                 // of them at a time
 constexpr int64_t kBytesAhead = 16 << 10;       // of values, between what is read and what is asked for
 constexpr int kFewColumns = 48;                 // of dense for which no block is packed ahead
@@ -66,7 +67,8 @@ void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, 
   const int32_t* offsets = p.offsets + list * (p.num_block_rows() + 1) + block_row;
   const int tile_inner = p.tile_inner(), longest = kLongestSum / tile_inner;
   int64_t end_of_step = begin;
-  Chain chain{};
+  Chain chain;
+  memset(&chain, 0, sizeof chain);
   chain.num_segments = 0;
   for (int64_t entry = offsets[0]; entry < offsets[1]; ++entry) {
     const int64_t inner = int64_t{p.indices[entry]} * tile_inner;
@@ -253,7 +255,7 @@ void lines_of(const T* dense, int64_t column_stride, int64_t row_stride, int64_t
   }
 }
 
-// sums[column][row of a row of blocks] += or = of a chain, where dense has at most kDirectColumns columns that lie as lines.
+// sums[column][row of a row of blocks] += or = of a chain, where dense has few columns, which lie as lines.
 // A stretch of num_stored rows of a block is read after another; what is kBytesAhead further on its way comes meanwhile.
 template <class V>
 void add_direct(const BlockSparseDsdParams& p, const Chain& chain, int64_t end_of_list, const Left& left,
@@ -333,7 +335,7 @@ void dsd_few(const BlockSparseDsdParams& p) {
   const int workers = workers_of(p), tile_rows = p.tile_rows();
   const int64_t num_block_rows = p.num_block_rows(), num_columns = p.columns;
   const Tasks tasks(1, p.batch, num_block_rows, workers);
-  const bool is_direct = num_columns <= kDirectColumns;
+  const bool is_direct = num_columns <= (p.transposed ? kDirectColumnsAcross : kDirectColumns);
   const bool copies = !kIsFloat<T> || (is_direct && p.dense.row_stride != 1);
   const int64_t left_floats = copies ? num_columns * p.inner : 0, sum_floats = num_columns * tile_rows;
   const int64_t panel_floats = is_direct ? 0 : kLongestSum * kPanel;

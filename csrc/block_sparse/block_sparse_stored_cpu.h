@@ -78,12 +78,15 @@ FM_INLINE void widen(VecI word, float, VecF (&out)[2], const Half*) {
   out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
   out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(packed, 1));
 #else
+  Half halves[2 * kLanes];
+  float low[kLanes], high[kLanes];
+  memcpy(halves, &word, sizeof halves);
   for (int i = 0; i < kLanes; ++i) {
-    Half halves[2];
-    memcpy(halves, reinterpret_cast<const char*>(&word) + 4 * i, sizeof halves);
-    out[0][i] = to_float(halves[0]);
-    out[1][i] = to_float(halves[1]);
+    low[i] = to_float(halves[2 * i]);
+    high[i] = to_float(halves[2 * i + 1]);
   }
+  out[0] = load(low);
+  out[1] = load(high);
 #endif
 }
 FM_INLINE void widen(VecI word, float scale, VecF (&out)[4], const int8_t*) {
@@ -97,7 +100,7 @@ FM_INLINE void for_columns(const V* from, int64_t stride, int count, float scale
   transpose_words(from, stride * static_cast<int64_t>(sizeof(V)), words);
 #pragma GCC unroll 4
   for (int w = 0; w < 4; ++w) {
-    VecF values[kWordValues<V>] = {};
+    VecF values[kWordValues<V>];
     widen(words[w], scale, values, from);
 #pragma GCC unroll 4
     for (int i = 0; i < kWordValues<V>; ++i) {
