@@ -134,3 +134,43 @@ def test_training_step(compare, device, block):
         [peer],
         flops=6 * s.num_blocks * block**2 * 512,
     )
+
+
+def copies(s: BlockSparse, num_bytes: int) -> list[BlockSparse]:
+    """So many that together they are larger than caches, if one is not small; the lists are shared."""
+    count = 1 + (100 << 20) // num_bytes if num_bytes > 8 << 20 else 1
+    if s.is_quantized:
+        return [BlockSparse.of(s.values.clone(), s.topology, s.is_transposed, s.block_scales) for _ in range(count)]
+    return [s.with_values(s.values.clone()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+@pytest.mark.parametrize("density", [0.25, 0.5])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("features", [1024, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", ["values", "int8"])
+def test_decode(compare, device, values, dtype, features, block, density, tokens):
+    """A linear layer for few tokens, weight [features, features], beside the dense one: bound by reading the weight.
+
+    Weights of 4096 features come from memory: each call has another copy.
+    """
+    if device.type == "cuda" and dtype == "fp32":
+        pytest.skip("float32 has a kernel on the CPU alone")
+    of_dtype = DTYPES[dtype]
+    s = matrix(features, features, block, density, of_dtype, device)
+    if values == "int8":  # with scales that are powers of two, so that a half has the same value
+        q = s.quantize()
+        s = BlockSparse.of(q.values, q.topology, block_scales=q.block_scales.log2().round().exp2())
+    dense = s.to_dense().to(of_dtype)
+    x = torch.randn(tokens, features, device=device).to(of_dtype)
+    ours = [(x, w.t()) for w in copies(s, 4 * s.values.numel())]
+    peers = [(x, dense.clone()) for _ in range(2 if features > 2048 else 1)]
+    peer = Contender("torch.nn.functional.linear", torch.nn.functional.linear, peers)
+    compare(
+        f"linear of few tokens, {values}, {dtype}, {features} features, density {density}",
+        f"{values} {dtype} {features} b{block} d{density} {tokens} tokens",
+        Contender("fmkernels", dds, ours),
+        [peer],
+        num_bytes=s.values.nbytes,
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make counters OP=block_sparse` counts: both products of a half-full matrix, by size of block and layout."""
+"""What `make counters OP=block_sparse` counts: products of a half-full matrix, by size of block, layout and values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
-def dsd_case(block: int, transposed: bool = False, columns: int = COLUMNS) -> Case:
+def dsd_parts(block: int, transposed: bool = False, columns: int = COLUMNS) -> tuple:
     """transposed: of S, dense and out, which is the gradient of the dense operand from the right."""
     mask = topology(ROWS // block, INNER // block)
     counts = torch.tensor([0, *mask.sum(1).tolist()])
@@ -46,7 +46,20 @@ def dsd_case(block: int, transposed: bool = False, columns: int = COLUMNS) -> Ca
     arguments = (values, dense, *lists, None, None, ROWS, transposed, transposed, 0)
     layout = ", all transposed" if transposed else ""
     name = f"dsd, blocks of {block}{layout}, bf16 [{ROWS}, {INNER}, {columns}]"
-    return Case.of(name, dsd, arguments, 2 * values.numel() * columns)
+    return name, dsd, arguments, 2 * values.numel() * columns
+
+
+def dsd_case(*args, **kwargs) -> Case:
+    return Case.of(*dsd_parts(*args, **kwargs))
+
+
+def int8_case(block: int) -> Case:
+    """As the first of dsd, with values of a byte."""
+    _, function, arguments, flops = dsd_parts(block)
+    values, *others = arguments
+    values = (values.float() * 40).round().clamp(-127, 127).to(torch.int8)
+    arguments = (values, *others, torch.full((len(values),), 1 / 40))
+    return Case.of(f"dsd, blocks of {block}, int8 [{ROWS}, {INNER}, {COLUMNS}]", function, arguments, flops)
 
 
 def sdd_case(block: int, inner: int = COLUMNS) -> Case:
@@ -59,5 +72,6 @@ def sdd_case(block: int, inner: int = COLUMNS) -> Case:
 CASES = [
     *[dsd_case(block) for block in (128, 64, 32, 16)],
     *[dsd_case(block, transposed=True) for block in (128, 64)],
+    *[int8_case(block) for block in (128, 64, 32, 16)],
     *[sdd_case(block) for block in (128, 64, 32, 16)],
 ]

@@ -53,11 +53,12 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "quantized_linear_dequantize(Tensor values, Tensor scales, Tensor? zeros, int bits, int group_size, "
       "int out_features, int in_features, ScalarType dtype) -> Tensor");
 
-  // block_sparse: values [blocks, block_rows, block_columns]; dense, a, b [batch, rows, columns]; lists int32, drawn in
-  // docs/layouts.md; activation 0 none, 1 relu, 2 gelu, 3 silu
+  // block_sparse: values [blocks, block_rows, block_columns], int8 with block_scales [blocks] float32; dense, a, b [batch,
+  // rows, columns]; lists int32, drawn in docs/layouts.md; activation 0 none, 1 relu, 2 gelu, 3 silu
   m.def(
       "block_sparse_dsd(Tensor values, Tensor dense, Tensor offsets, Tensor indices, Tensor? positions, Tensor order, "
-      "Tensor? scale, Tensor? bias, int rows, bool transposed, bool transposed_out, int activation) -> Tensor");
+      "Tensor? scale, Tensor? bias, int rows, bool transposed, bool transposed_out, int activation, "
+      "Tensor? block_scales=None) -> Tensor");
   m.def(
       "block_sparse_sdd(Tensor a, Tensor b, Tensor row_indices, Tensor column_indices, Tensor? scale, Tensor? bias, "
       "int block_rows, int block_columns, int activation) -> Tensor");

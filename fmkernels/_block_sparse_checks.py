@@ -19,8 +19,12 @@ def operands(op: str, s: BlockSparse, name: str, dense: Tensor) -> tuple[BlockSp
     if not isinstance(s, BlockSparse):
         raise TypeError(f"{op}: s must be a BlockSparse, got {type(s).__name__}.")
     check.is_tensor(op, name, dense)
-    values, dense = autocast(2, s.values, dense)
-    check.same_dtype(op, name, dense, "s", values)
+    if s.is_quantized:
+        (values,), (dense,) = (s.values,), autocast(1, dense)
+        check.dtype(op, name, dense, check.FLOAT_DTYPES)
+    else:
+        values, dense = autocast(2, s.values, dense)
+        check.same_dtype(op, name, dense, "s", values)
     check.same_device(op, name, dense, "s", values)
     if not values.is_contiguous():
         raise ValueError(f"{op}: the values of s must be contiguous, got strides {list(values.stride())}.")
@@ -69,9 +73,9 @@ def check_epilogue(
 
 
 def check_dsd(values: Tensor, dense: Tensor, *others: Any) -> None:
-    check.dtype("dsd", "values", values, check.FLOAT_DTYPES)
+    check.dtype("dsd", "values", values, (*check.FLOAT_DTYPES, torch.int8))
     check.same_device("dsd", "the topology", others[0], "values", values)
-    check.kernel_exists("dsd", "block_sparse_dsd", values)
+    check.kernel_exists("dsd", "block_sparse_dsd", dense)
 
 
 def check_sdd(a: Tensor, b: Tensor, *others: Any) -> None:
@@ -79,3 +83,12 @@ def check_sdd(a: Tensor, b: Tensor, *others: Any) -> None:
     check.same_device("sdd", "b", b, "a", a)
     check.same_device("sdd", "the topology", others[0], "a", a)
     check.kernel_exists("sdd", "block_sparse_sdd", a)
+
+
+def as_float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def with_major(t: Tensor) -> Tensor:
+    """As it is where rows or columns are contiguous, else copied: gradients come in any strides."""
+    return t if t.stride(-1) == 1 or t.stride(-2) == 1 else t.contiguous()

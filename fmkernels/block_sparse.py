@@ -11,12 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from . import _check as check
 from ._block_sparse_checks import (
+    as_float,
     check_dense,
     check_dsd,
     check_epilogue,
     check_major,
     check_sdd,
     operands,
+    with_major,
 )
 from ._block_sparse_epilogue import ACTIVATIONS, FUNCTIONS, finish_blocks
 from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
@@ -39,19 +41,20 @@ def dsd(
     Args:
         s: [rows, inner], or [batch, rows, inner]; as it is stored or transposed (`s.t()`).
         b: [inner, columns] or [batch, inner, columns], dtype of s, contiguous in its rows or in its columns. A batch
-            with an s of 2 dimensions: each is multiplied by the same s.
+            with an s of 2 dimensions: each is multiplied by the same s. Of any dtype with an s of int8 values.
         scale: [rows] float32; a constant.
-        bias: [rows], float32 or the dtype of s.
+        bias: [rows], float32 or the dtype of b.
         activation: None, "relu", "gelu" (by erf) or "silu".
 
     Returns:
-        [rows, columns] or [batch, rows, columns], dtype of s, contiguous. Rows without a block are activation(bias).
+        [rows, columns] or [batch, rows, columns], dtype of b, contiguous. Rows without a block are activation(bias).
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
     CPU: float32, bfloat16, float16; CUDA (sm_80 and later): bfloat16, float16. Accumulates in float32 in the order of
-    the blocks. Differentiable once in the values of s, b and bias. Deterministic; a column has the same bits whatever
+    the blocks. An int8 value is its product with the scale of its block, in float32, on CUDA rounded to the dtype of b.
+    Differentiable once in the values of s (if not int8), b and bias. Deterministic; a column has the same bits whatever
     the others are. FLOPs are counted; under autocast values and b take the autocast dtype. After Gale et al. 2022,
     MegaBlocks, and Gray et al. 2017, GPU kernels for block-sparse weights.
     """
@@ -74,13 +77,14 @@ def dds(
 
     Args:
         a: [..., inner], dtype of s; with an s of 3 dimensions [batch, rows, inner]. Contiguous in its rows or columns.
+            Of any dtype with an s of int8 values.
         s: [inner, columns], or [batch, inner, columns]; as it is stored or transposed (`s.t()`).
         scale: [columns] float32; a constant.
-        bias: [columns], float32 or the dtype of s.
+        bias: [columns], float32 or the dtype of a.
         activation: None, "relu", "gelu" (by erf) or "silu".
 
     Returns:
-        [..., columns], dtype of s, contiguous. Columns without a block are activation(bias).
+        [..., columns], dtype of a, contiguous. Columns without a block are activation(bias).
 
     Raises:
         ValueError, TypeError: as `dsd`.
@@ -146,7 +150,7 @@ def sdd(
     three = [t if dims == 3 else t[None] for t in (a, b)]
     indices = (topology.row_indices, topology.column_indices)
     if not needs_grad(a, b, bias):
-        args = (*three, *indices, scale, _as_float(bias), *topology.block, ACTIVATIONS[activation])
+        args = (*three, *indices, scale, as_float(bias), *topology.block, ACTIVATIONS[activation])
         return BlockSparse.of(call(ops.block_sparse_sdd, args, check_sdd), topology)
     topology.make_lists_to_compile()
     values = _Sdd.apply(*three, topology)
@@ -169,22 +173,23 @@ def _multiply(
 ) -> Tensor:
     """op(S) dense, or its transpose."""
     rows = s.shape[-2]
-    check_epilogue(op, rows, s.values, scale, bias, activation)
+    check_epilogue(op, rows, dense, scale, bias, activation)
     three = dense if dense.dim() == 3 else dense[None]
     if needs_grad(s.values, dense, bias):
         s.topology.make_lists_to_compile()
-        out = _Dsd.apply(s.values, three, bias, s.topology, s.is_transposed, transposed_out, scale)
+        out = _Dsd.apply(s.values, three, bias, s.block_scales, s.topology, s.is_transposed, transposed_out, scale)
         if activation is not None:
             out = FUNCTIONS[activation](out)
     else:
-        activation = ACTIVATIONS[activation]
-        out = _run_dsd(s.values, s.topology, s.is_transposed, three, transposed_out, scale, bias, activation)
+        matrix = (s.values, s.block_scales, s.topology, s.is_transposed)
+        out = _run_dsd(*matrix, three, transposed_out, scale, bias, ACTIVATIONS[activation])
     # No view: who gets it may detach it in place, as stages of a pipeline do.
     return out if dense.dim() == 3 else torch.ops.aten._unsafe_view(out, out.shape[1:])
 
 
 def _run_dsd(
     values: Tensor,
+    block_scales: Tensor | None,
     topology: BlockTopology,
     is_transposed: bool,
     dense: Tensor,
@@ -195,7 +200,7 @@ def _run_dsd(
 ) -> Tensor:
     """Takes no `BlockSparse`: under torch.compile a backward may not look at what its checks look at."""
     rows = topology.shape[-1 if is_transposed else -2]
-    epilogue = (scale, _as_float(bias), rows, is_transposed, transposed_out, activation)
+    epilogue = (scale, as_float(bias), rows, is_transposed, transposed_out, activation, block_scales)
     return call(ops.block_sparse_dsd, (values, dense, *topology.lists(is_transposed), *epilogue), check_dsd)
 
 
@@ -206,37 +211,38 @@ class _Dsd(torch.autograd.Function):
         values: Tensor,
         dense: Tensor,
         bias: Tensor | None,
+        block_scales: Tensor | None,
         topology: BlockTopology,
         is_transposed: bool,
         transposed_out: bool,
         scale: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(values, dense, scale)
+        ctx.save_for_backward(values, dense, scale, block_scales)
         ctx.topology, ctx.is_transposed, ctx.transposed_out = topology, is_transposed, transposed_out
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _run_dsd(values, topology, is_transposed, dense, transposed_out, scale, bias)
+        return _run_dsd(values, block_scales, topology, is_transposed, dense, transposed_out, scale, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        values, dense, scale = ctx.saved_tensors
+        values, dense, scale, block_scales = ctx.saved_tensors
         grad = grad_out.mT if ctx.transposed_out else grad_out  # [batch, rows, columns]
         grad_values = grad_dense = grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2), dtype=torch.float32).to(ctx.bias_dtype)
         if scale is not None:
-            grad = (grad * scale[:, None]).to(values.dtype)
-        grad = _with_major(grad)
+            grad = (grad * scale[:, None]).to(dense.dtype)
+        grad = with_major(grad)
         if ctx.needs_input_grad[1]:
             by_columns = dense.stride(-1) != 1 and dense.stride(-2) == 1
-            grad_dense = _run_dsd(values, ctx.topology, not ctx.is_transposed, grad, by_columns)
+            grad_dense = _run_dsd(values, block_scales, ctx.topology, not ctx.is_transposed, grad, by_columns)
             grad_dense = grad_dense.mT if by_columns else grad_dense
         if ctx.needs_input_grad[0]:
             if ctx.topology.num_lists == 1 and len(dense) > 1:  # the sum over the batch is one more inner dimension
                 grad, dense = (t.transpose(0, 1).flatten(1)[None] for t in (grad, dense))
             left, right = (dense, grad.mT) if ctx.is_transposed else (grad, dense.mT)
             grad_values = _run_sdd(left, right, ctx.topology)
-        return grad_values, grad_dense, grad_bias, None, None, None, None
+        return grad_values, grad_dense, grad_bias, None, None, None, None, None
 
 
 # ---- sdd ------------------------------------------------------------------------------------------------------------
@@ -258,7 +264,7 @@ class _Sdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        s = (grad_values.contiguous(), ctx.topology)
+        s = (grad_values.contiguous(), None, ctx.topology)
         grad_a = _run_dsd(*s, False, b.mT, False) if ctx.needs_input_grad[0] else None
         grad_b = _run_dsd(*s, True, a, True) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b, None
@@ -267,19 +273,10 @@ class _Sdd(torch.autograd.Function):
 # ---- fake kernels, rules ------------------------------------------------------------------------------------
 
 
-def _as_float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float().contiguous()
-
-
-def _with_major(t: Tensor) -> Tensor:
-    """As it is where rows or columns are contiguous, else copied: gradients come in any strides."""
-    return t if t.stride(-1) == 1 or t.stride(-2) == 1 else t.contiguous()
-
-
 @register_fake("block_sparse_dsd")
-def _(values, dense, offsets, indices, positions, order, scale, bias, rows, transposed, transposed_out, activation):
+def _(values, dense, offsets, indices, positions, order, scale, bias, rows, transposed, transposed_out, *options):
     batch, _, columns = dense.shape
-    return values.new_empty((batch, columns, rows) if transposed_out else (batch, rows, columns))
+    return dense.new_empty((batch, columns, rows) if transposed_out else (batch, rows, columns))
 
 
 @register_fake("block_sparse_sdd")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._block_sparse_quantize import dequantize_blocks, quantize_blocks
 from .block_topology import BlockTopology, _checked_block
 
 _OP = "BlockSparse"
@@ -22,41 +23,63 @@ class BlockSparse:
     Args:
         values: [num_blocks, block rows, block columns], float32, bfloat16 or float16, contiguous, by rows of blocks; a
             block has 16, 32, 64 or 128 rows, and columns. What a block holds past the edge of the matrix is not read.
+            int8 with block_scales.
         row_offsets: [rows of blocks + 1] int32, or [batch, rows of blocks + 1]; see `BlockTopology`.
         column_indices: [num_blocks] int32.
         shape: (rows, columns), or (batch, rows, columns).
+        block_scales: [num_blocks] float32, constants: a block is its int8 values times its scale, as of `quantize`.
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
 
     values: Tensor
+    block_scales: Tensor | None
     topology: BlockTopology
     is_transposed: bool
 
-    def __init__(self, values: Tensor, row_offsets: Tensor, column_indices: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        row_offsets: Tensor,
+        column_indices: Tensor,
+        shape: tuple[int, ...],
+        block_scales: Tensor | None = None,
+    ) -> None:
         check.is_tensor(_OP, "values", values)
         check.rank(_OP, "values", values, 3, "[num_blocks, block rows, block columns]")
         topology = BlockTopology(row_offsets, column_indices, shape, (values.shape[1], values.shape[2]))
-        self._set(values, topology, False)
+        self._set(values, topology, False, block_scales)
 
     @classmethod
-    def of(cls, values: Tensor, topology: BlockTopology, is_transposed: bool = False) -> BlockSparse:
+    def of(
+        cls,
+        values: Tensor,
+        topology: BlockTopology,
+        is_transposed: bool = False,
+        block_scales: Tensor | None = None,
+    ) -> BlockSparse:
         """The blocks of a topology with these values; or the transpose of that matrix."""
         matrix = cls.__new__(cls)
-        matrix._set(values, topology, is_transposed)
+        matrix._set(values, topology, is_transposed, block_scales)
         return matrix
 
-    def _set(self, values: Tensor, topology: BlockTopology, is_transposed: bool) -> None:
+    def _set(
+        self, values: Tensor, topology: BlockTopology, is_transposed: bool, block_scales: Tensor | None = None
+    ) -> None:
         if not isinstance(topology, BlockTopology):
             raise TypeError(f"{_OP}: topology must be a BlockTopology, got {type(topology).__name__}.")
         check.is_tensor(_OP, "values", values)
         expected = [topology.num_blocks, *topology.block]
         if list(values.shape) != expected:
             raise ValueError(f"{_OP}: values must be {expected} for this topology, got {list(values.shape)}.")
-        check.dtype(_OP, "values", values, check.FLOAT_DTYPES)
         check.same_device(_OP, "values", values, "the topology", topology.row_offsets)
+        if block_scales is None:
+            check.dtype(_OP, "values", values, check.FLOAT_DTYPES)
+        else:
+            check_block_scales(values, block_scales)
         self.values, self.topology, self.is_transposed = values, topology, bool(is_transposed)
+        self.block_scales = block_scales
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 
@@ -83,6 +106,11 @@ class BlockSparse:
         return self.topology.num_blocks
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether values are int8, with a scale for each block."""
+        return self.block_scales is not None
+
+    @property
     def density(self) -> float:
         return self.topology.density
 
@@ -97,20 +125,56 @@ class BlockSparse:
 
     def t(self) -> BlockSparse:
         """The transpose (of each matrix of a batch), over the same values: none is moved."""
-        return BlockSparse.of(self.values, self.topology, not self.is_transposed)
+        transpose = BlockSparse.__new__(BlockSparse)  # checked when it was made
+        transpose.values, transpose.block_scales, transpose.topology = self.values, self.block_scales, self.topology
+        transpose.is_transposed = not self.is_transposed
+        return transpose
 
     def with_values(self, values: Tensor) -> BlockSparse:
-        """The same blocks with other values, in the order of `values`."""
-        return BlockSparse.of(values, self.topology, self.is_transposed)
+        """The same blocks with other values, in the order of `values`; int8 ones keep the scales."""
+        scales = self.block_scales if values.dtype == torch.int8 else None
+        return BlockSparse.of(values, self.topology, self.is_transposed, scales)
 
     def to(self, *args: Any, **kwargs: Any) -> BlockSparse:
-        """On a device, in a dtype, or both, as `Tensor.to`."""
+        """On a device, in a dtype, or both, as `Tensor.to`; int8 values stay int8."""
         values = self.values.to(*args, **kwargs)
         topology = self.topology if values.device == self.topology.device else self.topology.to(values.device)
-        return BlockSparse.of(values, topology, self.is_transposed)
+        scales = self.block_scales
+        if scales is not None:
+            if values.dtype != torch.int8:
+                raise ValueError(
+                    f"{_OP}.to: int8 values must be dequantized to be {check.dtype_names((values.dtype,))}."
+                )
+            scales = scales.to(values.device)
+        return BlockSparse.of(values, topology, self.is_transposed, scales)
+
+    def quantize(self) -> BlockSparse:
+        """The same with int8 values and a float32 scale for each block: constants, for inference.
+
+        A value is q * scale, scale = largest magnitude / 127 of its block; q is rounded half to even. A block of zeros
+        has scale 1. A block with a NaN or an infinity has scale NaN: all of it, and nothing else, becomes NaN.
+        """
+        if self.is_quantized:
+            raise ValueError(f"{_OP}.quantize: values must be {check.dtype_names(check.FLOAT_DTYPES)}, got int8.")
+        values, scales = quantize_blocks(self.values, self.topology)
+        return BlockSparse.of(values, self.topology, self.is_transposed, scales)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> BlockSparse:
+        """With values q * scale in float32, rounded to `dtype`."""
+        if self.block_scales is None:
+            raise ValueError(f"{_OP}.dequantize: values must be int8, got {check.dtype_names((self.dtype,))}.")
+        if dtype not in check.FLOAT_DTYPES:
+            raise ValueError(f"{_OP}.dequantize: dtype must be {check.dtype_names(check.FLOAT_DTYPES)}, got {dtype}.")
+        values = dequantize_blocks(self.values, self.block_scales, dtype)
+        return BlockSparse.of(values, self.topology, self.is_transposed)
 
     def to_dense(self) -> Tensor:
-        """[rows, columns] or [batch, rows, columns], zeros where no block is stored. Differentiable in the values."""
+        """[rows, columns] or [batch, rows, columns], zeros where no block is stored. Differentiable in the values.
+
+        Of int8 values float32.
+        """
+        if self.is_quantized:
+            return self.dequantize().to_dense()
         topology = self.topology
         (block_rows, block_columns), num_columns = topology.block, topology.num_block_columns
         num_places = topology.num_lists * topology.num_block_rows * num_columns
@@ -163,6 +227,8 @@ class BlockSparse:
 
     def to_bsr(self) -> Tensor:
         """A `torch.sparse_bsr` tensor over the same values; the matrices of a batch must have as many blocks each."""
+        if self.is_quantized:
+            raise ValueError(f"{_OP}.to_bsr: int8 values must be dequantized: torch.sparse_bsr has no scales.")
         if self.is_transposed:
             return self.t().to_bsr().transpose(-1, -2)
         topology, num_lists = self.topology, self.topology.num_lists
@@ -215,3 +281,11 @@ class BlockSparse:
         from .block_sparse import dds
 
         return dds(dense, self)
+
+
+def check_block_scales(values: Tensor, block_scales: Tensor) -> None:
+    check.plain(_OP, "block_scales", block_scales, 1, "a vector", torch.float32, "values", values)
+    check.dtype(_OP, "values", values, (torch.int8,))
+    check.size(_OP, "block_scales", block_scales, 0, "one element for each block,", values.shape[0])
+    if block_scales.requires_grad:
+        raise ValueError(f"{_OP}: block_scales must not require a gradient: they are constants.")

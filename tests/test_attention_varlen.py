@@ -153,11 +153,11 @@ def test_compiled_gradients_with_the_same_prefix_sums_for_queries_and_keys():
     """One tensor for both, as packed self-attention has it, and was refused: dynamo wants distinct tensors."""
     torch._dynamo.reset()
     cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
-    x = torch.randn(8, 2, 16, requires_grad=True)
+    qkv = [torch.randn(8, 2, 16, requires_grad=True) for _ in range(3)]
     results = []
     for function in (attention_varlen, torch.compile(attention_varlen, fullgraph=True, backend="aot_eager")):
-        o = function(x, x, x, cu_seqlens, cu_seqlens, 5, 5)
-        results.append((o, *torch.autograd.grad(o.square().sum(), x)))
+        o = function(*qkv, cu_seqlens, cu_seqlens, 5, 5)
+        results.append((o, *torch.autograd.grad(o.square().sum(), qkv)))
     assert all(map(torch.equal, *results))
 
 

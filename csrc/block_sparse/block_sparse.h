@@ -42,12 +42,14 @@ struct Epilogue {
 struct BlockSparseDsdParams {
   DType dtype;
   const void* values;  // [num_blocks, block_rows, block_columns] of S, contiguous, on a 16-byte boundary
+  const float*
+      block_scales;  // [num_blocks]: values are int8_t, times the scale of their block; null: they are of dtype
   int block_rows, block_columns;
   bool transposed;  // op(S) is the transpose of S
   // The blocks of row r of blocks of op(S), in batch b, where all batches have one list or each its own: list entries
   // offsets[e] .. offsets[e + 1] - 1 for e = b * (block_rows_of_out + 1) + r, or without b.
   const int32_t* offsets;
-  const int32_t* indices;    // of an entry: its column of blocks of op(S)
+  const int32_t* indices;    // of an entry: its column of blocks of op(S), ascending
   const int32_t* positions;  // of an entry: where it stands in values; null: as in the list
   const int32_t* order;      // the rows of blocks of op(S) of all lists, longest first: list * rows of blocks + row
   int64_t num_blocks, num_entries;
@@ -85,6 +87,7 @@ template <Isa>
 void run_block_sparse_sdd(const BlockSparseSddParams& params);
 
 void launch_block_sparse_dsd(const BlockSparseDsdParams& params, cudaStream_t stream);
+void launch_block_sparse_dsd_int8(const BlockSparseDsdParams& params, cudaStream_t stream);  // with block_scales
 void launch_block_sparse_sdd(const BlockSparseSddParams& params, cudaStream_t stream);
 
 }  // namespace fmkernels

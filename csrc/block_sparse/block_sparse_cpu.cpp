@@ -14,194 +14,32 @@
 
 #include "block_sparse.h"
 
-#include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/dispatch_cpu.h"
 #include "../common/integers_cpu.h"
 #include "../common/parallel.h"
-#include "../common/vec.h"
+#include "block_sparse_stored_cpu.h"
+#include "block_sparse_tile_cpu.h"
 
 namespace fmkernels {
 namespace {
 
-constexpr int kPanel = 2 * kLanes;
-constexpr int kTileRows = 6;
 constexpr int kLongestSum = 256;                // of the inner dimension in one chain of additions
 constexpr int kMaxSegments = kLongestSum / 16;  // blocks of a chain
+constexpr int kDirectColumns = 8;               // of dense that go over the values without a panel of them: from rows
+constexpr int kDirectColumnsAcross = 16;        // that lie along the inner dimension, or across it
+constexpr int kDirectGroup = 4;                 // of them at a time
+constexpr int64_t kBytesAhead = 16 << 10;       // of values, between what is read and what is asked for
+constexpr int kFewColumns = 48;                 // of dense for which no block is packed ahead
+constexpr int kFewColumnsByRows = 16;           // the same where out is row-major
 constexpr int kGroupColumns = 96;               // of dense that are packed together
 constexpr int64_t kInnerStep = 512;             // rows of dense that are packed at a time: 192 KiB of a group
 constexpr int64_t kSumBytes = 1 << 20;          // of the sums of a group that wait for the next step
 constexpr int kGroupRows = 10 * kTileRows;      // columns of dense that go over the blocks together
 constexpr int64_t kPackedFloats = 4 << 20;      // of b that sdd packs at a time
 constexpr int64_t kRunBlocks = 8;               // blocks of a task of sdd
-
-// ---- the register tile -------------------------------------------------------------------------------------------------
-
-// A stretch of the inner dimension: of the left operand its first row and column, of the right one its first row.
-struct Segment {
-  const float *a, *b;
-  int count;
-};
-
-// c[kRows][kPanel] = or, where `adds`, += the sum over all segments of a[r][k] b[k][.]. Rows of a are a_stride apart, or
-// its columns where they are contiguous (kByColumns); rows of b are b_stride apart. Offsets are added to every segment.
-template <int kRows, bool kByColumns>
-__attribute__((noinline)) void multiply_tile(const Segment* segments, int num_segments, int64_t a_offset,
-                                             int64_t a_stride, int64_t b_offset, int64_t b_stride, float* c,
-                                             int64_t c_stride, bool adds) {
-  VecF acc[kRows][2] = {};
-  for (int s = 0; s < num_segments; ++s) {
-    const float *a = segments[s].a + a_offset, *b = segments[s].b + b_offset;
-    const float* const end = b + segments[s].count * b_stride;
-    for (; b != end; b += b_stride) {
-      const VecF b0 = load(b), b1 = load(b + kLanes);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const VecF x = broadcast(kByColumns ? a[r] : a[r * a_stride]);
-        acc[r][0] += x * b0;
-        acc[r][1] += x * b1;
-      }
-      a += kByColumns ? a_stride : 1;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < 2; ++i) {
-      float* sum = c + r * c_stride + i * kLanes;
-      store(sum, adds ? load(sum) + acc[r][i] : acc[r][i]);
-    }
-  }
-}
-
-// Rows of the next tile of `left` rows: 6, and such a rest that no tile has less than 4 of many.
-constexpr int rows_of_tile(int64_t left) { return left >= 10 || left == 6 ? 6 : left == 9 ? 5 : left > 6 ? 4 : left; }
-
-// The same for any number of rows.
-template <bool kByColumns>
-void multiply_rows(const Segment* segments, int num_segments, int64_t num_rows, int64_t a_stride, int64_t b_offset,
-                   int64_t b_stride, float* c, int64_t c_stride, bool adds) {
-  for (int64_t row = 0, count; row < num_rows; row += count) {
-    count = rows_of_tile(num_rows - row);
-    const int64_t a_offset = kByColumns ? row : row * a_stride;
-    auto tile = [&]<int kRows>() {
-      multiply_tile<kRows, kByColumns>(segments, num_segments, a_offset, a_stride, b_offset, b_stride,
-                                       c + row * c_stride, c_stride, adds);
-    };
-    dispatch_checked_int<1, 2, 3, 4, 5, 6>(static_cast<int>(count), tile);
-  }
-}
-
-// ---- operands ----------------------------------------------------------------------------------------------------------
-
-// Rows k of num_columns columns to out[k][kPanel], zeros in the columns past them. Elements of a row, or of a column, are
-// contiguous: one of the strides is 1.
-template <class T>
-void pack_panel(const T* data, int64_t row_stride, int64_t column_stride, int64_t num_rows, int64_t num_columns,
-                float* out) {
-  for (int half = 0; half < 2; ++half) {
-    const int count = static_cast<int>(max(0, min(kLanes, num_columns - half * kLanes)));
-    const T* from = data + half * kLanes * column_stride;
-    float* to = out + half * kLanes;
-    if (column_stride == 1) {
-      for (int64_t k = 0; k < num_rows; ++k) store(to + k * kPanel, load_lanes(from + k * row_stride, count));
-      continue;
-    }
-    for (int64_t k = 0; k < num_rows; k += kLanes) {
-      const int length = static_cast<int>(min(kLanes, num_rows - k));
-      VecF columns[kLanes];
-      for (int c = 0; c < kLanes; ++c) {
-        columns[c] = c < count ? load_lanes(from + c * column_stride + k, length) : VecF{};
-      }
-      if (length == kLanes) {
-        transpose_to(columns, to + k * kPanel, kPanel);
-        continue;
-      }
-      float square[kLanes * kLanes];
-      transpose_to(columns, square, kLanes);
-      for (int i = 0; i < length; ++i) store(to + (k + i) * kPanel, load(square + i * kLanes));
-    }
-  }
-}
-
-// The panels of num_columns columns, one after another; line by line, so that a page of memory is looked up once.
-template <class T>
-void pack_panels(const T* data, int64_t row_stride, int64_t column_stride, int64_t num_rows, int64_t num_columns,
-                 float* out) {
-  const int64_t num_whole = column_stride == 1 ? num_columns / kPanel * kPanel : 0;
-  for (int64_t k = 0; k < num_rows && num_whole > 0; ++k) {
-    const T* row = data + k * row_stride;
-    float* to = out + k * kPanel;
-    for (int64_t column = 0; column < num_whole; column += kPanel, to += num_rows * kPanel) {
-      store(to, load(row + column));
-      store(to + kLanes, load(row + column + kLanes));
-    }
-  }
-  for (int64_t column = num_whole; column < num_columns; column += kPanel) {
-    pack_panel(data + column * column_stride, row_stride, column_stride, num_rows, num_columns - column,
-               out + column * num_rows);
-  }
-}
-
-// `count` elements as floats.
-template <class T>
-void convert(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = to_float(from[i]);
-}
-
-// A left operand as floats: rows [0, num_rows) and columns [0, num_columns) of a view that is contiguous one way or the
-// other. Read where it lies if it is float, else converted to `scratch`, which keeps its order.
-struct Left {
-  const float* data;
-  int64_t stride;
-  bool by_columns;
-};
-template <class T>
-Left left_operand(const T* data, int64_t row_stride, int64_t column_stride, int64_t num_rows, int64_t num_columns,
-                  float* scratch) {
-  const bool by_columns = column_stride != 1;
-  if constexpr (sizeof(T) == 4) return {data, by_columns ? column_stride : row_stride, by_columns};
-  const int64_t num_lines = by_columns ? num_columns : num_rows, length = by_columns ? num_rows : num_columns;
-  for (int64_t line = 0; line < num_lines; ++line) {
-    convert(data + line * (by_columns ? column_stride : row_stride), length, scratch + line * length);
-  }
-  return {scratch, length, by_columns};
-}
-
-template <class F>
-FM_INLINE void dispatch_order(bool by_columns, F&& f) {
-  by_columns ? f.template operator()<true>() : f.template operator()<false>();
-}
-
-// ---- epilogue ----------------------------------------------------------------------------------------------------------
-
-float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::kRelu: return x < 0.0f ? 0.0f : x;  // NaN stays
-    case Activation::kGelu: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
-    case Activation::kSilu: return x / (1.0f + std::exp(-x));
-    default: return x;
-  }
-}
-
-bool is_plain(const Epilogue& e) {
-  return e.scale == nullptr && e.bias == nullptr && e.activation == Activation::kNone;
-}
-
-// to[i] = activation(scale * from[i] + bias), of which scale and bias lie `step` apart (0: all have the same).
-template <class T>
-void finish(const Epilogue& e, int64_t feature, int step, const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  if (is_plain(e)) {
-    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  }
-  for (; i < count; ++i) {
-    const int64_t f = feature + i * step;
-    const float scaled = e.scale == nullptr ? from[i] : from[i] * e.scale[f];
-    to[i] = from_float<T>(activate(e.activation, e.bias == nullptr ? scaled : scaled + e.bias[f]));
-  }
-}
 
 // ---- dsd ---------------------------------------------------------------------------------------------------------------
 
@@ -210,22 +48,42 @@ struct Chain {
   int num_segments;
   int64_t position[kMaxSegments], inner[kMaxSegments];
   int count[kMaxSegments];
+  float scale[kMaxSegments];
+  int64_t next_entry;  // of the list
 };
 
-// Calls f(chain) for the blocks of a row of blocks of op(S) that lie in a range of the inner dimension.
+int64_t position_of(const BlockSparseDsdParams& p, int64_t entry) {
+  return p.positions == nullptr ? entry : p.positions[entry];
+}
+float scale_of(const BlockSparseDsdParams& p, int64_t position) {
+  return p.block_scales == nullptr ? 1.0f : p.block_scales[position];
+}
+
+// Calls f(chain) for the blocks of a row of blocks of op(S) that lie in [begin, end) of the inner dimension. A chain ends
+// where a multiple of `step` is passed.
 template <class F>
-void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, int64_t begin, int64_t end, F&& f) {
+void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, int64_t begin, int64_t end,
+                int64_t step, F&& f) {
   const int32_t* offsets = p.offsets + list * (p.num_block_rows() + 1) + block_row;
   const int tile_inner = p.tile_inner(), longest = kLongestSum / tile_inner;
+  int64_t end_of_step = begin;
   Chain chain;
+  memset(&chain, 0, sizeof chain);
   chain.num_segments = 0;
   for (int64_t entry = offsets[0]; entry < offsets[1]; ++entry) {
     const int64_t inner = int64_t{p.indices[entry]} * tile_inner;
     if (inner < begin || inner >= end) continue;
+    if (inner >= end_of_step) {
+      if (chain.num_segments > 0) f(chain);
+      chain.num_segments = 0;
+      end_of_step = inner / step * step + step;
+    }
     const int s = chain.num_segments++;
-    chain.position[s] = p.positions == nullptr ? entry : p.positions[entry];
+    chain.next_entry = entry + 1;
+    chain.position[s] = position_of(p, entry);
     chain.inner[s] = inner;
     chain.count[s] = static_cast<int>(min(tile_inner, p.inner - inner));
+    chain.scale[s] = scale_of(p, chain.position[s]);
     if (chain.num_segments < longest) continue;
     f(chain);
     chain.num_segments = 0;
@@ -241,13 +99,21 @@ struct Tasks {
         parts(workers == 1 ? 1 : max(1, min(block_rows, ceil_div(4 * workers, max(1, num_groups * batch))))) {}
 };
 
+template <class V>
+constexpr bool kIsFloat = std::is_same_v<V, float>;
+
+// How the values of a block lie.
+Lying lying_of(const BlockSparseDsdParams& p) {
+  return p.transposed ? Lying{1, p.tile_rows()} : Lying{p.tile_inner(), 1};
+}
+
 int workers_of(const BlockSparseDsdParams& p) {
   const int64_t lists = p.num_lists == 1 ? p.batch : 1;
   return workers_for(2 * p.num_entries * lists * p.block_rows * p.block_columns * p.columns);
 }
 
 // out[rows of a part][columns of a group], a step of the inner dimension after another, a panel of dense at a time.
-template <class T>
+template <class T, class V>
 void dsd_by_rows(const BlockSparseDsdParams& p) {
   const int workers = workers_of(p), tile_rows = p.tile_rows(), block_elements = p.block_rows * p.block_columns;
   const int64_t num_block_rows = p.num_block_rows(), affordable = kSumBytes / 4 / kGroupColumns / tile_rows;
@@ -256,7 +122,7 @@ void dsd_by_rows(const BlockSparseDsdParams& p) {
   const int64_t inner_step = min(p.inner, kInnerStep);  // whole blocks, or all of it
   const int64_t packed_floats = inner_step * kGroupColumns;
   const int64_t sum_floats = ceil_div(num_block_rows, tasks.parts) * tile_rows * kGroupColumns;
-  const int64_t block_floats = sizeof(T) == 4 ? 0 : kLongestSum * tile_rows;
+  const int64_t block_floats = kIsFloat<V> ? 0 : kLongestSum * tile_rows;
   const int64_t worker_bytes = Arena::array_bytes<float>(packed_floats) + Arena::array_bytes<float>(sum_floats) +
                                Arena::array_bytes<float>(block_floats);
   const Workspace workspace(workers * worker_bytes);
@@ -281,15 +147,15 @@ void dsd_by_rows(const BlockSparseDsdParams& p) {
       for (int64_t block_row = begin; block_row < end; ++block_row) {
         const int64_t num_rows = min(tile_rows, p.rows - block_row * tile_rows);
         float* block_sums = sums + (block_row - begin) * tile_rows * kGroupColumns;
-        for_chains(p, list, block_row, inner, inner + length, [&](const Chain& chain) {
-          Segment segments[kMaxSegments];
+        for_chains(p, list, block_row, inner, inner + length, inner_step, [&](const Chain& chain) {
+          Segment segments[kMaxSegments] = {};
           for (int s = 0; s < chain.num_segments; ++s) {
-            const T* block = static_cast<const T*>(p.values) + chain.position[s] * block_elements;
+            const V* block = static_cast<const V*>(p.values) + chain.position[s] * block_elements;
             const float* a;
-            if constexpr (sizeof(T) == 4) {
+            if constexpr (kIsFloat<V>) {
               a = block;
             } else {
-              convert(block, block_elements, blocks + s * block_elements);
+              convert_stored(block, block_elements, chain.scale[s], blocks + s * block_elements);
               a = blocks + s * block_elements;
             }
             segments[s] = {a, packed + (chain.inner[s] - inner) * kPanel, chain.count[s]};
@@ -311,13 +177,13 @@ void dsd_by_rows(const BlockSparseDsdParams& p) {
 }
 
 // out transposed, [columns of a group of dense][rows of a block], a panel of a block at a time.
-template <class T>
+template <class T, class V>
 void dsd_by_columns(const BlockSparseDsdParams& p) {
   const int workers = workers_of(p), tile_rows = p.tile_rows(), tile_inner = p.tile_inner();
   const int block_elements = p.block_rows * p.block_columns;
   const int64_t num_block_rows = p.num_block_rows();
   const Tasks tasks(ceil_div(p.columns, kGroupRows), p.batch, num_block_rows, workers);
-  const bool packs = sizeof(T) != 4 || !p.transposed;  // else a block lies as [inner][rows]
+  const bool packs = !kIsFloat<V> || !p.transposed;  // else a block lies as [inner][rows]
   const int64_t packed_floats = packs ? p.num_blocks * block_elements : 0, c_floats = kGroupRows * tile_rows;
   const int64_t left_floats = sizeof(T) == 4 ? 0 : kGroupRows * p.inner;
   const int64_t worker_bytes = Arena::array_bytes<float>(c_floats) + Arena::array_bytes<float>(left_floats);
@@ -326,11 +192,11 @@ void dsd_by_columns(const BlockSparseDsdParams& p) {
   float* packed = arena.take<float>(packed_floats);
   char* scratch = arena.take<char>(workers * worker_bytes);
   parallel_for(packs ? p.num_blocks : 0, workers, [&](int64_t position, int) {
-    const T* block = static_cast<const T*>(p.values) + position * block_elements;
-    const int64_t inner_stride = p.transposed ? tile_rows : 1, row_stride = p.transposed ? 1 : tile_inner;
+    const V* block = static_cast<const V*>(p.values) + position * block_elements;
+    const Lying lying = lying_of(p);
     for (int row = 0; row < tile_rows; row += kPanel) {
-      pack_panel(block + row * row_stride, inner_stride, row_stride, tile_inner, kPanel,
-                 packed + position * block_elements + row * tile_inner);
+      pack_stored(block + row * lying.row_stride, lying, tile_inner, scale_of(p, position),
+                  packed + position * block_elements + row * tile_inner);
     }
   });
   const float* panels = packs ? packed : static_cast<const float*>(p.values);
@@ -351,7 +217,7 @@ void dsd_by_columns(const BlockSparseDsdParams& p) {
     for (int64_t block_row = num_block_rows * part / tasks.parts; block_row < end; ++block_row) {
       const int64_t first_row = block_row * tile_rows, num_rows = min(tile_rows, p.rows - first_row);
       bool adds = false;
-      for_chains(p, list, block_row, 0, p.inner, [&](const Chain& chain) {
+      for_chains(p, list, block_row, 0, p.inner, p.inner, [&](const Chain& chain) {
         Segment segments[kMaxSegments];
         for (int s = 0; s < chain.num_segments; ++s) {
           segments[s] = {left.data + chain.inner[s] * (left.by_columns ? left.stride : 1),
@@ -370,6 +236,158 @@ void dsd_by_columns(const BlockSparseDsdParams& p) {
         T* out =
             static_cast<T*>(p.out.data) + batch * p.out.batch_stride + (first_column + column) * p.out.column_stride;
         finish(p.epilogue, first_row, 1, c + column * tile_rows, num_rows, out + first_row);
+      }
+    }
+  });
+}
+
+// ---- dsd, few columns ----------------------------------------------------------------------------------------------------
+
+// Columns of dense as lines along the inner dimension.
+template <class T>
+void lines_of(const T* dense, int64_t column_stride, int64_t row_stride, int64_t num_columns, int64_t inner,
+              float* out) {
+  for (int64_t column = 0; column < num_columns; ++column, dense += column_stride, out += inner) {
+    if (row_stride == 1) convert(dense, inner, out);
+    else {
+      for (int64_t k = 0; k < inner; ++k) out[k] = to_float(dense[k * row_stride]);
+    }
+  }
+}
+
+// sums[column][row of a row of blocks] += or = of a chain, where dense has few columns, which lie as lines.
+// A stretch of num_stored rows of a block is read after another; what is kBytesAhead further on its way comes meanwhile.
+template <class V>
+void add_direct(const BlockSparseDsdParams& p, const Chain& chain, int64_t end_of_list, const Left& left,
+                int64_t num_rows, float* sums, bool adds) {
+  const Lying lying = lying_of(p);
+  const int tile_rows = p.tile_rows(), num_segments = chain.num_segments;
+  auto block_at = [&](int64_t position) {
+    return static_cast<const V*>(p.values) + position * p.block_rows * p.block_columns;
+  };
+  StoredSegment<V> segments[kMaxSegments];
+  for (int s = 0; s < num_segments; ++s) {
+    segments[s] = {block_at(chain.position[s]), left.data + chain.inner[s], chain.count[s], chain.scale[s], nullptr};
+  }
+  const int64_t num_groups = ceil_div(p.columns, kDirectGroup), most_columns = ceil_div(p.columns, num_groups);
+  dispatch_checked_int<1, 2, 3, 4>(static_cast<int>(most_columns), [&]<int kColumns>() {
+    auto run = [&]<int kVectors>() {
+      constexpr int kRows = kVectors * kLanes;
+      const int64_t stretches = ceil_div(num_rows, kRows);
+      const int64_t further = max(1, kBytesAhead / (kRows * p.tile_inner() * static_cast<int64_t>(sizeof(V))));
+      for (int64_t i = 0; i < stretches; ++i) {
+        const int64_t first = i * kRows * lying.row_stride;
+        for (int s = 0; s < num_segments; ++s) {
+          const int64_t place = i * num_segments + s + further, beyond = place - stretches * num_segments;
+          segments[s].ahead =
+              beyond < 0 ? segments[place % num_segments].values + place / num_segments * kRows * lying.row_stride
+                         : block_at(position_of(p, min(chain.next_entry + beyond, end_of_list - 1)));
+        }
+        for (int64_t column = 0; column < p.columns; column += kColumns) {
+          float* c = sums + column * tile_rows + i * kRows;
+          const int64_t x_first = column * left.stride;
+          auto multiply = [&]<int kCount>() {
+            if (lying.inner_stride == 1) {
+              multiply_stored<V, true, kCount, kVectors>(segments, num_segments, first, lying.row_stride, x_first,
+                                                         left.stride, c, tile_rows, adds);
+            } else {
+              multiply_stored<V, false, kCount, kVectors>(segments, num_segments, first, lying.inner_stride, x_first,
+                                                          left.stride, c, tile_rows, adds);
+            }
+          };
+          if (p.columns - column >= kColumns) multiply.template operator()<kColumns>();
+          else if constexpr (kColumns > 1) multiply.template operator()<kColumns - 1>();  // one less, of 5 or 7
+        }
+      }
+    };
+    constexpr int kMost = kColumns <= 2 ? 4 : 2;  // sums for the latency of an addition, and registers for them
+    if (tile_rows >= kMost * kLanes) run.template operator()<kMost>();
+    else run.template operator()<2>();
+  });
+}
+
+// The same for more columns: the values of a panel of rows become floats beside it, all columns go over them.
+template <class V>
+void add_packed(const BlockSparseDsdParams& p, const Chain& chain, const Left& left, int64_t num_rows, float* packed,
+                float* sums, bool adds) {
+  const Lying lying = lying_of(p);
+  const int block_elements = p.block_rows * p.block_columns, tile_rows = p.tile_rows(), tile_inner = p.tile_inner();
+  const bool packs = !kIsFloat<V> || lying.inner_stride == 1;
+  for (int row = 0; row < num_rows; row += kPanel) {
+    Segment segments[kMaxSegments];
+    for (int s = 0; s < chain.num_segments; ++s) {
+      const V* block = static_cast<const V*>(p.values) + chain.position[s] * block_elements + row * lying.row_stride;
+      const float* panel = packed + s * tile_inner * kPanel;
+      if (packs) pack_stored(block, lying, tile_inner, chain.scale[s], packed + s * tile_inner * kPanel);
+      else if constexpr (kIsFloat<V>) panel = block;
+      segments[s] = {left.data + chain.inner[s] * (left.by_columns ? left.stride : 1), panel, chain.count[s]};
+    }
+    dispatch_order(left.by_columns, [&]<bool kByColumns>() {
+      multiply_rows<kByColumns>(segments, chain.num_segments, p.columns, left.stride, 0,
+                                packs ? kPanel : lying.inner_stride, sums + row, tile_rows, adds);
+    });
+  }
+}
+
+// Every value is read once, where it lies. The sums are those of dsd_by_rows or dsd_by_columns, in their order.
+template <class T, class V>
+void dsd_few(const BlockSparseDsdParams& p) {
+  const int workers = workers_of(p), tile_rows = p.tile_rows();
+  const int64_t num_block_rows = p.num_block_rows(), num_columns = p.columns;
+  const Tasks tasks(1, p.batch, num_block_rows, workers);
+  const bool is_direct = num_columns <= (p.transposed ? kDirectColumnsAcross : kDirectColumns);
+  const bool copies = !kIsFloat<T> || (is_direct && p.dense.row_stride != 1);
+  const int64_t left_floats = copies ? num_columns * p.inner : 0, sum_floats = num_columns * tile_rows;
+  const int64_t panel_floats = is_direct ? 0 : kLongestSum * kPanel;
+  const int64_t worker_bytes = Arena::array_bytes<float>(sum_floats) + Arena::array_bytes<float>(panel_floats);
+  const Workspace workspace(Arena::array_bytes<float>(p.batch * left_floats) + workers * worker_bytes);
+  Arena arena(workspace.data());
+  float* lefts = arena.take<float>(p.batch * left_floats);
+  char* scratch = arena.take<char>(workers * worker_bytes);
+  auto dense_of = [&](int64_t batch) { return static_cast<const T*>(p.dense.data) + batch * p.dense.batch_stride; };
+  auto convert_left = [&](int64_t batch) -> Left {
+    float* to = lefts + batch * left_floats;
+    if (!is_direct || !copies) {
+      return left_operand(dense_of(batch), p.dense.column_stride, p.dense.row_stride, num_columns, p.inner, to);
+    }
+    lines_of(dense_of(batch), p.dense.column_stride, p.dense.row_stride, num_columns, p.inner, to);
+    return {to, p.inner, false};
+  };
+  const Left first_left = convert_left(0);
+  parallel_for(copies ? p.batch - 1 : 0, workers, [&](int64_t i, int) { convert_left(i + 1); });
+
+  const bool is_row_major = p.out.is_row_major();
+  const int64_t step = is_row_major ? kInnerStep : p.inner;
+  parallel_for(p.batch * tasks.parts, workers, [&](int64_t task, int worker) {
+    Arena of_worker(scratch + worker * worker_bytes);
+    float *sums = of_worker.take<float>(sum_floats), *packed = of_worker.take<float>(panel_floats);
+    const int64_t part = task % tasks.parts, batch = task / tasks.parts, list = p.num_lists == 1 ? 0 : batch;
+    const int64_t end_of_list = p.offsets[list * (num_block_rows + 1) + num_block_rows];
+    Left left = first_left;
+    left.data = copies ? lefts + batch * left_floats : reinterpret_cast<const float*>(dense_of(batch));
+    T* out = static_cast<T*>(p.out.data) + batch * p.out.batch_stride;
+    const int64_t end = num_block_rows * (part + 1) / tasks.parts;
+    for (int64_t block_row = num_block_rows * part / tasks.parts; block_row < end; ++block_row) {
+      const int64_t first_row = block_row * tile_rows, num_rows = min(tile_rows, p.rows - first_row);
+      bool adds = is_row_major;
+      if (adds) memset(sums, 0, static_cast<size_t>(sum_floats) * sizeof(float));
+      for_chains(p, list, block_row, 0, p.inner, step, [&](const Chain& chain) {
+        if (is_direct) add_direct<V>(p, chain, end_of_list, left, num_rows, sums, adds);
+        else add_packed<V>(p, chain, left, num_rows, packed, sums, adds);
+        adds = true;
+      });
+      if (!adds) memset(sums, 0, static_cast<size_t>(sum_floats) * sizeof(float));
+      if (!is_row_major || num_columns == 1) {
+        for (int64_t column = 0; column < num_columns; ++column) {
+          finish(p.epilogue, first_row, 1, sums + column * tile_rows, num_rows,
+                 out + column * p.out.column_stride + first_row);
+        }
+        continue;
+      }
+      for (int64_t row = 0; row < num_rows; ++row) {
+        float line[kFewColumns];
+        for (int64_t column = 0; column < num_columns; ++column) line[column] = sums[column * tile_rows + row];
+        finish(p.epilogue, first_row + row, 0, line, num_columns, out + (first_row + row) * p.out.row_stride);
       }
     }
   });
@@ -459,7 +477,15 @@ void sdd(const BlockSparseSddParams& p) {
 
 template <>
 void run_block_sparse_dsd<kIsa>(const BlockSparseDsdParams& p) {
-  dispatch_dtype(p.dtype, [&]<class T>() { p.out.is_row_major() ? dsd_by_rows<T>(p) : dsd_by_columns<T>(p); });
+  auto run = [&]<class T, class V>() {
+    if (p.columns <= (p.out.is_row_major() ? kFewColumnsByRows : kFewColumns)) dsd_few<T, V>(p);
+    else if (p.out.is_row_major()) dsd_by_rows<T, V>(p);
+    else dsd_by_columns<T, V>(p);
+  };
+  dispatch_dtype(p.dtype, [&]<class T>() {
+    if (p.block_scales == nullptr) run.template operator()<T, T>();
+    else run.template operator()<T, int8_t>();
+  });
 }
 
 template <>

@@ -21,7 +21,6 @@ void check_extent(const char* name, int64_t size) {
 DenseView view_dense(const char* name, const Tensor& t, const Tensor& like) {
   check_rank(name, t, 3);
   check_same_device(name, t, like);
-  FM_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the first argument");
   DenseView v{};
   v.data = data_of(t);
   v.batch_stride = stride_of(t, 0);
@@ -36,6 +35,10 @@ DenseView view_dense(const char* name, const Tensor& t, const Tensor& like) {
   FM_CHECK(v.column_stride == 1 || v.row_stride == 1 || t.numel() == 0, name,
            " must be contiguous in its rows or in its columns");
   return v;
+}
+
+void check_same_dtype(const char* name, const Tensor& t, const Tensor& like) {
+  FM_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the first argument");
 }
 
 const int32_t* list_of(const char* name, const Tensor& t, int64_t length, const Tensor& like) {
@@ -66,6 +69,15 @@ void check_lists(const BlockSparseDsdParams& p) {
       previous = offset;
     }
   }
+  for (int64_t list = 0; list < p.num_lists; ++list) {  // an order in which a sum is the same in all kernels
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const int32_t* of_row = p.offsets + list * (num_rows + 1) + row;
+      for (int64_t i = of_row[0] + 1; i < of_row[1]; ++i) {
+        FM_CHECK(p.indices[i] > p.indices[i - 1], "indices must ascend within a row of blocks, got ", p.indices[i],
+                 " after ", p.indices[i - 1]);
+      }
+    }
+  }
   for (int64_t i = 0; i < previous; ++i) {
     FM_CHECK(p.indices[i] >= 0 && p.indices[i] < num_columns, "indices must be from 0 to ", num_columns - 1, ", got ",
              p.indices[i]);
@@ -83,9 +95,11 @@ void check_lists(const BlockSparseDsdParams& p) {
 Tensor block_sparse_dsd(const Tensor& values, const Tensor& dense, const Tensor& offsets, const Tensor& indices,
                         const OptionalTensor& positions, const Tensor& order, const OptionalTensor& scale,
                         const OptionalTensor& bias, int64_t rows, bool transposed, bool transposed_out,
-                        int64_t activation) {
+                        int64_t activation, const OptionalTensor& block_scales) {
   BlockSparseDsdParams p{};
-  p.dtype = dtype_of("values", values);
+  p.dtype = dtype_of("dense", dense);
+  if (block_scales.has_value()) check_scalar_type("values", values, ScalarType::Char, "int8, for block_scales");
+  else check_same_dtype("dense", dense, values);
   check_rank("values", values, 3);
   FM_CHECK(values.is_contiguous(), "values must be contiguous");
   check_block(values.size(1), values.size(2));
@@ -98,6 +112,7 @@ Tensor block_sparse_dsd(const Tensor& values, const Tensor& dense, const Tensor&
   p.block_columns = static_cast<int>(values.size(2));
   p.transposed = transposed;
   p.num_blocks = values.size(0);
+  p.block_scales = vector_of("block_scales", block_scales, p.num_blocks, values);
   p.dense = view_dense("dense", dense, values);
   p.batch = dense.size(0);
   p.rows = rows;
@@ -122,8 +137,8 @@ Tensor block_sparse_dsd(const Tensor& values, const Tensor& dense, const Tensor&
 #ifndef FM_CUDA
   check_lists(p);
 #endif
-  Tensor out = transposed_out ? torch::stable::new_empty(values, {p.batch, p.columns, rows})
-                              : torch::stable::new_empty(values, {p.batch, rows, p.columns});
+  Tensor out = transposed_out ? torch::stable::new_empty(dense, {p.batch, p.columns, rows})
+                              : torch::stable::new_empty(dense, {p.batch, rows, p.columns});
   p.out.data = data_of(out);
   p.out.batch_stride = rows * p.columns;
   p.out.rows = rows;
@@ -142,6 +157,7 @@ Tensor block_sparse_sdd(const Tensor& a, const Tensor& b, const Tensor& row_indi
   check_block(block_rows, block_columns);
   p.a = view_dense("a", a, a);
   p.b = view_dense("b", b, a);
+  check_same_dtype("b", b, a);
   p.batch = a.size(0);
   check_size("b", b, 0, p.batch);
   p.rows = p.a.rows;

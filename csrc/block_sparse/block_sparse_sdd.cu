@@ -59,6 +59,8 @@ __device__ __forceinline__ Tile tile_of(const SddArgs& args, int64_t index) {
 // The copies of a tile, step by step.
 template <class CopiesA, class CopiesB, bool kShares>
 struct Walk {
+  static constexpr bool kConverts = false;
+
   CopiesA a;
   CopiesB b;
   const Passes& passes;

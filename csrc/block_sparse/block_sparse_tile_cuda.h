@@ -7,6 +7,8 @@
 //            of b, run so that they must be. What lies past the edges is zero and is not read.
 // Pipeline   kStages - 1 stages are under way while one is multiplied, and the fragments of 16 inner indices while those of
 //            the 16 before them are. One barrier a stage: the next one has landed for all, and all have read this one.
+// int8       Values of a in bytes are copied to the first half of the chunk that they become. Who copied a chunk makes it of
+//            Elements in its place, a stage before it is multiplied: between its arrival and the barrier that shows it to all.
 #pragma once
 
 #include <utility>
@@ -96,19 +98,37 @@ struct Piece {
   int inner, left;  // 0 or less: zeros; of more than kStep the first
 };
 
+// values * scale of 8 bytes, in float32, rounded.
+template <class Element>
+__device__ __forceinline__ uint4 convert_bytes(uint2 bytes, float scale) {
+  auto value = [&](uint32_t biased,
+                   uint32_t selector) {  // a biased byte is the lowest of the mantissa of 2^23 + 128 + value
+    return (__uint_as_float(__byte_perm(biased, 0x4b000000u, selector)) - 8388736.0f) * scale;
+  };
+  auto two = [&](uint32_t biased, uint32_t low, uint32_t high) {
+    return ptx::pack<Element>(value(biased, low), value(biased, high));
+  };
+  const uint32_t first = bytes.x ^ 0x80808080u, second = bytes.y ^ 0x80808080u;
+  return {two(first, 0x7440, 0x7441), two(first, 0x7442, 0x7443), two(second, 0x7440, 0x7441),
+          two(second, 0x7442, 0x7443)};
+}
+
 // What a thread copies of an operand. kIsFast: chunks that exist are whole, and as in is_fast(). kIsWhole: the operand has
 // all kExtent rows of a, or columns of b. kIsPaired: the second 16 inner indices of a stage are those of another piece.
-// Copies that are not fast are asynchronous where the operand is aligned, else by elements, and at once.
-template <class L, class Element, bool kIsFast, bool kIsWhole = false, bool kIsPaired = false>
+// Copies that are not fast are asynchronous where the operand is aligned, else by elements, and at once. Stored is Element, or
+// int8_t, of an operand that is aligned.
+template <class L, class Element, bool kIsFast, bool kIsWhole = false, bool kIsPaired = false, class Stored = Element>
 class Copies {
  public:
+  static constexpr bool kConverts = sizeof(Stored) != sizeof(Element);
+
   // The operand begins at `first`, its lines are line_stride elements apart, and it has `extent` rows of a or columns of b.
-  __device__ __forceinline__ Copies(const Element* first, int64_t line_stride, int extent, bool is_aligned, int thread)
+  __device__ __forceinline__ Copies(const Stored* first, int64_t line_stride, int extent, bool is_aligned, int thread)
       : line_(thread / L::kChunks),
         chunk_(thread % L::kChunks),
         extent_left_(extent - (L::kAcross ? chunk_ * kChunk : line_)),
         is_aligned_(is_aligned),
-        stride_bytes_(2 * line_stride),
+        stride_bytes_(int64_t{sizeof(Stored)} * line_stride),
         from_(first + line_ * line_stride + chunk_ * kChunk) {
     first_line_ = kIsFast && L::kAcross && !kIsWhole && extent_left_ <= 0 ? kNever : line_;
   }
@@ -116,8 +136,7 @@ class Copies {
   // Copies a stage: of one piece, or of two, where those of `second` lie 16 inner indices behind the place that it names.
   __device__ __forceinline__ void start(uint32_t stage, Piece piece, const Piece& second, const Passes& passes) const {
     if (L::kCount < L::kPassLines && line_ >= L::kCount) return;
-    constexpr bool kByPass = L::kAcross && L::kPassLines <= 16;  // which piece is asked for by the pass, or the thread
-    if (kIsPaired && !kByPass && (L::kAcross ? line_ >= 16 : chunk_ * kChunk >= 16)) piece = second;
+    if (kIsPaired && !kByPass && is_of_second()) piece = second;
     const int lines_left = lines_left_of(piece), lines_left_of_second = lines_left_of(second);
     const void *from = place_of(piece), *from_second = place_of(second);
     if constexpr (kIsFast) {
@@ -130,18 +149,33 @@ class Copies {
       }(std::make_integer_sequence<int, L::kPasses>{});
     } else {
       static_assert(!kIsPaired);
-      copy(stage, static_cast<const Element*>(from), lines_left,
+      copy(stage, static_cast<const Stored*>(from), lines_left,
            min(max(L::kAcross ? extent_left_ : piece.left - chunk_ * kChunk, 0), kChunk));
     }
   }
 
+  // Makes Elements of the bytes of a stage that have landed for this thread; `second` is the scale of the second piece.
+  __device__ __forceinline__ void convert(uint32_t stage, float scale, float second) const {
+    if (L::kCount < L::kPassLines && line_ >= L::kCount) return;
+    if (kIsPaired && !kByPass && is_of_second()) scale = second;
+#pragma unroll
+    for (int pass = 0; pass < L::kPasses; ++pass) {
+      void* chunk = __cvta_shared_to_generic(stage + L::swizzled(line_ + pass * L::kPassLines, chunk_));
+      const bool is_second = kIsPaired && kByPass && pass * L::kPassLines >= 16;
+      *static_cast<uint4*>(chunk) = convert_bytes<Element>(*static_cast<uint2*>(chunk), is_second ? second : scale);
+    }
+  }
+
  private:
-  static constexpr int kNever = 1 << 30;                                 // a line that does not exist
+  static constexpr bool kByPass =
+      L::kAcross && L::kPassLines <= 16;  // which piece is asked for by the pass, or the thread
+  static constexpr int kNever = 1 << 30;  // a line that does not exist
   static constexpr int kFlip = L::kChunks >= 8 ? L::kPassLines % 8 : 0;  // of a swizzle from one pass to the next
   static_assert(kFlip == 0 || kFlip == 4);
   static_assert(L::kPasses <= 8, "Passes");
   static_assert(L::kPasses == 1 || L::kChunks >= 8 || L::kPassLines % 8 == 0);
 
+  __device__ __forceinline__ bool is_of_second() const { return L::kAcross ? line_ >= 16 : chunk_ * kChunk >= 16; }
   // From the thread's first line on; 0 or less where its chunk does not exist.
   __device__ __forceinline__ int lines_left_of(const Piece& piece) const {
     if (L::kAcross) return piece.left - first_line_;
@@ -149,8 +183,10 @@ class Copies {
   }
   __device__ __forceinline__ const void* place_of(const Piece& piece) const {
     const char* from = static_cast<const char*>(from_) + piece.shift;
-    if constexpr (kIsFast) return ptx::mad_wide(piece.inner, L::kAcross ? static_cast<int>(stride_bytes_) : 2, from);
-    else return from + piece.inner * (L::kAcross ? stride_bytes_ : 2);
+    constexpr int kBytes = sizeof(Stored);
+    if constexpr (kIsFast)
+      return ptx::mad_wide(piece.inner, L::kAcross ? static_cast<int>(stride_bytes_) : kBytes, from);
+    else return from + piece.inner * (L::kAcross ? stride_bytes_ : kBytes);
   }
 
   template <int pass>
@@ -159,27 +195,32 @@ class Copies {
     const uint32_t to = stage + (L::swizzled(line_, chunk_) ^ (pass % 2 * kFlip * 16));
     const int pass_bytes = static_cast<int>(stride_bytes_) * L::kPassLines;
     if (pass > 0) from = ptx::mad_wide(passes.number[pass], pass_bytes, from);
-    ptx::cp_async_16_or_zero<pass * L::kPassLines * L::kLineBytes>(to, from, pass * L::kPassLines < lines_left);
+    constexpr int kTo = pass * L::kPassLines * L::kLineBytes;
+    const bool exists = pass * L::kPassLines < lines_left;
+    if constexpr (kConverts) ptx::cp_async_8_padded<kTo>(to, from, exists ? 8 : 0);
+    else ptx::cp_async_16_or_zero<kTo>(to, from, exists);
   }
 
   // Lines and elements of them that may end anywhere.
-  __device__ __forceinline__ void copy(uint32_t stage, const Element* from, int lines_left, int count) const {
+  __device__ __forceinline__ void copy(uint32_t stage, const Stored* from, int lines_left, int count) const {
 #pragma unroll 1
-    for (int pass = 0; pass < L::kPasses; ++pass, from += L::kPassLines * (stride_bytes_ / 2)) {
+    for (int pass = 0; pass < L::kPasses; ++pass, from += L::kPassLines * (stride_bytes_ / int{sizeof(Stored)})) {
       const int line = pass * L::kPassLines;
       const uint32_t to = stage + L::swizzled(line_ + line, chunk_);
-      if (is_aligned_) {
+      if constexpr (kConverts) {
+        ptx::cp_async_8_padded<0>(to, from, line < lines_left ? count : 0);
+      } else if (is_aligned_) {
         ptx::cp_async_16_padded(to, from, line < lines_left ? 2 * count : 0);
-        continue;
-      }
-      Vector<Element, kChunk> chunk{};
+      } else {
+        Vector<Element, kChunk> chunk{};
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        if (line < lines_left && i < count) chunk.lane[i] = from[i];
+        for (int i = 0; i < kChunk; ++i) {
+          if (line < lines_left && i < count) chunk.lane[i] = from[i];
+        }
+        uint4 words;
+        memcpy(&words, &chunk, sizeof words);
+        *static_cast<uint4*>(__cvta_shared_to_generic(to)) = words;
       }
-      uint4 words;
-      memcpy(&words, &chunk, sizeof words);
-      *static_cast<uint4*>(__cvta_shared_to_generic(to)) = words;
     }
   }
 
@@ -228,7 +269,8 @@ struct Half16 {
 
 // sums += a b over num_steps stages of a group of warps, which multiplies what the group group_of_a copies of a.
 // walk.start(a, b) copies the next stage to these addresses in shared memory, and walk.advance() goes on to the one after it;
-// after the last one come kStages - 1 of zeros. The warp's part begins at row `first_row` and column `first_column` of the
+// after the last one come kStages - 1 of zeros. If Walk::kConverts, walk.convert(a) converts the stage that was started
+// kStages - 1 calls of advance() ago, and a stage less is under way. The warp's part begins at row `first_row` and column `first_column` of the
 // tile; nobody asks for it if !is_wanted.
 template <class T, class LinesA, class LinesB, class Walk>
 __device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int num_steps, int group, int group_of_a,
@@ -252,6 +294,10 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int nu
       }
     }
   };
+  constexpr int kPending = T::kStages - (Walk::kConverts ? 3 : 2);
+  auto convert = [&](uint32_t stage) {
+    if constexpr (Walk::kConverts) walk.convert(stage + group * kBytesA);
+  };
   auto start = [&](uint32_t stage) {
     walk.start(stage + group * kBytesA, stage + T::kGroups * kBytesA + group * kBytesB);
     ptx::cp_async_commit();
@@ -263,7 +309,8 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int nu
     start(first_stage + step * kStageBytes);
     walk.advance();
   }
-  ptx::cp_async_wait<T::kStages - 2>();
+  ptx::cp_async_wait<kPending>();
+  convert(first_stage);
   __syncthreads();  // the first stage has landed for all
   Half16<T> first, second;
   if (is_wanted) load(first, first_stage, 0);
@@ -280,7 +327,8 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, int nu
     walk.advance();
     stage_before = stage;
     stage = stage == last_stage ? first_stage : stage + kStageBytes;
-    ptx::cp_async_wait<T::kStages - 2>();
+    convert(stage);
+    ptx::cp_async_wait<kPending>();
     __syncthreads();  // the next stage has landed for all, and all have read this one
     if (is_wanted) {
       load(first, stage, 0);

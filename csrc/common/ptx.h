@@ -62,6 +62,12 @@ __device__ __forceinline__ void cp_async_16_or_zero(uint32_t smem, const void* g
 __device__ __forceinline__ void cp_async_16_padded(uint32_t smem, const void* gmem, int num_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(num_bytes) : "memory");
 }
+// cp.async.ca: the first num_bytes, 0 to 8, from gmem to smem + kSmem, and zeros behind them; both 8-byte aligned.
+template <int kSmem>
+__device__ __forceinline__ void cp_async_8_padded(uint32_t smem, const void* gmem, int num_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0 + %1], [%2], 8, %3;" ::"r"(smem), "n"(kSmem), "l"(gmem), "r"(num_bytes)
+               : "memory");
+}
 // cp.async.commit_group: what this thread has issued since the last one becomes a group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // cp.async.wait_group: all groups of this thread but the newest kPending have landed.

@@ -53,3 +53,9 @@ def topology_moe(expert_ends: Tensor, num_rows: int, ffn: int, block: int | tupl
     row, column = torch.arange(num_rows)[:, None], torch.arange(len(expert_ends) * ffn)
     expert = (row >= expert_ends).sum(-1, keepdim=True)
     return column // ffn == expert if ffn > 0 else torch.zeros(num_rows, 0, dtype=torch.bool)
+
+
+def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 values, scales) of `BlockSparse.quantize`, for blocks that lie whole in the matrix and are finite."""
+    scales = torch.stack([block.abs().max().float() / 127 if block.any() else torch.ones(()) for block in values])
+    return (values.float() / scales[:, None, None]).round().clamp(-127, 127).to(torch.int8), scales
