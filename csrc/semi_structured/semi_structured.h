@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// semi_structured.h: matrices of which at most two of each four neighbours in a row are not zero (2:4 sparsity).
+//
+//   mask    of each four along a row the two largest magnitudes; or, of each tile of 4 x 4, two in every row and in every
+//           column, the largest sum of all 90 ways to do that, so that the transpose is 2:4 too
+//   pack    W [rows, columns] -> values [rows, columns / 2], the kept elements of each row in their order, and metadata, which
+//           tell where in its four each of them stands
+//   linear  y[t, r] = sum_j values[r, j] x[t, column(r, j)] + bias[r]
+//
+// Metadata   words of 32 bits [row tiles of 16, column blocks of 64, 32], as the PTX ISA has the lanes of a warp hold them for
+//            mma.sp.m16n8k32 of 16-bit elements: word 4 g + w belongs to rows g (low half) and g + 8 (high half) and columns
+//            16 w .. 16 w + 15 of the block, four bits for each four of them, from the lowest: the place of the first kept
+//            element, and of the second, which is the larger one. Words 4 g and 4 g + 1 are those of sparsity selector 0, the
+//            block's first 32 columns; the others of selector 1. Columns past the edge have the places 0 and 1.
+// Order      an element of y is a sum in the order of columns, cut into chains of 256 columns on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+#include "../common/stream.h"
+
+namespace fmkernels {
+
+constexpr int kRowTile = 16, kColumnBlock = 64;  // of metadata; rows and columns are multiples of 16
+constexpr int kTileWords = 32;                   // of a row tile in a column block
+constexpr int kWordColumns = 16;                 // that a half of a word belongs to
+constexpr uint32_t kLargestFinite = 0x7f7fffffu;  // as the bits of a float; infinity and NaN count as that
+
+struct SemiStructuredMaskParams {
+  DType dtype;
+  const void* x;  // [rows, columns], columns contiguous
+  int64_t rows, columns, row_stride;
+  bool both_directions;
+  bool* mask;  // [rows, columns], contiguous
+};
+
+struct SemiStructuredPackParams {
+  DType dtype;
+  int64_t rows, columns;  // of the packed matrix
+  const void* x;          // and the strides of its rows and columns in x, which may be those of a transpose
+  int64_t row_stride, column_stride;
+  const bool* mask;
+  int64_t mask_row_stride, mask_column_stride;
+  void* values;        // [rows, columns / 2]
+  uint32_t* metadata;  // [row tiles, column blocks, 32]
+
+  int64_t num_row_tiles() const { return rows / kRowTile; }
+  int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
+};
+
+struct SemiStructuredLinearParams {
+  DType dtype;
+  int64_t tokens, rows, columns;
+  const void* x;  // [tokens, columns], columns contiguous
+  int64_t x_stride;
+  const void* values;        // [rows, columns / 2], contiguous
+  const uint32_t* metadata;  // [row tiles, column blocks, 32], contiguous
+  const float* bias;         // [rows]; null: none
+  void* y;                   // [tokens, rows], contiguous
+
+  int64_t num_row_tiles() const { return rows / kRowTile; }
+  int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
+};
+
+// The two kept places of a group of four, from four bits of what is kept: those places, in the low and the high two bits of
+// the result. Where fewer are kept, the lowest free places stand for them; where more, the first two count.
+FM_HOST_DEVICE uint32_t places_of(uint32_t kept) {
+  int count = 0;
+  uint32_t chosen = 0;
+  for (uint32_t place = 0; place < 4; ++place) {
+    if ((kept >> place & 1u) && count < 2) chosen |= 1u << place, ++count;
+  }
+  for (uint32_t place = 0; place < 4; ++place) {
+    if (!(chosen >> place & 1u) && count < 2) chosen |= 1u << place, ++count;
+  }
+  uint32_t first = 0, second = 3;
+  while (!(chosen >> first & 1u)) ++first;
+  while (!(chosen >> second & 1u)) --second;
+  return first | second << 2;
+}
+
+// The ways to keep two of four in each row and in each column of a tile: in each row one of these pairs, as bits of what is
+// kept, in the order of the list; the first row counts most. At equal sums the lowest way is chosen.
+struct TileWays {
+  static constexpr int kCount = 90;
+  static constexpr uint8_t kPairs[6] = {0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100};
+  uint8_t pair[kCount][4];
+
+  constexpr TileWays() : pair() {
+    int count = 0;
+    for (int way = 0; way < 6 * 6 * 6 * 6; ++way) {
+      const int rows[4] = {way / 216, way / 36 % 6, way / 6 % 6, way % 6};
+      bool two_in_each = true;
+      for (int column = 0; column < 4; ++column) {
+        int kept = 0;
+        for (const int row : rows) kept += kPairs[row] >> column & 1;
+        two_in_each = two_in_each && kept == 2;
+      }
+      if (!two_in_each) continue;
+      for (int row = 0; row < 4; ++row) pair[count][row] = static_cast<uint8_t>(rows[row]);
+      ++count;
+    }
+  }
+};
+
+template <Isa>
+void run_semi_structured_mask(const SemiStructuredMaskParams& p);
+template <Isa>
+void run_semi_structured_pack(const SemiStructuredPackParams& p);
+template <Isa>
+void run_semi_structured_linear(const SemiStructuredLinearParams& p);
+
+void launch_semi_structured_mask(const SemiStructuredMaskParams& p, cudaStream_t stream);
+void launch_semi_structured_pack(const SemiStructuredPackParams& p, cudaStream_t stream);
+void launch_semi_structured_linear(const SemiStructuredLinearParams& p, cudaStream_t stream);
+
+}  // namespace fmkernels

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// semi_structured_linear on the CPU for many tokens: a kept weight times a row of tokens.
+//
+// Operands   x is packed once, transposed, in panels of up to 12 vectors of tokens: [panel][column][token]. A kept weight
+//            picks the row of its column, whichever that is, at the price of an address.
+// Tile       A row of W x 12 vectors (fewer vectors: two or four rows): the sums stay in registers, and 12 loads and a
+//            broadcast feed 12 multiplications, where a dense product has twice as many of those.
+// Schedule   64 columns of a panel, 24 KiB, stay in the first-level cache while a block of rows goes over them; the sums of
+//            the block wait in the second-level cache. After 256 columns they are added to the total.
+// Numerics   float32; the order of semi_structured.h, the same as that of semi_structured_few_cpu.h.
+// Cost       tokens * rows * columns flops, half of those of a dense product.
+#pragma once
+
+#include <cstring>
+
+#include "../common/dispatch_cpu.h"
+#include "../common/integers_cpu.h"
+#include "../common/parallel.h"
+#include "../common/vec.h"
+#include "semi_structured.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kMaxVectors = 12;
+constexpr int64_t kChainBlocks = 4;   // column blocks of a chain of additions
+constexpr int64_t kPanelRows = 256;   // of a task
+constexpr int kStepValues = kColumnBlock / 2;
+
+// Rows of a tile with so many vectors: enough sums under way to hide the latency of one.
+constexpr int tile_rows_of(int num_vectors) { return num_vectors > 6 ? 1 : num_vectors > 3 ? 2 : 4; }
+
+// Of a row of W in a column block: its kept values, and its places, 16 bits of each word.
+struct StepRow {
+  const float* values;
+  const uint32_t* words;
+  int shift;
+};
+
+// sums[row][token] = or += the products with x [columns of the block][tokens], which are added one by one.
+template <int kVectors, int kRows>
+FM_INLINE void multiply_step(const StepRow (&rows)[kRows], const float* x, int num_words, bool is_first, float* sums) {
+  constexpr int kTokens = kVectors * kLanes;
+  VecF acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = is_first ? VecF{} : load(sums + r * kTokens + v * kLanes);
+  }
+  int value = 0;
+  for (int w = 0; w < num_words; ++w) {
+    uint32_t bits[kRows];
+    for (int r = 0; r < kRows; ++r) bits[r] = rows[r].words[w] >> rows[r].shift;
+    for (int group = 0; group < kWordColumns / 4; ++group) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const float* of_column = x + (bits[r] >> 2 * i & 3u) * kTokens;
+          const VecF weight = broadcast(rows[r].values[value + i]);
+#pragma GCC unroll 12
+          for (int v = 0; v < kVectors; ++v) acc[r][v] += weight * load(of_column + v * kLanes);
+        }
+        bits[r] >>= 4;
+      }
+      x += 4 * kTokens;
+      value += 2;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) store(sums + r * kTokens + v * kLanes, acc[r][v]);
+  }
+}
+
+// A column block of num_rows rows of W from `first_row` on, times x, into sums [row][token].
+template <class T, int kVectors>
+__attribute__((noinline)) void multiply_block(const SemiStructuredLinearParams& p, int64_t first_row, int64_t num_rows,
+                                              int64_t block, const float* x, bool is_first, float* sums) {
+  constexpr int kRows = tile_rows_of(kVectors);
+  const int64_t column = block * kColumnBlock, column_blocks = p.num_column_blocks();
+  const int num_words = static_cast<int>(min(kColumnBlock, p.columns - column) / kWordColumns);
+  for (int64_t r = 0; r < num_rows; r += kRows) {
+    StepRow rows[kRows];
+    float converted[kRows][kStepValues];
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = first_row + r + i, in_tile = row % kRowTile;
+      const T* values = static_cast<const T*>(p.values) + (row * p.columns + column) / 2;
+      rows[i].words = p.metadata + (row / kRowTile * column_blocks + block) * kTileWords + in_tile % 8 * 4;
+      rows[i].shift = in_tile < 8 ? 0 : 16;
+      if constexpr (sizeof(T) == 4) {
+        rows[i].values = values;
+      } else {
+        for (int k = 0; k < num_words * kWordColumns / 2; k += kLanes) store(converted[i] + k, load(values + k));
+        rows[i].values = converted[i];
+      }
+    }
+    multiply_step<kVectors, kRows>(rows, x, num_words, is_first, sums + r * kVectors * kLanes);
+  }
+}
+
+// Tokens [first, first + kLanes) of x to out[column][kLanes of num_tokens]; zeros past the last token.
+template <class T>
+void pack_tokens(const SemiStructuredLinearParams& p, int64_t first, int64_t num_tokens, float* out) {
+  const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
+  const int count = static_cast<int>(min(kLanes, p.tokens - first));
+  for (int64_t column = 0; column < p.columns; column += kLanes) {
+    VecF rows[kLanes] = {};
+    for (int i = 0; i < count; ++i) rows[i] = load(x + i * p.x_stride + column);
+    transpose_to(rows, out + column * num_tokens, num_tokens);
+  }
+}
+
+// y[token][row] = sums[row][token] + bias[row], for 8 rows, or 4.
+template <class T>
+FM_INLINE void store_transposed(const SemiStructuredLinearParams& p, const float* sums, int64_t sum_stride,
+                                int64_t row, int64_t token) {
+  VecF rows[kLanes], columns[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(sums + i * sum_stride);
+  transpose_to(rows, reinterpret_cast<float*>(columns), kLanes);
+  const VecF bias = p.bias == nullptr ? VecF{} : load(p.bias + row);
+  const int count = static_cast<int>(min(kLanes, p.tokens - token));
+  T* y = static_cast<T*>(p.y) + token * p.rows + row;
+  for (int i = 0; i < count; ++i) store(y + i * p.rows, p.bias == nullptr ? columns[i] : columns[i] + bias);
+}
+
+template <class T>
+void multiply_panels(const SemiStructuredLinearParams& p) {
+  const int64_t num_vectors = ceil_div(p.tokens, kLanes), num_panels = ceil_div(num_vectors, kMaxVectors);
+  const int64_t column_blocks = p.num_column_blocks();
+  const int workers = workers_for(p.tokens * p.rows * p.columns);
+  int64_t task_rows = kPanelRows;
+  if (workers > 1) {
+    task_rows = max(kRowTile, min(kPanelRows, round_up(ceil_div(p.rows * num_panels, 4 * workers), kRowTile)));
+  }
+  const int64_t row_parts = ceil_div(p.rows, task_rows);
+  const int64_t packed_floats = num_vectors * kLanes * p.columns, sum_floats = task_rows * kMaxVectors * kLanes;
+  const int64_t worker_bytes = 2 * Arena::array_bytes<float>(sum_floats);
+  const Workspace workspace(Arena::array_bytes<float>(packed_floats) + workers * worker_bytes);
+  Arena arena(workspace.data());
+  float* packed = arena.take<float>(packed_floats);
+  char* scratch = arena.take<char>(workers * worker_bytes);
+  auto first_vector = [&](int64_t panel) { return num_vectors * panel / num_panels; };  // panels of nearly one width
+
+  parallel_for(num_vectors, workers, [&](int64_t vector, int) {
+    int64_t panel = vector * num_panels / num_vectors;
+    while (first_vector(panel) > vector) --panel;
+    while (first_vector(panel + 1) <= vector) ++panel;
+    const int64_t begin = first_vector(panel), num_tokens = (first_vector(panel + 1) - begin) * kLanes;
+    pack_tokens<T>(p, vector * kLanes, num_tokens, packed + (begin * p.columns + vector - begin) * kLanes);
+  });
+  parallel_for(num_panels * row_parts, workers, [&](int64_t task, int worker) {
+    Arena of_worker(scratch + worker * worker_bytes);
+    float *chain = of_worker.take<float>(sum_floats), *total = of_worker.take<float>(sum_floats);
+    const int64_t panel = task / row_parts, begin = first_vector(panel);
+    const int64_t width = first_vector(panel + 1) - begin, num_tokens = width * kLanes;
+    const int64_t first_row = task % row_parts * task_rows, num_rows = min(task_rows, p.rows - first_row);
+    const float* x = packed + begin * kLanes * p.columns;
+    if (column_blocks == 0) memset(total, 0, static_cast<size_t>(num_rows * num_tokens) * sizeof(float));
+    for (int64_t block = 0; block < column_blocks; ++block) {
+      // The first chain is the total itself.
+      float* sums = block < kChainBlocks ? total : chain;
+      dispatch_checked_int<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>(static_cast<int>(width), [&]<int kVectors>() {
+        multiply_block<T, kVectors>(p, first_row, num_rows, block, x + block * kColumnBlock * num_tokens,
+                                    block % kChainBlocks == 0, sums);
+      });
+      if (block < kChainBlocks || (block % kChainBlocks != kChainBlocks - 1 && block + 1 < column_blocks)) continue;
+      for (int64_t i = 0; i < num_rows * num_tokens; i += kLanes) store(total + i, load(total + i) + load(chain + i));
+    }
+    for (int64_t token = 0; token < num_tokens; token += kLanes) {
+      for (int64_t row = 0; row < num_rows; row += kLanes) {
+        store_transposed<T>(p, total + row * num_tokens + token, num_tokens, first_row + row, begin * kLanes + token);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fmkernels
