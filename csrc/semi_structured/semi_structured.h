@@ -46,8 +46,8 @@ struct SemiStructuredPackParams {
   void* values;        // [rows, columns / 2]
   uint32_t* metadata;  // [row tiles, column blocks, 32]
 
-  int64_t num_row_tiles() const { return rows / kRowTile; }
-  int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
+  constexpr int64_t num_row_tiles() const { return rows / kRowTile; }
+  constexpr int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
 };
 
 struct SemiStructuredLinearParams {
@@ -60,8 +60,8 @@ struct SemiStructuredLinearParams {
   const float* bias;         // [rows]; null: none
   void* y;                   // [tokens, rows], contiguous
 
-  int64_t num_row_tiles() const { return rows / kRowTile; }
-  int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
+  constexpr int64_t num_row_tiles() const { return rows / kRowTile; }
+  constexpr int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
 };
 
 // The two kept places of a group of four, from four bits of what is kept: those places, in the low and the high two bits of
@@ -86,20 +86,24 @@ FM_HOST_DEVICE uint32_t places_of(uint32_t kept) {
 struct TileWays {
   static constexpr int kCount = 90;
   static constexpr uint8_t kPairs[6] = {0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100};
-  uint8_t pair[kCount][4];
+  uint8_t pair[kCount][4];  // of each row
+  uint16_t kept[kCount];    // four bits a row
 
-  constexpr TileWays() : pair() {
+  constexpr TileWays() : pair(), kept() {
     int count = 0;
     for (int way = 0; way < 6 * 6 * 6 * 6; ++way) {
       const int rows[4] = {way / 216, way / 36 % 6, way / 6 % 6, way % 6};
       bool two_in_each = true;
       for (int column = 0; column < 4; ++column) {
-        int kept = 0;
-        for (const int row : rows) kept += kPairs[row] >> column & 1;
-        two_in_each = two_in_each && kept == 2;
+        int in_column = 0;
+        for (const int row : rows) in_column += kPairs[row] >> column & 1;
+        two_in_each = two_in_each && in_column == 2;
       }
       if (!two_in_each) continue;
-      for (int row = 0; row < 4; ++row) pair[count][row] = static_cast<uint8_t>(rows[row]);
+      for (int row = 0; row < 4; ++row) {
+        pair[count][row] = static_cast<uint8_t>(rows[row]);
+        kept[count] = static_cast<uint16_t>(kept[count] | kPairs[rows[row]] << 4 * row);
+      }
       ++count;
     }
   }

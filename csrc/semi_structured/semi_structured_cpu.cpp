@@ -85,7 +85,7 @@ void mask_tiles(const VecU (&bits)[4][4], int count, bool* mask, int64_t mask_st
   }
   for (int tile = 0; tile < count; ++tile) {
     for (int row = 0; row < 4; ++row) {
-      const int kept = TileWays::kPairs[kWays.pair[chosen[tile]][row]];
+      const int kept = kWays.kept[chosen[tile]] >> 4 * row;
       for (int i = 0; i < 4; ++i) mask[row * mask_stride + tile * 4 + i] = (kept >> i & 1) != 0;
     }
   }

@@ -25,6 +25,7 @@ namespace {
 constexpr int kMaxVectors = 12;
 constexpr int64_t kChainBlocks = 4;   // column blocks of a chain of additions
 constexpr int64_t kPanelRows = 256;   // of a task
+constexpr int64_t kRowsAhead = 4;     // whose values are asked for before they are needed
 constexpr int kStepValues = kColumnBlock / 2;
 
 // Rows of a tile with so many vectors: enough sums under way to hide the latency of one.
@@ -85,6 +86,7 @@ __attribute__((noinline)) void multiply_block(const SemiStructuredLinearParams& 
       const T* values = static_cast<const T*>(p.values) + (row * p.columns + column) / 2;
       rows[i].words = p.metadata + (row / kRowTile * column_blocks + block) * kTileWords + in_tile % 8 * 4;
       rows[i].shift = in_tile < 8 ? 0 : 16;
+      for (int k = 0; k < kStepValues; k += 64 / sizeof(T)) __builtin_prefetch(values + kRowsAhead * p.columns / 2 + k);
       if constexpr (sizeof(T) == 4) {
         rows[i].values = values;
       } else {
