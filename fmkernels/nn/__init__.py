@@ -7,6 +7,7 @@ from .glu import SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .quantized_linear import QuantizedLinear
 from .rope import RotaryEmbedding
+from .semi_structured_linear import SemiStructuredLinear
 
 __all__ = [
     "Attention",
@@ -14,6 +15,7 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
+    "SemiStructuredLinear",
     "SwiGLU",
     "checkpoint_policy",
 ]
