@@ -172,7 +172,7 @@ def _places(metadata: Tensor) -> Tensor:
     words = metadata.view(*metadata.shape[:2], 8, 4)  # [row tile, column block, g, word]: rows g and g + 8
     halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], 1).permute(0, 1, 3, 2, 4)
     shifts = torch.arange(0, 16, 2, device=metadata.device)
-    return (halves.reshape(-1, metadata.shape[1] * 4, 1) >> shifts & 3).flatten(1)
+    return (halves.flatten(3).flatten(0, 2).unsqueeze(-1) >> shifts & 3).flatten(1)
 
 
 def _check_packed(op: str, named_values: tuple[str, Tensor], named_metadata: tuple[str, Tensor]) -> None:
@@ -202,7 +202,9 @@ def _check_packed(op: str, named_values: tuple[str, Tensor], named_metadata: tup
     if metadata.numel() and check.sees_values(metadata):
         groups = (metadata.view(torch.uint8)[..., None] >> torch.tensor([0, 4], device=metadata.device)) & 15
         if not torch.isin(groups, torch.tensor(_PLACES, device=groups.device)).all():
-            raise ValueError(f"{op}: {metadata_name} must name two places of each four, the smaller one first, got others.")
+            raise ValueError(
+                f"{op}: {metadata_name} must name two places of each four, the smaller one first, got others."
+            )
 
 
 def _check_mask_arguments(x: Tensor, both_directions: bool) -> None:
@@ -226,7 +228,7 @@ def _check_mask(op: str, mask: Tensor, w: Tensor, both_directions: bool) -> None
     if not check.sees_values(mask):
         return
     for direction, lines in (("row", mask), ("column", mask.mT))[: 2 if both_directions else 1]:
-        kept = lines.reshape(lines.shape[0], -1, 4).sum(-1)
+        kept = lines.unflatten(1, (lines.shape[1] // 4, 4)).sum(-1)
         if (kept > 2).any():
             line, group = (kept > 2).nonzero()[0].tolist()
             raise ValueError(

@@ -19,7 +19,9 @@ from fmkernels.testing import assert_as_good_as_torch, backends
 
 BACKENDS = backends("semi_structured_linear")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CASES = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES if backend.name == "cpu" or dtype != torch.float32]
+CASES = [
+    (backend, dtype) for backend in BACKENDS for dtype in DTYPES if backend.name == "cpu" or dtype != torch.float32
+]
 EVERY_CASE = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 ROWS, COLUMNS = 48, 336  # a part of a tile of rows; more than a chain of 256 columns, and a part of a block of 64

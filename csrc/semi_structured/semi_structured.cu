@@ -26,7 +26,7 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kChunk = 8;                          // elements of 16 bytes
+constexpr int kChunk = 8;                           // elements of 16 bytes
 constexpr int kStepChunks = kColumnBlock / kChunk;  // of a token in a stage
 constexpr int kValueChunks = kStepChunks / 2;       // of a row of W
 

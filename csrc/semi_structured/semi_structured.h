@@ -23,9 +23,9 @@
 
 namespace fmkernels {
 
-constexpr int kRowTile = 16, kColumnBlock = 64;  // of metadata; rows and columns are multiples of 16
-constexpr int kTileWords = 32;                   // of a row tile in a column block
-constexpr int kWordColumns = 16;                 // that a half of a word belongs to
+constexpr int kRowTile = 16, kColumnBlock = 64;   // of metadata; rows and columns are multiples of 16
+constexpr int kTileWords = 32;                    // of a row tile in a column block
+constexpr int kWordColumns = 16;                  // that a half of a word belongs to
 constexpr uint32_t kLargestFinite = 0x7f7fffffu;  // as the bits of a float; infinity and NaN count as that
 
 struct SemiStructuredMaskParams {
@@ -64,22 +64,26 @@ struct SemiStructuredLinearParams {
   constexpr int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
 };
 
-// The two kept places of a group of four, from four bits of what is kept: those places, in the low and the high two bits of
-// the result. Where fewer are kept, the lowest free places stand for them; where more, the first two count.
-FM_HOST_DEVICE uint32_t places_of(uint32_t kept) {
-  int count = 0;
-  uint32_t chosen = 0;
-  for (uint32_t place = 0; place < 4; ++place) {
-    if ((kept >> place & 1u) && count < 2) chosen |= 1u << place, ++count;
+// The two kept places of a group of four, in the low and the high two bits, from four bits of what is kept. Where fewer are
+// kept, the lowest free places stand for them; where more, the first two count. A table of 16 times four bits.
+constexpr uint64_t make_places() {
+  uint64_t table = 0;
+  for (int kept = 0; kept < 16; ++kept) {
+    int chosen = 0, count = 0;
+    for (int wanted = 1; wanted >= 0; --wanted) {  // what is kept first
+      for (int place = 0; place < 4; ++place) {
+        if ((kept >> place & 1) == wanted && count < 2) chosen |= 1 << place, ++count;
+      }
+    }
+    int first = 0, second = 3;
+    while (!(chosen >> first & 1)) ++first;
+    while (!(chosen >> second & 1)) --second;
+    table |= static_cast<uint64_t>(first | second << 2) << 4 * kept;
   }
-  for (uint32_t place = 0; place < 4; ++place) {
-    if (!(chosen >> place & 1u) && count < 2) chosen |= 1u << place, ++count;
-  }
-  uint32_t first = 0, second = 3;
-  while (!(chosen >> first & 1u)) ++first;
-  while (!(chosen >> second & 1u)) --second;
-  return first | second << 2;
+  return table;
 }
+constexpr uint64_t kPlaces = make_places();
+FM_HOST_DEVICE uint32_t places_of(uint32_t kept) { return static_cast<uint32_t>(kPlaces >> 4 * kept) & 15u; }
 
 // The ways to keep two of four in each row and in each column of a tile: in each row one of these pairs, as bits of what is
 // kept, in the order of the list; the first row counts most. At equal sums the lowest way is chosen.

@@ -119,7 +119,7 @@ void make_mask(const SemiStructuredMaskParams& p) {
 
 // The kept two of each four of 16 columns of a row to values; the result is their places, four bits a group.
 template <class T>
-uint32_t pack_groups(const SemiStructuredPackParams& p, int64_t row, int64_t column, const uint8_t (&places)[16]) {
+uint32_t pack_groups(const SemiStructuredPackParams& p, int64_t row, int64_t column) {
   const T* x = static_cast<const T*>(p.x) + row * p.row_stride + column * p.column_stride;
   const bool* mask = p.mask + row * p.mask_row_stride + column * p.mask_column_stride;
   T* values = static_cast<T*>(p.values) + (row * p.columns + column) / 2;
@@ -127,7 +127,7 @@ uint32_t pack_groups(const SemiStructuredPackParams& p, int64_t row, int64_t col
   for (int64_t group = 0; group < kWordColumns; group += 4) {
     uint32_t kept = 0;
     for (int64_t i = 0; i < 4; ++i) kept |= (mask[(group + i) * p.mask_column_stride] ? 1u : 0u) << i;
-    const uint32_t two = places[kept];
+    const uint32_t two = places_of(kept);
     for (int64_t i = 0; i < 2; ++i) {
       const int64_t place = two >> 2 * i & 3;
       values[group / 2 + i] = kept >> place & 1 ? x[(group + place) * p.column_stride] : T{};
@@ -139,8 +139,6 @@ uint32_t pack_groups(const SemiStructuredPackParams& p, int64_t row, int64_t col
 
 template <class T>
 void pack(const SemiStructuredPackParams& p) {
-  uint8_t places[16];
-  for (uint32_t kept = 0; kept < 16; ++kept) places[kept] = static_cast<uint8_t>(places_of(kept));
   const int64_t column_blocks = p.num_column_blocks(), task_blocks = 16;
   const int64_t parts = ceil_div(column_blocks, task_blocks);
   parallel_for(p.num_row_tiles() * parts, workers_for(8 * p.rows * p.columns), [&](int64_t task, int) {
@@ -152,7 +150,7 @@ void pack(const SemiStructuredPackParams& p) {
           const int64_t column = block * kColumnBlock + w * kWordColumns, row = tile * kRowTile + g;
           uint32_t word = 0x44444444u;
           if (column < p.columns) {
-            word = pack_groups<T>(p, row, column, places) | pack_groups<T>(p, row + 8, column, places) << 16;
+            word = pack_groups<T>(p, row, column) | pack_groups<T>(p, row + 8, column) << 16;
           }
           words[4 * g + w] = word;
         }

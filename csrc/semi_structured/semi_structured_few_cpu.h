@@ -44,8 +44,8 @@ FM_INLINE VecF pick(__m256 four, VecU place) { return (VecF)_mm256_permutevar_ps
 
 // Tokens [0, kTokens), of which num_tokens exist, times kHalves * 8 rows of W from `row` on; x [token][column].
 template <class T, int kTokens, int kHalves>
-__attribute__((noinline)) void multiply_few_rows(const SemiStructuredLinearParams& p, int64_t row, const float* const* x,
-                                                 int num_tokens) {
+__attribute__((noinline)) void multiply_few_rows(const SemiStructuredLinearParams& p, int64_t row,
+                                                 const float* const* x, int num_tokens) {
   const int64_t column_blocks = p.num_column_blocks(), value_stride = p.columns / 2;
   const uint32_t* tile = p.metadata + row / kRowTile * column_blocks * kTileWords;
   const int first_half = static_cast<int>(row % kRowTile / 8);

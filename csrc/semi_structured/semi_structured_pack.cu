@@ -105,8 +105,8 @@ struct PackArgs {
   bool is_aligned, mask_is_aligned;
 };
 
-// kTransposed: the columns of the packed matrix are not neighbours in x.
-template <class T, bool kTransposed>
+// Of a transpose nothing is aligned: the columns of the packed matrix are not neighbours in x.
+template <class T>
 __global__ void __launch_bounds__(kThreads) semi_structured_pack_kernel(PackArgs args) {
   const SemiStructuredPackParams& p = args.p;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -122,35 +122,37 @@ __global__ void __launch_bounds__(kThreads) semi_structured_pack_kernel(PackArgs
       const int64_t row = tile / column_blocks * kRowTile + lane / 4 + half * 8;
       const T* x = static_cast<const T*>(p.x) + row * p.row_stride + column * p.column_stride;
       const bool* mask = p.mask + row * p.mask_row_stride + column * p.mask_column_stride;
-      Vector<T, 8> values;  // 16-byte stores, two of them in float32
+      Vector<T, kWordColumns> of_row;
+      Vector<bool, kWordColumns> wanted;
+      if (args.is_aligned) {
+        of_row = load_vector<T, kWordColumns>(x);
+      } else {
 #pragma unroll
-      for (int group = 0; group < 4; ++group) {
-        Vector<T, 4> four;
-        Vector<bool, 4> wanted;
-        if constexpr (kTransposed) {
+        for (int i = 0; i < kWordColumns; ++i) of_row.lane[i] = x[i * p.column_stride];
+      }
+      if (args.mask_is_aligned) {
+        wanted = load_vector<bool, kWordColumns>(mask);
+      } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            four.lane[i] = x[(4 * group + i) * p.column_stride];
-            wanted.lane[i] = mask[(4 * group + i) * p.mask_column_stride];
-          }
-        } else {
-          four = load_four(x + 4 * group, args.is_aligned);
-          wanted = load_four(mask + 4 * group, args.mask_is_aligned);
-        }
+        for (int i = 0; i < kWordColumns; ++i) wanted.lane[i] = mask[i * p.mask_column_stride];
+      }
+      Vector<T, kWordColumns / 2> values;  // 16-byte stores, two of them in float32
+#pragma unroll
+      for (int group = 0; group < kWordColumns; group += 4) {
         uint32_t kept = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) kept |= (wanted.lane[i] ? 1u : 0u) << i;
+        for (int i = 0; i < 4; ++i) kept |= (wanted.lane[group + i] ? 1u : 0u) << i;
         const uint32_t two = places_of(kept);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint32_t place = two >> 2 * i & 3u;
-          const T value = place < 2 ? (place == 0 ? four.lane[0] : four.lane[1])
-                                    : (place == 2 ? four.lane[2] : four.lane[3]);
-          values.lane[2 * group + i] = kept >> place & 1u ? value : from_float<T>(0.0f);
+          const T value = place < 2 ? (place == 0 ? of_row.lane[group] : of_row.lane[group + 1])
+                                    : (place == 2 ? of_row.lane[group + 2] : of_row.lane[group + 3]);
+          values.lane[group / 2 + i] = kept >> place & 1u ? value : from_float<T>(0.0f);
         }
-        word |= two << (16 * half + 4 * group);
+        word |= two << (16 * half + group);
       }
-      store_vector<T, 8>(static_cast<T*>(p.values) + (row * p.columns + column) / 2, values);
+      store_vector<T, kWordColumns / 2>(static_cast<T*>(p.values) + (row * p.columns + column) / 2, values);
     }
   }
   p.metadata[index] = word;
@@ -174,14 +176,13 @@ void launch_semi_structured_mask(const SemiStructuredMaskParams& p, cudaStream_t
 }
 
 void launch_semi_structured_pack(const SemiStructuredPackParams& p, cudaStream_t stream) {
-  const PackArgs args{p, is_aligned_4(p.x, element_bytes(p.dtype), p.row_stride),
-                      is_aligned_4(p.mask, 1, p.mask_row_stride)};
+  const bool in_order = p.column_stride == 1 && p.mask_column_stride == 1;
+  const PackArgs args{p, in_order && is_aligned_16(p.x, element_bytes(p.dtype), p.columns, {p.row_stride}),
+                      in_order && is_aligned_16(p.mask, 1, p.columns, {p.mask_row_stride})};
   const int64_t num_words = p.num_row_tiles() * p.num_column_blocks() * kTileWords;
   dispatch_dtype(p.dtype, [&]<class T>() {
-    dispatch_bool(p.column_stride != 1, [&]<bool kTransposed>() {
-      launch("semi_structured_pack", semi_structured_pack_kernel<T, kTransposed>,
-             grid_of("semi_structured_pack", num_words, kThreads), kThreads, 0, stream, args);
-    });
+    launch("semi_structured_pack", semi_structured_pack_kernel<T>, grid_of("semi_structured_pack", num_words, kThreads),
+           kThreads, 0, stream, args);
   });
 }
 

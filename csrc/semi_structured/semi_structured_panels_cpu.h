@@ -23,9 +23,9 @@ namespace fmkernels {
 namespace {
 
 constexpr int kMaxVectors = 12;
-constexpr int64_t kChainBlocks = 4;   // column blocks of a chain of additions
-constexpr int64_t kPanelRows = 256;   // of a task
-constexpr int64_t kRowsAhead = 4;     // whose values are asked for before they are needed
+constexpr int64_t kChainBlocks = 4;  // column blocks of a chain of additions
+constexpr int64_t kPanelRows = 256;  // of a task
+constexpr int64_t kRowsAhead = 4;    // whose values are asked for before they are needed
 constexpr int kStepValues = kColumnBlock / 2;
 
 // Rows of a tile with so many vectors: enough sums under way to hide the latency of one.
@@ -112,8 +112,8 @@ void pack_tokens(const SemiStructuredLinearParams& p, int64_t first, int64_t num
 
 // y[token][row] = sums[row][token] + bias[row], for 8 rows, or 4.
 template <class T>
-FM_INLINE void store_transposed(const SemiStructuredLinearParams& p, const float* sums, int64_t sum_stride,
-                                int64_t row, int64_t token) {
+FM_INLINE void store_transposed(const SemiStructuredLinearParams& p, const float* sums, int64_t sum_stride, int64_t row,
+                                int64_t token) {
   VecF rows[kLanes], columns[kLanes];
   for (int i = 0; i < kLanes; ++i) rows[i] = load(sums + i * sum_stride);
   transpose_to(rows, reinterpret_cast<float*>(columns), kLanes);

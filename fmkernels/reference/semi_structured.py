@@ -24,7 +24,7 @@ def semi_structured_mask(x: Tensor, *, both_directions: bool = False) -> Tensor:
     rows, columns = x.shape
     magnitude = x.float().abs().nan_to_num(torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
     if not both_directions:
-        order = magnitude.view(rows, columns // 4, 4).argsort(-1, descending=True, stable=True)
+        order = magnitude.view(rows, columns // 4, 4).sort(dim=-1, descending=True, stable=True).indices
         return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :2], True).view(rows, columns)
     tiles = (magnitude * 0.125).view(rows // 4, 4, columns // 4, 4).transpose(1, 2)  # [.., .., row, column]
     sums, masks = [], []
@@ -45,6 +45,9 @@ def semi_structured_linear(x: Tensor, w: SemiStructured, bias: Tensor | None = N
         dense = values.new_zeros(w.shape).scatter(1, w.columns(), values)
         y = x @ dense.mT
     else:  # zeros that are not stored must not be multiplied with infinity
-        y = (x.unsqueeze(-2).expand(*x.shape[:-1], *w.shape).gather(-1, w.columns().expand(*x.shape[:-1], -1, -1)) * values)
+        y = (
+            x.unsqueeze(-2).expand(*x.shape[:-1], *w.shape).gather(-1, w.columns().expand(*x.shape[:-1], -1, -1))
+            * values
+        )
         y = y.sum(-1)
     return y if bias is None else y + bias

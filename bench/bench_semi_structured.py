@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`semi_structured_linear` beside torch's dense linear layer of the same matrix, zeros and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measure import Contender, num_sets
+
+from fmkernels import SemiStructured, semi_structured_linear, semi_structured_mask
+from fmkernels.nn import SemiStructuredLinear
+
+
+def pairs(rows: int, columns: int, count: int, dtype: torch.dtype, device: torch.device):
+    """(packed, dense) of `count` matrices; the dense one in float32 on the CPU, where torch is slow with halves."""
+    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    dense *= semi_structured_mask(dense)
+    wide = torch.float32 if device.type == "cpu" else dtype
+    rolled = [dense.roll(4 * i, 1) for i in range(count)]  # other values in other memory
+    return [(SemiStructured.from_dense(w), w.to(wide)) for w in rolled]
+
+
+def contenders(tokens, rows, columns, dtype, device, cache_bytes):
+    """Sets are rotated where the dense matrix is beyond the cache."""
+    if device.type == "cuda" and dtype == torch.float32:
+        pytest.skip("CUDA multiplies halves")
+    dense_bytes = rows * columns * 4
+    matrices = pairs(
+        rows, columns, num_sets(dense_bytes // 2, cache_bytes) if dense_bytes > cache_bytes else 1, dtype, device
+    )
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    ours = Contender("fmkernels", semi_structured_linear, [(x, packed) for packed, _ in matrices])
+    peers = [Contender("F.linear", lambda x, w: F.linear(x.to(w.dtype), w).to(x.dtype), [(x, w) for _, w in matrices])]
+    return ours, peers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [16, 32, 128, 512, 2048])
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 1024), (2048, 2048)])
+def test_many_tokens(compare, device, cache_bytes, rows, columns, tokens, dtype):
+    """bfloat16 beside float32's product, upcast and rounded: torch's products of halves are slower on this CPU."""
+    ours, peers = contenders(tokens, rows, columns, dtype, device, cache_bytes)
+    name = f"{tokens} x {rows} x {columns} {'fp32' if dtype == torch.float32 else 'bf16'}"
+    compare("2:4, many tokens", name, ours, peers, flops=tokens * rows * columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_few_tokens(compare, device, cache_bytes, tokens, dtype):
+    """Weights from memory."""
+    ours, peers = contenders(tokens, 4096, 4096, dtype, device, cache_bytes)
+    name = f"{tokens} x 4096 x 4096 {'fp32' if dtype == torch.float32 else 'bf16'}"
+    compare("2:4, few tokens", name, ours, peers, num_bytes=ours.inputs[0][1].nbytes)
+
+
+def test_training_step(compare, device):
+    """Forward and backward: mask, both packings, two sparse products and a dense one, beside three dense ones."""
+    tokens, size = 2048, 1024
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+    sparse = SemiStructuredLinear.from_linear(linear)
+    x = torch.randn(tokens, size, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(tokens, size, device=device, dtype=dtype)
+
+    def step(module, weight=None):
+        y = module(x) if weight is None else F.linear(x, weight)
+        return torch.autograd.grad(y, (x, linear.weight), grad)
+
+    def masked(x, grad):
+        weight = linear.weight * semi_structured_mask(linear.weight, both_directions=True)
+        y = F.linear(x, weight)
+        grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+        return grad_x, grad_weight
+
+    ours = Contender("fmkernels", lambda x, grad: step(sparse), [(x, grad)])
+    compare(
+        "2:4, training step",
+        f"{tokens} x {size} x {size}",
+        ours,
+        [Contender("F.linear, masked", masked, [(x, grad)])],
+        flops=2 * tokens * size * size * 2,
+    )
