@@ -31,12 +31,12 @@ def semi_structured_linear(x: Tensor, w: SemiStructured, bias: Tensor | None = N
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    CPU: float32, bfloat16, float16; CUDA (sm_80 and later): bfloat16, float16, on sparse tensor cores; rows of x that are
-    not on 16-byte boundaries are slow there. Accumulates in float32. Differentiable once in x, where w has its transpose
-    packed, and in bias; w is constant. Deterministic; a row of x has the same bits whatever the others are. What is not
-    stored is not multiplied: infinity and NaN in a column reach the rows of w that store an element of it, a stored zero
-    included. FLOPs are counted as they are done, half of those of a dense product. Under autocast x and the values of w
-    take the autocast dtype. After Mishra et al. 2021, Accelerating sparse deep neural networks.
+    CPU: float32, bfloat16, float16; CUDA (sm_80 and later): bfloat16, float16, on sparse tensor cores; rows of x that
+    are not on 16-byte boundaries are slow there. Accumulates in float32. Differentiable once in x, where w has its
+    transpose packed, and in bias; w is constant. Deterministic; a row of x has the same bits whatever the others are.
+    What is not stored is not multiplied: infinity and NaN in a column reach the rows of w that store an element of it,
+    a stored zero included. FLOPs are counted as they are done, half of those of a dense product. Under autocast x and
+    the values of w take the autocast dtype. After Mishra et al. 2021, Accelerating sparse deep neural networks.
     """
     op = "semi_structured_linear"
     if not isinstance(w, SemiStructured):

@@ -34,8 +34,9 @@ def semi_structured_mask(x: Tensor, *, both_directions: bool = False) -> Tensor:
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
-    CPU and CUDA (sm_80 and later), the same mask on both: sums are of float32, in one order. Deterministic. After Mishra
-    et al. 2021, Accelerating sparse deep neural networks, and Hubara et al. 2021, Accelerated sparse neural training.
+    CPU and CUDA (sm_80 and later), the same mask on both: sums are of float32, in one order. Deterministic. After
+    Mishra et al. 2021, Accelerating sparse deep neural networks, and Hubara et al. 2021, Accelerated sparse neural
+    training: a provable and efficient method to find N:M transposable masks.
     """
     check.flag("semi_structured_mask", "both_directions", both_directions)
     x = x.detach() if isinstance(x, Tensor) else x
@@ -127,7 +128,7 @@ class SemiStructured:
         """The transpose, which was packed beside the matrix."""
         if self.transposed is None:
             raise ValueError(
-                "SemiStructured.t: the transpose must have been packed: SemiStructured.from_dense(both_directions=True)."
+                "SemiStructured.t: the transpose must have been packed: from_dense(w, both_directions=True)."
             )
         return SemiStructured(*self.transposed, (self.values, self.metadata))
 

@@ -269,9 +269,17 @@ CLASS_ERRORS = [
         "values must be those of a multiple of 16 rows and of 16 columns, got 32 x 40.",
     ),
     ({"values": W[:, :24]}, ValueError, "values must be contiguous, got strides [48, 1]."),
-    ({"values": GOOD.values.clone().requires_grad_()}, ValueError, "values must not require a gradient, which no op gives."),
+    (
+        {"values": GOOD.values.clone().requires_grad_()},
+        ValueError,
+        "values must not require a gradient, which no op gives.",
+    ),
     ({"metadata": GOOD.metadata.long()}, ValueError, "metadata must be int32, got int64."),
-    ({"metadata": GOOD.metadata[:1]}, ValueError, "metadata must be [2, 1, 32] for a matrix of 32 x 48, got [1, 1, 32]."),
+    (
+        {"metadata": GOOD.metadata[:1]},
+        ValueError,
+        "metadata must be [2, 1, 32] for a matrix of 32 x 48, got [1, 1, 32].",
+    ),
     ({"metadata": GOOD.metadata.to("meta")}, ValueError, "metadata must be on the device of values, cpu, got meta."),
     (
         {"metadata": torch.zeros_like(GOOD.metadata)},
@@ -289,7 +297,7 @@ CLASS_ERRORS = [
         ValueError,
         "the values of transposed must have the dtype of values, float32, got float16.",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("op", "arguments", "error", "sentence"), [(op, *e) for op, es in ERRORS.items() for e in es])

@@ -25,45 +25,42 @@ namespace {
 constexpr int kMaxVectors = 12;
 constexpr int64_t kChainBlocks = 4;  // column blocks of a chain of additions
 constexpr int64_t kPanelRows = 256;  // of a task
-constexpr int64_t kRowsAhead = 4;    // whose values are asked for before they are needed
+constexpr int64_t kRowsAhead = 12;   // whose values are asked for before they are needed
 constexpr int kStepValues = kColumnBlock / 2;
 
 // Rows of a tile with so many vectors: enough sums under way to hide the latency of one.
-constexpr int tile_rows_of(int num_vectors) { return num_vectors > 6 ? 1 : num_vectors > 3 ? 2 : 4; }
+constexpr int tile_rows_of(int num_vectors) {
+  return num_vectors > 6 ? 1 : num_vectors > 3 ? 2 : num_vectors > 1 ? 4 : 8;
+}
 
-// Of a row of W in a column block: its kept values, and its places, 16 bits of each word.
-struct StepRow {
-  const float* values;
-  const uint32_t* words;
-  int shift;
-};
-
-// sums[row][token] = or += the products with x [columns of the block][tokens], which are added one by one.
+// sums[row][token] = from[row][token] + the products of rows of W with x [columns of the block][tokens], one after another.
+// Rows are neighbours in a half of a row tile: their values are value_stride apart, their places are bits of words four apart,
+// from `shift` on.
 template <int kVectors, int kRows>
-FM_INLINE void multiply_step(const StepRow (&rows)[kRows], const float* x, int num_words, bool is_first, float* sums) {
+FM_INLINE void multiply_step(const float* values, int64_t value_stride, const uint32_t* words, int shift,
+                             const float* x, int num_words, const float* from, float* sums) {
   constexpr int kTokens = kVectors * kLanes;
   VecF acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = is_first ? VecF{} : load(sums + r * kTokens + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(from + r * kTokens + v * kLanes);
   }
-  int value = 0;
   for (int w = 0; w < num_words; ++w) {
     uint32_t bits[kRows];
-    for (int r = 0; r < kRows; ++r) bits[r] = rows[r].words[w] >> rows[r].shift;
+    for (int r = 0; r < kRows; ++r) bits[r] = words[4 * r + w] >> shift;
     for (int group = 0; group < kWordColumns / 4; ++group) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const float* of_column = x + (bits[r] >> 2 * i & 3u) * kTokens;
-          const VecF weight = broadcast(rows[r].values[value + i]);
+          const VecF weight = broadcast(values[r * value_stride + i]);
 #pragma GCC unroll 12
           for (int v = 0; v < kVectors; ++v) acc[r][v] += weight * load(of_column + v * kLanes);
         }
         bits[r] >>= 4;
       }
       x += 4 * kTokens;
-      value += 2;
+      values += 2;
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -71,30 +68,40 @@ FM_INLINE void multiply_step(const StepRow (&rows)[kRows], const float* x, int n
   }
 }
 
-// A column block of num_rows rows of W from `first_row` on, times x, into sums [row][token].
+// A column block of num_rows rows of W from `first_row` on, whole row tiles, times x, into sums [row][token].
 template <class T, int kVectors>
 __attribute__((noinline)) void multiply_block(const SemiStructuredLinearParams& p, int64_t first_row, int64_t num_rows,
                                               int64_t block, const float* x, bool is_first, float* sums) {
-  constexpr int kRows = tile_rows_of(kVectors);
-  const int64_t column = block * kColumnBlock, column_blocks = p.num_column_blocks();
+  static constexpr float kZeros[kMaxVectors * kLanes] = {};
+  constexpr int kRows = tile_rows_of(kVectors), kTokens = kVectors * kLanes;
+  static_assert(kRows * kVectors <= kMaxVectors && 8 % kRows == 0, "zeros for all, and one half of a row tile");
+  const int64_t column = block * kColumnBlock, stride = p.columns / 2;
   const int num_words = static_cast<int>(min(kColumnBlock, p.columns - column) / kWordColumns);
-  for (int64_t r = 0; r < num_rows; r += kRows) {
-    StepRow rows[kRows];
-    float converted[kRows][kStepValues];
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t row = first_row + r + i, in_tile = row % kRowTile;
-      const T* values = static_cast<const T*>(p.values) + (row * p.columns + column) / 2;
-      rows[i].words = p.metadata + (row / kRowTile * column_blocks + block) * kTileWords + in_tile % 8 * 4;
-      rows[i].shift = in_tile < 8 ? 0 : 16;
-      for (int k = 0; k < kStepValues; k += 64 / sizeof(T)) __builtin_prefetch(values + kRowsAhead * p.columns / 2 + k);
+  const T* values = static_cast<const T*>(p.values) + first_row * stride + column / 2;
+  const uint32_t* words = p.metadata + (first_row / kRowTile * p.num_column_blocks() + block) * kTileWords;
+  for (int64_t tile = 0; tile < num_rows; tile += kRowTile, words += p.num_column_blocks() * kTileWords) {
+    for (int r = 0; r < kRowTile; r += kRows, values += kRows * stride, sums += kRows * kTokens) {
+      const float* of_rows;
+      int64_t of_rows_stride;
+      float converted[kRows][kStepValues];
       if constexpr (sizeof(T) == 4) {
-        rows[i].values = values;
+        of_rows = values;
+        of_rows_stride = stride;
       } else {
-        for (int k = 0; k < num_words * kWordColumns / 2; k += kLanes) store(converted[i] + k, load(values + k));
-        rows[i].values = converted[i];
+        for (int i = 0; i < kRows; ++i) {
+          const T* from = values + i * stride;
+          for (int k = 0; k < num_words * kWordColumns / 2; k += kLanes) store(converted[i] + k, load(from + k));
+        }
+        of_rows = converted[0];
+        of_rows_stride = kStepValues;
       }
+      for (int i = 0; i < kRows; ++i) {
+        const T* ahead = values + (kRowsAhead + i) * stride;
+        for (int k = 0; k < kStepValues; k += 64 / sizeof(T)) __builtin_prefetch(ahead + k);
+      }
+      multiply_step<kVectors, kRows>(of_rows, of_rows_stride, words + r % 8 * 4, r < 8 ? 0 : 16, x, num_words,
+                                     is_first ? kZeros : sums, sums);
     }
-    multiply_step<kVectors, kRows>(rows, x, num_words, is_first, sums + r * kVectors * kLanes);
   }
 }
 
@@ -135,6 +142,7 @@ void multiply_panels(const SemiStructuredLinearParams& p) {
   const int64_t row_parts = ceil_div(p.rows, task_rows);
   const int64_t packed_floats = num_vectors * kLanes * p.columns, sum_floats = task_rows * kMaxVectors * kLanes;
   const int64_t worker_bytes = 2 * Arena::array_bytes<float>(sum_floats);
+  prefer_huge_pages(p.y, p.tokens * p.rows * static_cast<int64_t>(sizeof(T)));
   const Workspace workspace(Arena::array_bytes<float>(packed_floats) + workers * worker_bytes);
   Arena arena(workspace.data());
   float* packed = arena.take<float>(packed_floats);
@@ -151,9 +159,9 @@ void multiply_panels(const SemiStructuredLinearParams& p) {
   parallel_for(num_panels * row_parts, workers, [&](int64_t task, int worker) {
     Arena of_worker(scratch + worker * worker_bytes);
     float *chain = of_worker.take<float>(sum_floats), *total = of_worker.take<float>(sum_floats);
-    const int64_t panel = task / row_parts, begin = first_vector(panel);
+    const int64_t panel = task % num_panels, begin = first_vector(panel);
     const int64_t width = first_vector(panel + 1) - begin, num_tokens = width * kLanes;
-    const int64_t first_row = task % row_parts * task_rows, num_rows = min(task_rows, p.rows - first_row);
+    const int64_t first_row = task / num_panels * task_rows, num_rows = min(task_rows, p.rows - first_row);
     const float* x = packed + begin * kLanes * p.columns;
     if (column_blocks == 0) memset(total, 0, static_cast<size_t>(num_rows * num_tokens) * sizeof(float));
     for (int64_t block = 0; block < column_blocks; ++block) {

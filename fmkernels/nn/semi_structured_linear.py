@@ -20,10 +20,10 @@ class SemiStructuredLinear(nn.Linear):
         y = semi_structured_linear(x, SemiStructured.from_dense(weight, both_directions=True), bias)
 
     The weight stays a dense parameter, and the state dict is that of the layer it replaces. Where gradients are wanted
-    each call masks the weight anew; the gradient of x goes through the packed transpose, that of the weight is dense, so
-    that what is masked may come back (straight-through). Without gradients the packed form is kept until the weight
-    changes: torch counts changes in place, but not those through `weight.data`. Under torch.compile it is packed in each
-    call, since the graph cannot ask what torch has counted.
+    each call masks the weight anew; the gradient of x goes through the packed transpose, that of the weight is dense,
+    so that what is masked may come back (straight-through). Without gradients the packed form is kept until the weight
+    changes: torch counts changes in place, but not those through `weight.data`. Under torch.compile it is packed in
+    each call, since the graph cannot ask what torch has counted.
 
     Args:
         in_features, out_features, bias, device, dtype: as of `torch.nn.Linear`; features are multiples of 16.
