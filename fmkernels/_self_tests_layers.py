@@ -140,16 +140,18 @@ def _half_kept(backend: Backend) -> tuple[Tensor, Tensor]:
 def _test_semi_structured_mask(backend: Backend) -> None:
     _, w = _half_kept(backend)
     for both in (False, True):
-        mask = semi_structured_mask(w, both_directions=both)
-        assert torch.equal(mask, reference.semi_structured_mask(w, both_directions=both))
+
+        def kept(w: Tensor, both: bool = both) -> Tensor:  # ones and zeros in the dtype that it is computed in
+            return reference.semi_structured_mask(w, both_directions=both).to(w.dtype)
+
+        assert_as_good_as_torch(semi_structured_mask(w, both_directions=both).to(w.dtype), kept, w)
 
 
 def _test_semi_structured_pack(backend: Backend) -> None:
     _, w = _half_kept(backend)
     mask = reference.semi_structured_mask(w, both_directions=True)
     packed = SemiStructured.from_dense(w, mask, both_directions=True)
-    assert torch.equal(packed.to_dense(), w * mask)
-    assert torch.equal(packed.t().to_dense(), (w * mask).mT)
+    assert_as_good_as_torch((packed.to_dense(), packed.t().to_dense()), lambda w: (w * mask, (w * mask).mT), w)
 
 
 def _test_semi_structured_linear(backend: Backend) -> None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,6 @@ from . import _check as check
 from ._library import call, ops, register_fake
 
 ROW_TILE, COLUMN_BLOCK, TILE_WORDS = 16, 64, 32  # of metadata
-_PLACES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)  # of a group, the first one in the low bits
 
 
 def semi_structured_mask(x: Tensor, *, both_directions: bool = False) -> Tensor:
@@ -43,7 +40,6 @@ def semi_structured_mask(x: Tensor, *, both_directions: bool = False) -> Tensor:
     return call(ops.semi_structured_mask, (x, both_directions), _check_mask_arguments)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class SemiStructured:
     """A matrix [rows, columns] of which each four neighbours in a row hold at most two elements that are not zero.
 
@@ -59,28 +55,30 @@ class SemiStructured:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
 
-    values: Tensor
-    metadata: Tensor
-    transposed: tuple[Tensor, Tensor] | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, values: Tensor, metadata: Tensor, transposed: tuple[Tensor, Tensor] | None = None) -> None:
         op = "SemiStructured"
-        _check_packed(op, ("values", self.values), ("metadata", self.metadata))
-        if self.transposed is None:
-            return
-        if not isinstance(self.transposed, tuple) or len(self.transposed) != 2:
-            raise TypeError(f"{op}: transposed must be None or (values, metadata), got {self.transposed!r}.")
-        names = ("the values of transposed", "the metadata of transposed")
-        _check_packed(op, *zip(names, self.transposed, strict=True))
-        values = self.transposed[0]
-        check.same_dtype(op, names[0], values, "values", self.values)
-        check.same_device(op, names[0], values, "values", self.values)
-        rows, columns = self.shape
-        if list(values.shape) != [columns, rows // 2]:
-            raise ValueError(
-                f"{op}: {names[0]} must be [{columns}, {rows // 2}] for a matrix of {rows} x {columns}, "
-                f"got {list(values.shape)}."
-            )
+        _check_packed(op, ("values", values), ("metadata", metadata))
+        if transposed is not None:
+            if not isinstance(transposed, tuple) or len(transposed) != 2:
+                raise TypeError(f"{op}: transposed must be None or (values, metadata), got {transposed!r}.")
+            names = ("the values of transposed", "the metadata of transposed")
+            _check_packed(op, *zip(names, transposed, strict=True))
+            check.same_dtype(op, names[0], transposed[0], "values", values)
+            check.same_device(op, names[0], transposed[0], "values", values)
+            rows, columns = values.shape[0], 2 * values.shape[1]
+            if list(transposed[0].shape) != [columns, rows // 2]:
+                raise ValueError(
+                    f"{op}: {names[0]} must be [{columns}, {rows // 2}] for a matrix of {rows} x {columns}, "
+                    f"got {list(transposed[0].shape)}."
+                )
+        self.values, self.metadata, self.transposed = values, metadata, transposed
+
+    @classmethod
+    def _of(cls, values: Tensor, metadata: Tensor, transposed: tuple[Tensor, Tensor] | None) -> SemiStructured:
+        """Of tensors that are right."""
+        matrix = cls.__new__(cls)
+        matrix.values, matrix.metadata, matrix.transposed = values, metadata, transposed
+        return matrix
 
     @classmethod
     def from_dense(cls, w: Tensor, mask: Tensor | None = None, *, both_directions: bool = False) -> SemiStructured:
@@ -104,7 +102,7 @@ class SemiStructured:
         else:
             _check_mask(op, mask, w, both_directions)
         packed = ops.semi_structured_pack(w, mask, False)
-        return cls(*packed, ops.semi_structured_pack(w, mask, True) if both_directions else None)
+        return cls._of(*packed, ops.semi_structured_pack(w, mask, True) if both_directions else None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,7 +128,7 @@ class SemiStructured:
             raise ValueError(
                 "SemiStructured.t: the transpose must have been packed: from_dense(w, both_directions=True)."
             )
-        return SemiStructured(*self.transposed, (self.values, self.metadata))
+        return SemiStructured._of(*self.transposed, (self.values, self.metadata))
 
     def columns(self) -> Tensor:
         """[rows, columns / 2] int64: the column of each element of values."""
@@ -146,7 +144,7 @@ class SemiStructured:
     def to(self, device: torch.device | str) -> SemiStructured:
         """The same matrix on a device."""
         transposed = None if self.transposed is None else tuple(t.to(device) for t in self.transposed)
-        return SemiStructured(self.values.to(device), self.metadata.to(device), transposed)
+        return SemiStructured._of(self.values.to(device), self.metadata.to(device), transposed)
 
     def __repr__(self) -> str:
         rows, columns = self.shape
@@ -201,8 +199,10 @@ def _check_packed(op: str, named_values: tuple[str, Tensor], named_metadata: tup
         if not t.is_contiguous():
             raise ValueError(f"{op}: {tensor_name} must be contiguous, got strides {list(t.stride())}.")
     if metadata.numel() and check.sees_values(metadata):
-        groups = (metadata.view(torch.uint8)[..., None] >> torch.tensor([0, 4], device=metadata.device)) & 15
-        if not torch.isin(groups, torch.tensor(_PLACES, device=groups.device)).all():
+        # 4 + second - first of each group, at most 7, in its four bits; above 4 the next sum has the highest one.
+        words = metadata.long() & 0xFFFFFFFF
+        difference = (words >> 2 & 0x33333333 | 0x44444444) - (words & 0x33333333)
+        if (difference + 0x33333333 & 0x88888888 != 0x88888888).any():
             raise ValueError(
                 f"{op}: {metadata_name} must name two places of each four, the smaller one first, got others."
             )

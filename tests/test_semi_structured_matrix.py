@@ -212,6 +212,19 @@ def test_a_mask_that_keeps_too_much_has_its_first_two_on_a_device(backend):
 # ---- the class -------------------------------------------------------------------------------------------------------
 
 
+def test_every_pair_of_places_is_told_from_every_other():
+    """Of the 16 values of four bits the six that name two places in their order."""
+    for bits, group in itertools.product(range(16), range(8)):
+        metadata = GOOD.metadata.clone()
+        words = metadata.numpy().view(np.uint32)
+        words[1, 0, 7] = int(words[1, 0, 7]) & ~(15 << 4 * group) | bits << 4 * group
+        if bits & 3 < bits >> 2:
+            SemiStructured(GOOD.values, metadata)
+        else:
+            with pytest.raises(ValueError, match="metadata must name two places"):
+                SemiStructured(GOOD.values, metadata)
+
+
 def test_what_it_says_of_itself():
     packed = SemiStructured.from_dense(normal(32, 64, dtype=torch.float16))
     assert repr(packed) == "SemiStructured(32 x 64, float16, 2304 bytes, cpu)"
