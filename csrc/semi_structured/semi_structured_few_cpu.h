@@ -67,7 +67,7 @@ __attribute__((noinline)) void multiply_few_rows(const SemiStructuredLinearParam
           VecF rows[2][kLanes];
           for (int i = 0; i < kLanes; ++i) {
             const T* from = values + (h * 8 + i) * value_stride + first_column / 2;
-            __builtin_prefetch(from + kAhead);
+            __builtin_prefetch(from + kAhead, 0, 2);  // to the second level: rows share few sets of the first
             for (int w = 0; w < count; ++w) rows[w][i] = load(from + w * kLanes);
           }
           for (int w = 0; w < count; ++w) transpose_to(rows[w], reinterpret_cast<float*>(columns[h][w]), kLanes);
