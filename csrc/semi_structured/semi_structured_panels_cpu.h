@@ -26,25 +26,27 @@ constexpr int kMaxVectors = 12;
 constexpr int64_t kChainBlocks = 4;  // column blocks of a chain of additions
 constexpr int64_t kPanelRows = 256;  // of a task
 constexpr int64_t kRowsAhead = 12;   // whose values are asked for before they are needed
-constexpr int kStepValues = kColumnBlock / 2;
+
+// Column blocks of a step, whose x [columns][tokens] is at most 24 KiB; a divisor of those of a chain.
+constexpr int step_blocks_of(int num_vectors) { return num_vectors > 6 ? 1 : num_vectors > 3 ? 2 : 4; }
 
 // Rows of a tile with so many vectors: enough sums under way to hide the latency of one.
 constexpr int tile_rows_of(int num_vectors) {
   return num_vectors > 6 ? 1 : num_vectors > 3 ? 2 : num_vectors > 1 ? 4 : 8;
 }
 
-// sums[row][token] = from[row][token] + the products of rows of W with x [columns of the block][tokens], one after another.
+// sums[row][token] = from[row][token] + the products of rows of W with x [columns of a step][tokens], one after another.
 // Rows are neighbours in a half of a row tile: their values are value_stride apart, their places are bits of words four apart,
-// from `shift` on.
+// from `shift` on; those of a column block, of which there may be several, are kTileWords apart.
 template <int kVectors, int kRows>
 FM_INLINE void multiply_step(const float* values, int64_t value_stride, const uint32_t* words, int shift,
                              const float* x, int num_words, const float* from, float* sums) {
-  constexpr int kTokens = kVectors * kLanes;
+  constexpr int kTokens = kVectors * kLanes, kBlockWords = kColumnBlock / kWordColumns;
   VecF acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = load(from + r * kTokens + v * kLanes);
   }
-  for (int w = 0; w < num_words; ++w) {
+  auto multiply_word = [&](int w) __attribute__((always_inline)) {
     uint32_t bits[kRows];
     for (int r = 0; r < kRows; ++r) bits[r] = words[4 * r + w] >> shift;
     for (int group = 0; group < kWordColumns / 4; ++group) {
@@ -62,42 +64,51 @@ FM_INLINE void multiply_step(const float* values, int64_t value_stride, const ui
       x += 4 * kTokens;
       values += 2;
     }
+  };
+  if constexpr (step_blocks_of(kVectors) == 1) {
+    for (int w = 0; w < num_words; ++w) multiply_word(w);
+  } else {
+    for (; num_words > 0; num_words -= kBlockWords, words += kTileWords) {
+      for (int w = 0; w < min(num_words, kBlockWords); ++w) multiply_word(w);
+    }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) store(sums + r * kTokens + v * kLanes, acc[r][v]);
   }
 }
 
-// A column block of num_rows rows of W from `first_row` on, whole row tiles, times x, into sums [row][token].
+// A step from column block `block` on, of num_rows rows of W from `first_row` on, whole row tiles: times x, into sums
+// [row][token].
 template <class T, int kVectors>
-__attribute__((noinline)) void multiply_block(const SemiStructuredLinearParams& p, int64_t first_row, int64_t num_rows,
-                                              int64_t block, const float* x, bool is_first, float* sums) {
+__attribute__((noinline)) void multiply_rows(const SemiStructuredLinearParams& p, int64_t first_row, int64_t num_rows,
+                                             int64_t block, const float* x, bool is_first, float* sums) {
   static constexpr float kZeros[kMaxVectors * kLanes] = {};
   constexpr int kRows = tile_rows_of(kVectors), kTokens = kVectors * kLanes;
+  constexpr int kStepColumns = step_blocks_of(kVectors) * kColumnBlock;
   static_assert(kRows * kVectors <= kMaxVectors && 8 % kRows == 0, "zeros for all, and one half of a row tile");
   const int64_t column = block * kColumnBlock, stride = p.columns / 2;
-  const int num_words = static_cast<int>(min(kColumnBlock, p.columns - column) / kWordColumns);
+  const int num_words = static_cast<int>(min(kStepColumns, p.columns - column) / kWordColumns);
+  const int num_values = num_words * kWordColumns / 2;
   const T* values = static_cast<const T*>(p.values) + first_row * stride + column / 2;
   const uint32_t* words = p.metadata + (first_row / kRowTile * p.num_column_blocks() + block) * kTileWords;
   for (int64_t tile = 0; tile < num_rows; tile += kRowTile, words += p.num_column_blocks() * kTileWords) {
     for (int r = 0; r < kRowTile; r += kRows, values += kRows * stride, sums += kRows * kTokens) {
       const float* of_rows;
       int64_t of_rows_stride;
-      float converted[kRows][kStepValues];
+      float converted[kRows][kStepColumns / 2];
       if constexpr (sizeof(T) == 4) {
         of_rows = values;
         of_rows_stride = stride;
       } else {
         for (int i = 0; i < kRows; ++i) {
-          const T* from = values + i * stride;
-          for (int k = 0; k < num_words * kWordColumns / 2; k += kLanes) store(converted[i] + k, load(from + k));
+          for (int k = 0; k < num_values; k += kLanes) store(converted[i] + k, load(values + i * stride + k));
         }
         of_rows = converted[0];
-        of_rows_stride = kStepValues;
+        of_rows_stride = kStepColumns / 2;
       }
       for (int i = 0; i < kRows; ++i) {
         const T* ahead = values + (kRowsAhead + i) * stride;
-        for (int k = 0; k < kStepValues; k += 64 / sizeof(T)) __builtin_prefetch(ahead + k);
+        for (int k = 0; k < kStepColumns / 2; k += 64 / sizeof(T)) __builtin_prefetch(ahead + k);
       }
       multiply_step<kVectors, kRows>(of_rows, of_rows_stride, words + r % 8 * 4, r < 8 ? 0 : 16, x, num_words,
                                      is_first ? kZeros : sums, sums);
@@ -164,14 +175,15 @@ void multiply_panels(const SemiStructuredLinearParams& p) {
     const int64_t first_row = task / num_panels * task_rows, num_rows = min(task_rows, p.rows - first_row);
     const float* x = packed + begin * kLanes * p.columns;
     if (column_blocks == 0) memset(total, 0, static_cast<size_t>(num_rows * num_tokens) * sizeof(float));
-    for (int64_t block = 0; block < column_blocks; ++block) {
-      // The first chain is the total itself.
-      float* sums = block < kChainBlocks ? total : chain;
+    const int step_blocks = step_blocks_of(static_cast<int>(width));
+    for (int64_t block = 0; block < column_blocks; block += step_blocks) {
+      float* sums = block < kChainBlocks ? total : chain;  // the first chain is the total itself
       dispatch_checked_int<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>(static_cast<int>(width), [&]<int kVectors>() {
-        multiply_block<T, kVectors>(p, first_row, num_rows, block, x + block * kColumnBlock * num_tokens,
-                                    block % kChainBlocks == 0, sums);
+        multiply_rows<T, kVectors>(p, first_row, num_rows, block, x + block * kColumnBlock * num_tokens,
+                                   block % kChainBlocks == 0, sums);
       });
-      if (block < kChainBlocks || (block % kChainBlocks != kChainBlocks - 1 && block + 1 < column_blocks)) continue;
+      const int64_t next = block + step_blocks;
+      if (block < kChainBlocks || (next % kChainBlocks != 0 && next < column_blocks)) continue;
       for (int64_t i = 0; i < num_rows * num_tokens; i += kLanes) store(total + i, load(total + i) + load(chain + i));
     }
     for (int64_t token = 0; token < num_tokens; token += kLanes) {
