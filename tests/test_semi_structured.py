@@ -183,11 +183,11 @@ def test_what_is_not_finite_reaches_what_depends_on_it_alone(value, tokens, back
 
 @EVERY_CASE
 def test_what_is_not_finite_in_w_is_as_the_reference_says(backend, dtype):
-    dense = normal(ROWS, COLUMNS, dtype=dtype, seed=1)
-    dense[3, 5], dense[17, 200], dense[40, 0] = math.inf, -math.inf, math.nan
+    dense = normal(ROWS, 48, dtype=dtype, seed=1)
+    dense[3, 5], dense[17, 40], dense[40, 0] = math.inf, -math.inf, math.nan
     w = SemiStructured.from_dense(dense).to(backend.device)
     for tokens in (2, 70):
-        x = normal(tokens, COLUMNS, dtype=dtype).to(backend.device)
+        x = normal(tokens, 48, dtype=dtype).to(backend.device)
         assert_as_good_as_torch(backend.run(semi_structured_linear, x, w), reference.semi_structured_linear, x, w)
 
 
