@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// semi_structured.cu: y = x W^T + bias with a 2:4 matrix W, as the transpose of W x^T: the sparse operand of mma.sp stands on
-// the left.
+// semi_structured.cu: y = x W^T + bias with a 2:4 matrix W, as the transpose of W x^T: the sparse operand of mma.sp
+// stands on the left.
 //
-// Contract   see semi_structured.h. Half elements; rows of x on 16-byte boundaries, or the small tile in a kernel that copies
-//            element by element, which is slow.
+// Contract   see semi_structured.h. Half elements; rows of x on 16-byte boundaries, or the small tile in a kernel that
+//            copies element by element, which is slow.
 // Work       grid: tiles of rows of W, of each the tiles of tokens. 128 x 128 tiles, or, for up to 64 tokens, 32 x 32.
-// Shared     struct Stage: values, tokens and metadata of 64 columns of W.           128 x 128: 75 KiB, 32 x 32: 24.8 KiB
-// Pipeline   kStages - 1 stages are under way while one is multiplied; the fragments of 32 columns come while those of the
-//            32 before them are multiplied. One barrier a stage: the next one has landed for all, and all have read this one.
-//            Metadata of 16 rows and 64 columns are one register of each lane: both products of a stage take it, with
-//            selector 0 and 1.
-// Result     Sums are rounded where they are, transposed in registers 8 x 8 at a time, and go through shared memory, so that
-//            a thread stores 16 bytes of a token.
-// Edges      What lies past the last row, column or token is zero in shared memory and not read; tokens past it not stored.
+// Shared     struct Stage: values, tokens and metadata of 64 columns of W.           128 x 128: 75 KiB, 32 x 32: 25 KiB
+// Pipeline   kStages - 1 stages are under way while one is multiplied; the fragments of 32 columns come while those of
+//            the 32 before them are multiplied. One barrier a stage: the next one has landed for all, and all have read
+//            this one. Metadata of 16 rows and 64 columns are one register of each lane: both products of a stage take
+//            it, with selector 0 and 1.
+// Result     Sums are rounded where they are, transposed in registers 8 x 8 at a time, and go through shared memory, so
+//            that a thread stores 16 bytes of a token.
+// Edges      What lies past the last row, column or token is zero in shared memory and not read; tokens past it not
+//            stored.
 // Numerics   float32 accumulation in the order of columns, one rounding. The same for both tiles. Deterministic.
 // Cost       tokens * rows * columns flops: half of those of a dense product, at twice its rate.
 
@@ -54,8 +55,8 @@ union Smem {
   typename T::Element y[T::kTokens][T::kRows];  // [token, row], chunks swizzled
 };
 
-// Chunk numbers, from the first of an array, of a line's chunk. Eight lines at one chunk fall into different banks, and so
-// do a line's chunks.
+// Chunk numbers, from the first of an array, of a line's chunk. Eight lines at one chunk fall into different banks, and
+// so do a line's chunks.
 __device__ __forceinline__ int value_chunk(int row, int chunk) { return row * kValueChunks + (chunk ^ row / 2 % 4); }
 __device__ __forceinline__ int x_chunk(int token, int chunk) { return token * kStepChunks + (chunk ^ token % 8); }
 template <class T>
@@ -177,8 +178,8 @@ __device__ __forceinline__ void multiply(Sums<T>& sums, Stage<T>* stages, const 
   constexpr uint32_t kOffsetX = sizeof(Stage<T>::values), kOffsetMetadata = kOffsetX + sizeof(Stage<T>::x);
   Copies<T, kIsAligned> copies(args, first_row, first_token);
   const int lane = threadIdx.x % kWarp;
-  // ldmatrix.x4: of values the matrices stand column by column in [16 rows, 16 kept elements]; of x one after another along
-  // 32 columns of 8 tokens.
+  // ldmatrix.x4: of values the matrices stand column by column in [16 rows, 16 kept elements]; of x one after another
+  // along 32 columns of 8 tokens.
   const uint32_t of_values = value_chunk(warp_row + lane % 16, lane / 16) * 16;
   const uint32_t of_x = kOffsetX + x_chunk(warp_token + lane % 8, lane / 8) * 16;
   const uint32_t of_metadata = kOffsetMetadata + (warp_row / kRowTile * kTileWords + lane) * 4;

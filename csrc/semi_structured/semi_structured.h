@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // semi_structured.h: matrices of which at most two of each four neighbours in a row are not zero (2:4 sparsity).
 //
-//   mask    of each four along a row the two largest magnitudes; or, of each tile of 4 x 4, two in every row and in every
-//           column, the largest sum of all 90 ways to do that, so that the transpose is 2:4 too
-//   pack    W [rows, columns] -> values [rows, columns / 2], the kept elements of each row in their order, and metadata, which
-//           tell where in its four each of them stands
+//   mask    of each four along a row the two largest magnitudes; or, of each tile of 4 x 4, two in every row and in
+//           every column, the largest sum of all 90 ways to do that, so that the transpose is 2:4 too
+//   pack    W [rows, columns] -> values [rows, columns / 2], the kept elements of each row in their order, and
+//           metadata, which tell where in its four each of them stands
 //   linear  y[t, r] = sum_j values[r, j] x[t, column(r, j)] + bias[r]
 //
-// Metadata   words of 32 bits [row tiles of 16, column blocks of 64, 32], as the PTX ISA has the lanes of a warp hold them for
-//            mma.sp.m16n8k32 of 16-bit elements: word 4 g + w belongs to rows g (low half) and g + 8 (high half) and columns
-//            16 w .. 16 w + 15 of the block, four bits for each four of them, from the lowest: the place of the first kept
-//            element, and of the second, which is the larger one. Words 4 g and 4 g + 1 are those of sparsity selector 0, the
-//            block's first 32 columns; the others of selector 1. Columns past the edge have the places 0 and 1.
+// Metadata   words of 32 bits [row tiles of 16, column blocks of 64, 32], as the PTX ISA has the lanes of a warp hold
+//            them for mma.sp.m16n8k32 of 16-bit elements: word 4 g + w belongs to rows g (low half) and g + 8 (high
+//            half) and columns 16 w .. 16 w + 15 of the block, four bits for each four of them, from the lowest: the
+//            place of the first kept element, and of the second, which is the larger one. Words 4 g and 4 g + 1 are
+//            those of sparsity selector 0, the block's first 32 columns; the others of selector 1. Columns past the
+//            edge have the places 0 and 1.
 // Order      an element of y is a sum in the order of columns, cut into chains of 256 columns on the CPU.
 #pragma once
 
@@ -64,8 +65,8 @@ struct SemiStructuredLinearParams {
   constexpr int64_t num_column_blocks() const { return (columns + kColumnBlock - 1) / kColumnBlock; }
 };
 
-// The two kept places of a group of four, in the low and the high two bits, from four bits of what is kept. Where fewer are
-// kept, the lowest free places stand for them; where more, the first two count. A table of 16 times four bits.
+// The two kept places of a group of four, in the low and the high two bits, from four bits of what is kept. Where fewer
+// are kept, the lowest free places stand for them; where more, the first two count. A table of 16 times four bits.
 constexpr uint64_t make_places() {
   uint64_t table = 0;
   for (int kept = 0; kept < 16; ++kept) {
@@ -85,8 +86,8 @@ constexpr uint64_t make_places() {
 constexpr uint64_t kPlaces = make_places();
 FM_HOST_DEVICE uint32_t places_of(uint32_t kept) { return static_cast<uint32_t>(kPlaces >> 4 * kept) & 15u; }
 
-// The ways to keep two of four in each row and in each column of a tile: in each row one of these pairs, as bits of what is
-// kept, in the order of the list; the first row counts most. At equal sums the lowest way is chosen.
+// The ways to keep two of four in each row and in each column of a tile: in each row one of these pairs, as bits of
+// what is kept, in the order of the list; the first row counts most. At equal sums the lowest way is chosen.
 struct TileWays {
   static constexpr int kCount = 90;
   static constexpr uint8_t kPairs[6] = {0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100};

@@ -2,8 +2,8 @@
 // semi_structured_cpu.cpp: mask and pack on the CPU, and the choice between the two products of semi_structured_linear.
 //
 // Contract   see semi_structured.h.
-// mask       kLanes groups of four, or tiles of 4 x 4, at a time, one a lane. Of a tile, sums of the pairs of each row and of
-//            those of two rows are shared by the 90 ways, each of which is one addition and one comparison.
+// mask       kLanes groups of four, or tiles of 4 x 4, at a time, one a lane. Of a tile, sums of the pairs of each row
+//            and of those of two rows are shared by the 90 ways, each of which is one addition and one comparison.
 // pack       One row tile after another, one word of metadata (two rows of 16 columns) at a time.
 // linear     Few tokens: semi_structured_few_cpu.h, else semi_structured_panels_cpu.h. Both add in the same order.
 // Numerics   Magnitudes in float32, an eighth of them, so that their sum is finite. Deterministic.
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 1 << 16;
 
-// ---- mask ------------------------------------------------------------------------------------------------------------
+// ---- mask -----------------------------------------------------------------------------------------------------------
 
 // Bits of |x|, which are ordered as its values are; infinity and NaN are the largest finite number.
 FM_INLINE uint32_t magnitude_bits(float x) {
@@ -115,7 +115,7 @@ void make_mask(const SemiStructuredMaskParams& p) {
   });
 }
 
-// ---- pack ------------------------------------------------------------------------------------------------------------
+// ---- pack -----------------------------------------------------------------------------------------------------------
 
 // The kept two of each four of 16 columns of a row to values; the result is their places, four bits a group.
 template <class T>

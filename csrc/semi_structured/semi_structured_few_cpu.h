@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// semi_structured_linear on the CPU for a few tokens, where the time is that of reading the weights: half of a dense matrix.
+// semi_structured_linear on the CPU for a few tokens, where the time is that of reading the weights: half of a dense
+// matrix.
 //
-// Tile       8 rows of W, one a lane, for 4 or 8 tokens; 16 rows for 1 or 2. Values are transposed in registers, 32 columns
-//            at a time. Of x the four columns of a group stand in both halves of a register, from which a permutation takes
-//            the one that each lane's metadata name: a shift of a word makes it.
+// Tile       8 rows of W, one a lane, for 4 or 8 tokens; 16 rows for 1 or 2. Values are transposed in registers, 32
+//            columns at a time. Of x the four columns of a group stand in both halves of a register, from which a
+//            permutation takes the one that each lane's metadata name: a shift of a word makes it.
 // Numerics   float32; the order of semi_structured.h: a token has the same bits as among many.
 // Cost       columns / 2 elements and columns / 8 bytes of memory a row.
 #pragma once

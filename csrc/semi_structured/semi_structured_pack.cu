@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // semi_structured_pack.cu: the mask of a 2:4 matrix, and the packed form.
 //
-// Contract   see semi_structured.h. Any strides of rows; four elements are read at a time where all of them are aligned.
-// Work       mask: a thread owns four neighbours of a row, or a tile of 4 x 4. pack: a warp owns a row tile in a column block,
-//            a lane one word of metadata: 16 columns of rows g and g + 8.
+// Contract   see semi_structured.h. Any strides of rows; four elements are read at a time where all of them are
+//            aligned.
+// Work       mask: a thread owns four neighbours of a row, or a tile of 4 x 4. pack: a warp owns a row tile in a column
+//            block, a lane one word of metadata: 16 columns of rows g and g + 8.
 // Shared     none.
-// Numerics   Magnitudes in float32, an eighth of them, so that their sums are finite; the same sums as on the CPU, in the same
-//            order, so the same masks. Deterministic.
-// Cost       bound by memory: x once, a byte an element of mask, half of x and an eighth of a byte an element of the result.
+// Numerics   Magnitudes in float32, an eighth of them, so that their sums are finite; the same sums as on the CPU, in
+//            the same order, so the same masks. Deterministic.
+// Cost       bound by memory: x once, a byte an element of mask, half of x and an eighth of a byte an element of the
+//            result.
 
 #include "../common/dispatch.h"
 #include "../common/launch.h"

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // semi_structured_linear on the CPU for many tokens: a kept weight times a row of tokens.
 //
-// Operands   x is packed once, transposed, in panels of up to 12 vectors of tokens: [panel][column][token]. A kept weight
-//            picks the row of its column, whichever that is, at the price of an address.
+// Operands   x is packed once, transposed, in panels of up to 12 vectors of tokens: [panel][column][token]. A kept
+//            weight picks the row of its column, whichever that is, at the price of an address.
 // Tile       A row of W x 12 vectors (fewer vectors: two or four rows): the sums stay in registers, and 12 loads and a
 //            broadcast feed 12 multiplications, where a dense product has twice as many of those.
-// Schedule   64 columns of a panel, 24 KiB, stay in the first-level cache while a block of rows goes over them; the sums of
-//            the block wait in the second-level cache. After 256 columns they are added to the total.
+// Schedule   64 columns of a panel, 24 KiB, stay in the first-level cache while a block of rows goes over them; the
+//            sums of the block wait in the second-level cache. After 256 columns they are added to the total.
+//            Narrow panels take 128 or 256 columns a step, and so read W in longer pieces.
 // Numerics   float32; the order of semi_structured.h, the same as that of semi_structured_few_cpu.h.
 // Cost       tokens * rows * columns flops, half of those of a dense product.
 #pragma once
@@ -35,9 +36,9 @@ constexpr int tile_rows_of(int num_vectors) {
   return num_vectors > 6 ? 1 : num_vectors > 3 ? 2 : num_vectors > 1 ? 4 : 8;
 }
 
-// sums[row][token] = from[row][token] + the products of rows of W with x [columns of a step][tokens], one after another.
-// Rows are neighbours in a half of a row tile: their values are value_stride apart, their places are bits of words four apart,
-// from `shift` on; those of a column block, of which there may be several, are kTileWords apart.
+// sums[row][token] = from[row][token] + the products of rows of W with x [columns of a step][tokens], one after
+// another. Rows are neighbours in a half of a row tile: their values are value_stride apart, their places are bits of
+// words four apart, from `shift` on; those of a column block, of which there may be several, are kTileWords apart.
 template <int kVectors, int kRows>
 FM_INLINE void multiply_step(const float* values, int64_t value_stride, const uint32_t* words, int shift,
                              const float* x, int num_words, const float* from, float* sums) {
