@@ -46,6 +46,8 @@ GOALS = {
     "rope neox bf16": Goal(mean=1.3, each=1.3),
     "rope interleaved fp32": Goal(mean=1.0, each=1.0),
     "rope interleaved bf16": Goal(mean=1.3, each=1.3),
+    "2:4, many tokens, fp32": Goal(mean=1.5, each=1.5),
+    "2:4, few tokens, fp32": Goal(mean=1.5, each=1.5),
     "swiglu fp32": Goal(mean=2.5, each=2.5),
     "swiglu bf16": Goal(mean=2.5, each=2.5),
 }

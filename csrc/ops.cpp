@@ -63,6 +63,11 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "block_sparse_sdd(Tensor a, Tensor b, Tensor row_indices, Tensor column_indices, Tensor? scale, Tensor? bias, "
       "int block_rows, int block_columns, int activation) -> Tensor");
 
+  // semi_structured: x, mask [rows, columns]; values [rows, columns / 2], metadata [rows / 16, ceil(columns / 64), 32] int32
+  m.def("semi_structured_mask(Tensor x, bool both_directions) -> Tensor");
+  m.def("semi_structured_pack(Tensor x, Tensor mask, bool transposed) -> (Tensor values, Tensor metadata)");
+  m.def("semi_structured_linear(Tensor x, Tensor values, Tensor metadata, Tensor? bias) -> Tensor");
+
   // lora: x [tokens, in], a [adapters, rank, in], h [tokens, rank], b [adapters, out, rank], idx [tokens], scale [adapters]
   m.def("lora_shrink(Tensor x, Tensor a, Tensor idx) -> Tensor");
   m.def("lora_expand(Tensor base, Tensor b, Tensor h, Tensor idx, Tensor? scale) -> Tensor");

@@ -21,6 +21,8 @@ from .quantized_weight import QuantizedWeight, quantize_weight
 from .rope import rope
 from .rope_cache import rope_cache
 from .sampling import sample
+from .semi_structured import semi_structured_linear
+from .semi_structured_matrix import SemiStructured, semi_structured_mask
 from .speculative import verify_chain, verify_tree
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "OutOfPages",
     "PagePool",
     "QuantizedWeight",
+    "SemiStructured",
     "__version__",
     "attention",
     "attention_varlen",
@@ -59,6 +62,8 @@ __all__ = [
     "rope_cache",
     "sample",
     "sdd",
+    "semi_structured_linear",
+    "semi_structured_mask",
     "swiglu",
     "topology_moe",
     "verify_chain",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-tests of norms, gates, rotations, quantised weights and adapters, for `doctor`: a small case of each."""
+"""Self-tests of norms, gates, rotations, packed weights and adapters, for `doctor`: a small case of each."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from .quantized_linear import dequantize_weight, quantized_linear
 from .quantized_weight import quantize_weight
 from .rope import rope
 from .rope_cache import rope_cache
+from .semi_structured import semi_structured_linear
+from .semi_structured_matrix import SemiStructured, semi_structured_mask
 from .testing import Backend, assert_as_good_as_torch
 
 
@@ -128,6 +130,36 @@ def _test_block_sparse_sdd(backend: Backend) -> None:
     assert_as_good_as_torch(sdd(a, b, s.topology).to_dense(), reference.sdd, a, b, s.topology)
 
 
+def _half_kept(backend: Backend) -> tuple[Tensor, Tensor]:
+    """x and a matrix; halves where float32 has no kernel."""
+    dtype = torch.float32 if backend.name == "cpu" else torch.bfloat16
+    x, w = (t.to(dtype) for t in _random(backend, (5, 80), (32, 80)))
+    return x, w
+
+
+def _test_semi_structured_mask(backend: Backend) -> None:
+    _, w = _half_kept(backend)
+    for both in (False, True):
+
+        def kept(w: Tensor, both: bool = both) -> Tensor:  # ones and zeros in the dtype that it is computed in
+            return reference.semi_structured_mask(w, both_directions=both).to(w.dtype)
+
+        assert_as_good_as_torch(semi_structured_mask(w, both_directions=both).to(w.dtype), kept, w)
+
+
+def _test_semi_structured_pack(backend: Backend) -> None:
+    _, w = _half_kept(backend)
+    mask = reference.semi_structured_mask(w, both_directions=True)
+    packed = SemiStructured.from_dense(w, mask, both_directions=True)
+    assert_as_good_as_torch((packed.to_dense(), packed.t().to_dense()), lambda w: (w * mask, (w * mask).mT), w)
+
+
+def _test_semi_structured_linear(backend: Backend) -> None:
+    x, w = _half_kept(backend)
+    packed = SemiStructured.from_dense(w, reference.semi_structured_mask(w))
+    assert_as_good_as_torch(semi_structured_linear(x, packed), reference.semi_structured_linear, x, packed)
+
+
 SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "norm_forward": _test_norm,
     "norm_forward_out": _test_norm_out,
@@ -141,6 +173,9 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "quantized_linear_dequantize": _test_dequantize,
     "block_sparse_dsd": _test_block_sparse_dsd,
     "block_sparse_sdd": _test_block_sparse_sdd,
+    "semi_structured_mask": _test_semi_structured_mask,
+    "semi_structured_pack": _test_semi_structured_pack,
+    "semi_structured_linear": _test_semi_structured_linear,
     "lora_shrink": _test_lora_shrink,
     "lora_expand": _test_lora_expand,
 }

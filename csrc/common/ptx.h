@@ -144,6 +144,38 @@ __device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
 }
 
+// mma.sp.m16n8k32: c += a b with float32 accumulators, where of each four neighbours in a row of A two are kept: a is the
+// A fragment of m16n8k16 of the kept ones. B [32 x 8]: b[i] rows 2t + 8i, 2t + 8i + 1 of column g. Metadata tell the
+// places of the kept ones in their four, two bits each, the smaller one first, in the lanes 4g + 2 kSelector (columns
+// 0-15 of A) and the one after it (16-31): of row g in the low half, of row g + 8 in the high one. All lanes of the warp
+// together. ordered_metadata is there from PTX ISA 8.5 (CUDA 12.5) on; without it later GPUs may be slow.
+template <class Element, int kSelector>
+__device__ __forceinline__ void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                uint32_t metadata) {
+  if constexpr (kDType<Element> == DType::kBFloat16) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(kSelector));
+  } else {
+    static_assert(kDType<Element> == DType::kFloat16);
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(kSelector));
+  }
+}
+
+// movmatrix: the transpose of an 8 x 8 matrix of 16-bit elements, of which a lane holds 2t, 2t+1 of row g before and
+// after. All lanes of the warp together.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // mma.m16n8k8 of tf32: c += a b with float32 accumulators; of a and b the low 13 bits are ignored. All lanes of the warp
 // together.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -11,6 +11,7 @@ from .quantized_linear import QuantizedLinear
 from .rope import RotaryEmbedding
 from .sparsify import calibration, sparsify
 from .weight_grad import WeightGradStore
+from .semi_structured_linear import SemiStructuredLinear
 
 __all__ = [
     "Attention",
@@ -20,6 +21,7 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
+    "SemiStructuredLinear",
     "SwiGLU",
     "WeightGradStore",
     "calibration",

@@ -13,6 +13,7 @@ from .norm import layer_norm, rms_norm
 from .quantized_linear import dequantize_weight, quantize_weight, quantized_linear
 from .rope import rope
 from .sampling import sample, sampling_weights
+from .semi_structured import semi_structured_linear, semi_structured_mask
 from .speculative import verify_chain, verify_tree
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "sample",
     "sampling_weights",
     "sdd",
+    "semi_structured_linear",
+    "semi_structured_mask",
     "swiglu",
     "topology_moe",
     "verify_chain",
