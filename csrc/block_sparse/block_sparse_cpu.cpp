@@ -68,7 +68,6 @@ void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, 
   const int tile_inner = p.tile_inner(), longest = kLongestSum / tile_inner;
   int64_t end_of_step = begin;
   Chain chain;
-  memset(&chain, 0, sizeof chain);
   chain.num_segments = 0;
   for (int64_t entry = offsets[0]; entry < offsets[1]; ++entry) {
     const int64_t inner = int64_t{p.indices[entry]} * tile_inner;
@@ -218,7 +217,7 @@ void dsd_by_columns(const BlockSparseDsdParams& p) {
       const int64_t first_row = block_row * tile_rows, num_rows = min(tile_rows, p.rows - first_row);
       bool adds = false;
       for_chains(p, list, block_row, 0, p.inner, p.inner, [&](const Chain& chain) {
-        Segment segments[kMaxSegments];
+        Segment segments[kMaxSegments] = {};
         for (int s = 0; s < chain.num_segments; ++s) {
           segments[s] = {left.data + chain.inner[s] * (left.by_columns ? left.stride : 1),
                          panels + chain.position[s] * block_elements, chain.count[s]};
@@ -314,7 +313,7 @@ void add_packed(const BlockSparseDsdParams& p, const Chain& chain, const Left& l
   const int block_elements = p.block_rows * p.block_columns, tile_rows = p.tile_rows(), tile_inner = p.tile_inner();
   const bool packs = !kIsFloat<V> || lying.inner_stride == 1;
   for (int row = 0; row < num_rows; row += kPanel) {
-    Segment segments[kMaxSegments];
+    Segment segments[kMaxSegments] = {};
     for (int s = 0; s < chain.num_segments; ++s) {
       const V* block = static_cast<const V*>(p.values) + chain.position[s] * block_elements + row * lying.row_stride;
       const float* panel = packed + s * tile_inner * kPanel;
