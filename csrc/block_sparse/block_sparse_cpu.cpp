@@ -66,28 +66,24 @@ void for_chains(const BlockSparseDsdParams& p, int64_t list, int64_t block_row, 
                 int64_t step, F&& f) {
   const int32_t* offsets = p.offsets + list * (p.num_block_rows() + 1) + block_row;
   const int tile_inner = p.tile_inner(), longest = kLongestSum / tile_inner;
-  int64_t end_of_step = begin;
-  Chain chain;
-  chain.num_segments = 0;
-  for (int64_t entry = offsets[0]; entry < offsets[1]; ++entry) {
-    const int64_t inner = int64_t{p.indices[entry]} * tile_inner;
-    if (inner < begin || inner >= end) continue;
-    if (inner >= end_of_step) {
-      if (chain.num_segments > 0) f(chain);
-      chain.num_segments = 0;
+  int64_t entry = offsets[0];
+  while (entry < offsets[1]) {
+    Chain chain = {};
+    int64_t end_of_step = end;
+    for (; entry < offsets[1] && chain.num_segments < longest; ++entry) {
+      const int64_t inner = int64_t{p.indices[entry]} * tile_inner;
+      if (inner < begin || inner >= end) continue;
+      if (inner >= end_of_step) break;
       end_of_step = inner / step * step + step;
+      const int s = chain.num_segments++;
+      chain.position[s] = position_of(p, entry);
+      chain.inner[s] = inner;
+      chain.count[s] = static_cast<int>(min(tile_inner, p.inner - inner));
+      chain.scale[s] = scale_of(p, chain.position[s]);
     }
-    const int s = chain.num_segments++;
-    chain.next_entry = entry + 1;
-    chain.position[s] = position_of(p, entry);
-    chain.inner[s] = inner;
-    chain.count[s] = static_cast<int>(min(tile_inner, p.inner - inner));
-    chain.scale[s] = scale_of(p, chain.position[s]);
-    if (chain.num_segments < longest) continue;
-    f(chain);
-    chain.num_segments = 0;
+    chain.next_entry = entry;
+    if (chain.num_segments > 0) f(chain);
   }
-  if (chain.num_segments > 0) f(chain);
 }
 
 // Tasks of a product: groups of columns of dense, and parts of the rows of blocks where those are too few for the workers.
@@ -147,17 +143,17 @@ void dsd_by_rows(const BlockSparseDsdParams& p) {
         const int64_t num_rows = min(tile_rows, p.rows - block_row * tile_rows);
         float* block_sums = sums + (block_row - begin) * tile_rows * kGroupColumns;
         for_chains(p, list, block_row, inner, inner + length, inner_step, [&](const Chain& chain) {
-          Segment segments[kMaxSegments] = {};
+          Segment segments[kMaxSegments];
           for (int s = 0; s < chain.num_segments; ++s) {
             const V* block = static_cast<const V*>(p.values) + chain.position[s] * block_elements;
-            const float* a;
+            float* converted = blocks + s * block_elements;
+            segments[s] = {nullptr, packed + (chain.inner[s] - inner) * kPanel, chain.count[s]};
             if constexpr (kIsFloat<V>) {
-              a = block;
+              segments[s].a = block;
             } else {
-              convert_stored(block, block_elements, chain.scale[s], blocks + s * block_elements);
-              a = blocks + s * block_elements;
+              convert_stored(block, block_elements, chain.scale[s], converted);
+              segments[s].a = converted;
             }
-            segments[s] = {a, packed + (chain.inner[s] - inner) * kPanel, chain.count[s]};
           }
           for (int64_t column = 0; column < num_columns; column += kPanel) {
             dispatch_order(p.transposed, [&]<bool kByColumns>() {
@@ -217,7 +213,7 @@ void dsd_by_columns(const BlockSparseDsdParams& p) {
       const int64_t first_row = block_row * tile_rows, num_rows = min(tile_rows, p.rows - first_row);
       bool adds = false;
       for_chains(p, list, block_row, 0, p.inner, p.inner, [&](const Chain& chain) {
-        Segment segments[kMaxSegments] = {};
+        Segment segments[kMaxSegments];
         for (int s = 0; s < chain.num_segments; ++s) {
           segments[s] = {left.data + chain.inner[s] * (left.by_columns ? left.stride : 1),
                          panels + chain.position[s] * block_elements, chain.count[s]};
@@ -313,7 +309,7 @@ void add_packed(const BlockSparseDsdParams& p, const Chain& chain, const Left& l
   const int block_elements = p.block_rows * p.block_columns, tile_rows = p.tile_rows(), tile_inner = p.tile_inner();
   const bool packs = !kIsFloat<V> || lying.inner_stride == 1;
   for (int row = 0; row < num_rows; row += kPanel) {
-    Segment segments[kMaxSegments] = {};
+    Segment segments[kMaxSegments];
     for (int s = 0; s < chain.num_segments; ++s) {
       const V* block = static_cast<const V*>(p.values) + chain.position[s] * block_elements + row * lying.row_stride;
       const float* panel = packed + s * tile_inner * kPanel;

@@ -9,9 +9,9 @@ from .glu import SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .quantized_linear import QuantizedLinear
 from .rope import RotaryEmbedding
+from .semi_structured_linear import SemiStructuredLinear
 from .sparsify import calibration, sparsify
 from .weight_grad import WeightGradStore
-from .semi_structured_linear import SemiStructuredLinear
 
 __all__ = [
     "Attention",
