@@ -118,4 +118,14 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def("paged_kv_swap_in(Tensor(a!) cache, Tensor pages, Tensor host_buffer) -> ()");
   m.def("paged_kv_compact(Tensor(a!) cache, Tensor keep) -> ()");
   m.def("paged_kv_page_table_from_csr(Tensor indptr, Tensor indices, int max_pages) -> Tensor");
+
+  // moe: topk_idx, topk_weights [tokens, topk]; a mapping as drawn in docs/layouts.md; num_rows -1: enough for any ids
+  m.def(
+      "moe_build_mapping(Tensor topk_idx, int num_experts, int alignment, int num_rows) -> "
+      "(Tensor pos_to_token, Tensor token_topk_to_pos, Tensor expert_offsets)");
+  m.def("moe_permute(Tensor x, Tensor pos_to_token) -> Tensor");
+  m.def("moe_combine(Tensor y, Tensor token_topk_to_pos, Tensor? topk_weights) -> Tensor");
+  m.def(
+      "moe_combine_backward(Tensor grad, Tensor y, Tensor pos_to_token, Tensor token_topk_to_pos, Tensor topk_weights) "
+      "-> (Tensor grad_y, Tensor grad_weights)");
 }

@@ -87,6 +87,10 @@ class Ops:
     paged_kv_swap_in: Callable[..., None]
     paged_kv_compact: Callable[..., None]
     paged_kv_page_table_from_csr: Callable[..., Tensor]
+    moe_build_mapping: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    moe_permute: Callable[..., Tensor]
+    moe_combine: Callable[..., Tensor]
+    moe_combine_backward: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)
