@@ -128,4 +128,11 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "moe_combine_backward(Tensor grad, Tensor y, Tensor pos_to_token, Tensor token_topk_to_pos, Tensor topk_weights) "
       "-> (Tensor grad_y, Tensor grad_weights)");
+  // logits [tokens, experts]; scoring 0 softmax, 1 sigmoid, 2 sqrt_softplus; group_best: scores that a group's own sums
+  m.def(
+      "moe_route(Tensor logits, Tensor? bias, int num_topk, int scoring, bool renormalize, int num_groups, "
+      "int topk_groups, int group_best) -> (Tensor topk_weights, Tensor topk_idx)");
+  m.def(
+      "moe_route_backward(Tensor grad_weights, Tensor logits, Tensor topk_weights, Tensor topk_idx, int scoring, "
+      "bool renormalize) -> Tensor grad_logits");
 }

@@ -91,6 +91,8 @@ class Ops:
     moe_permute: Callable[..., Tensor]
     moe_combine: Callable[..., Tensor]
     moe_combine_backward: Callable[..., tuple[Tensor, Tensor]]
+    moe_route: Callable[..., tuple[Tensor, Tensor]]
+    moe_route_backward: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -9,5 +9,6 @@ from __future__ import annotations
 
 from ._moe_mapping import Mapping, build_mapping
 from ._moe_permute import combine, permute
+from ._moe_route import route
 
-__all__ = ["Mapping", "build_mapping", "combine", "permute"]
+__all__ = ["Mapping", "build_mapping", "combine", "permute", "route"]

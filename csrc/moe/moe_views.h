@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../common/tensor.h"
-#include "moe.h"
+#include "moe_route.h"
 
 namespace fmkernels {
 
@@ -51,6 +51,23 @@ inline const int32_t* view_positions(const char* name, const Tensor& t, const Te
   (void)count;
 #endif
   return positions;
+}
+
+inline MoeScoring scoring_of(int64_t scoring) {
+  FM_CHECK(scoring >= 0 && scoring <= 2, "scoring must be 0 (softmax), 1 (sigmoid) or 2 (sqrt_softplus), got ",
+           scoring);
+  return static_cast<MoeScoring>(scoring);
+}
+
+// [tokens, experts], last dimension contiguous.
+inline MoeLogits view_logits(const Tensor& logits) {
+  check_rank("logits", logits, 2);
+  check_last_dim_contiguous("logits", logits);
+  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  FM_CHECK(num_experts >= 1 && num_experts <= kMaxExperts, "logits must have from 1 to ", kMaxExperts, " experts, got ",
+           num_experts);
+  FM_CHECK(num_tokens < kMaxRows, "logits must have fewer than 2^31 tokens, got ", num_tokens);
+  return {dtype_of("logits", logits), data_of(logits), stride_of(logits, 0), num_tokens, static_cast<int>(num_experts)};
 }
 
 }  // namespace fmkernels

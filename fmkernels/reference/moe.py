@@ -53,3 +53,69 @@ def combine(y: Tensor, mapping: tuple[Tensor, Tensor, Tensor], topk_weights: Ten
         weight = 1 if topk_weights is None else torch.where(chosen[:, 0], topk_weights[:, k], 0).to(dtype).unsqueeze(-1)
         total = total + weight * part
     return total.to(y.dtype)
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def scores(logits: Tensor, scoring: str) -> Tensor:
+    """Of clamped logits, in the dtype to compute in."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(max=LARGEST)
+    if scoring == "softmax":
+        return torch.softmax(x, -1)
+    return torch.sigmoid(x) if scoring == "sigmoid" else torch.nn.functional.softplus(x, threshold=1e3).sqrt()
+
+
+def log_scores(logits: Tensor, scoring: str) -> Tensor:
+    """Their logarithms; of softmax but for a number that all experts share. -inf stays."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(max=LARGEST)
+    if scoring == "softmax":
+        return x
+    if scoring == "sigmoid":
+        return torch.nn.functional.logsigmoid(x)
+    small = x < -30  # log(log(1 + e^x)) is x there, in float64 too
+    inner = torch.nn.functional.softplus(torch.where(small, 0.0, x), threshold=1e3)
+    return 0.5 * torch.where(small, x, inner.log())
+
+
+def route(
+    logits: Tensor,
+    num_topk: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+) -> tuple[Tensor, Tensor]:
+    """`fmkernels.moe.route`: a stable sort of what is compared."""
+    num_tokens, num_experts = logits.shape
+    best = {"max": 1, "top2": 2, "sum": max(num_topk // topk_groups, 1)}[group_score]
+    is_nan = logits.isnan().any(-1)
+    if bias is not None:
+        is_nan = is_nan | bias.isnan().any()
+    usable = (logits != -torch.inf) & ~is_nan.unsqueeze(-1)
+    finite = torch.where(usable, logits, -torch.inf)
+    if bias is not None or (num_groups > 1 and best > 1):
+        compared = scores(finite.detach(), scoring) + (0 if bias is None else bias)
+        compared = torch.where(usable, compared.clamp(max=LARGEST), -torch.inf)
+    else:
+        compared = finite.detach().clamp(max=LARGEST)
+    if num_groups > 1:
+        grouped = compared.view(num_tokens, num_groups, -1)
+        top = grouped.topk(min(best, grouped.shape[-1]), -1).values
+        group_scores = torch.where(top == -torch.inf, 0, top).sum(-1).where(top[..., 0] != -torch.inf, -torch.inf)
+        kept = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
+        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter(-1, kept, True)
+        compared = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
+    order = compared.sort(dim=-1, descending=True, stable=True).indices[:, :num_topk]
+    chosen = compared.gather(-1, order) != -torch.inf
+    safe = torch.where(is_nan.unsqueeze(-1) | (~usable.any(-1, keepdim=True)), 0, finite)  # rows without an expert
+    if renormalize:
+        logs = log_scores(safe, scoring).gather(-1, order).masked_fill(~chosen, -torch.inf)
+        logs = torch.where(chosen.any(-1, keepdim=True), logs, 0)
+        weights = torch.softmax(logs, -1)
+    else:
+        weights = scores(safe, scoring).gather(-1, order)
+    return torch.where(chosen, weights, 0), torch.where(chosen, order, -1).int()

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The logits of a token as its warp reads them: any dtype, lane l the experts l, l + 32, ...
+#pragma once
+
+#include "../common/ptx.h"
+#include "../common/vector_cuda.h"
+#include "moe_score.h"
+
+namespace fmkernels {
+
+// Every lane holds the result; NaN is passed over.
+__device__ __forceinline__ float warp_max(float x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ptx::kAllLanes, x, step));
+  return x;
+}
+
+__device__ __forceinline__ void store_logit(DType dtype, void* data, int64_t at, float x) {
+  switch (dtype) {
+    case DType::kFloat32: static_cast<float*>(data)[at] = x; return;
+    case DType::kFloat16: static_cast<Half*>(data)[at] = from_float<Half>(x); return;
+    case DType::kBFloat16: static_cast<BFloat16*>(data)[at] = from_float<BFloat16>(x); return;
+  }
+}
+
+// The largest logarithm of a token's scores, and the sum of their exponentials below it.
+struct LogSum {
+  float max, inverse_sum;
+
+  __device__ __forceinline__ float share(float log) const {  // the score over the sum of all
+    return log == -INFINITY ? 0.0f : expf(fminf(log, kLargestFloat) - max) * inverse_sum;
+  }
+};
+
+class LogitRow {
+ public:
+  __device__ __forceinline__ LogitRow(const MoeLogits& logits, int64_t token)
+      : logits_(logits), begin_(token * logits.stride) {}
+
+  __device__ __forceinline__ float raw(int expert) const {
+    const int64_t at = begin_ + expert;
+    switch (logits_.dtype) {
+      case DType::kFloat32: return static_cast<const float*>(logits_.data)[at];
+      case DType::kFloat16: return to_float(static_cast<const Half*>(logits_.data)[at]);
+      case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(logits_.data)[at]);
+    }
+    return 0.0f;
+  }
+  // +inf as the largest float; not for NaN.
+  __device__ __forceinline__ float clamped(int expert) const { return fminf(raw(expert), kLargestFloat); }
+  __device__ __forceinline__ float log_score_at(MoeScoring scoring, int expert) const {
+    const float x = clamped(expert);
+    return x == -INFINITY ? x : log_score(scoring, x);
+  }
+
+  // By the warp, in every lane.
+  __device__ __forceinline__ LogSum log_sum(MoeScoring scoring) const {
+    const int lane = threadIdx.x % kWarp;
+    float max = -INFINITY, sum = 0.0f;
+    for (int e = lane; e < logits_.num_experts; e += kWarp) max = fmaxf(max, log_score_at(scoring, e));
+    max = warp_max(max);
+    if (max == -INFINITY) return {0.0f, 0.0f};
+    for (int e = lane; e < logits_.num_experts; e += kWarp) sum += expf(log_score_at(scoring, e) - max);
+    return {max, 1.0f / warp_sum(sum)};
+  }
+
+ private:
+  const MoeLogits& logits_;
+  int64_t begin_;
+};
+
+}  // namespace fmkernels
