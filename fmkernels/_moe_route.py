@@ -33,21 +33,22 @@ def route(
     """The experts of the highest scores of each token, and their weights.
 
     Args:
-        logits: [num_tokens, num_experts], float32, bfloat16 or float16, last dimension contiguous; from 1 to 1024 experts.
+        logits: [num_tokens, num_experts], float32, bfloat16 or float16, last dimension contiguous; 1 to 1024 experts.
         num_topk: how many experts a token has, from 1 to 32 and to those that its groups have.
-        scoring: the score s of a logit x: "softmax" over the experts, "sigmoid", or "sqrt_softplus", sqrt(log(1 + e^x)).
+        scoring: the score s of a logit x: "softmax" over the experts, "sigmoid", or "sqrt_softplus", which is
+            sqrt(log(1 + e^x)).
         renormalize: weights are s over the sum of the chosen s, else s itself.
         bias: [num_experts], float32, contiguous: added to the scores that choose, and in no weight.
         num_groups: the experts are so many groups of equal size, one after another; at most 32.
         topk_groups: a token uses the experts of so many of its groups, those of the highest group scores.
-        group_score: of what a token's scores (with the bias) in a group are: "max", the sum of the "top2", or "sum", that of
-            the best num_topk // topk_groups (at least one), which is "top2" for DeepSeek-V3.
+        group_score: what a group is worth to a token: the "max" of its scores (with the bias) there, the sum of the
+            "top2", or "sum", that of the best num_topk // topk_groups (at least one), which is "top2" for DeepSeek-V3.
 
     Returns:
         (topk_weights [num_tokens, num_topk] float32, topk_idx [num_tokens, num_topk] int32), the best expert first; of
-        equal ones, groups too, the lower id. -1 and 0 where there is no expert: a token with NaN among its logits has none
-        (and none has, where the bias has NaN), and an expert with the logit -inf is never chosen. +inf counts as the
-        largest float32.
+        equal ones, groups too, the lower id. -1 and 0 where there is no expert: a token with NaN among its logits has
+        none (and no token has, where the bias has NaN), and an expert with the logit -inf is never chosen. +inf counts
+        as the largest float32.
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.

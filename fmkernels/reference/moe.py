@@ -103,7 +103,7 @@ def route(
     else:
         compared = finite.detach().clamp(max=LARGEST)
     if num_groups > 1:
-        grouped = compared.view(num_tokens, num_groups, -1)
+        grouped = compared.view(num_tokens, num_groups, num_experts // num_groups)
         top = grouped.topk(min(best, grouped.shape[-1]), -1).values
         group_scores = torch.where(top == -torch.inf, 0, top).sum(-1).where(top[..., 0] != -torch.inf, -torch.inf)
         kept = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
