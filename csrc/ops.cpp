@@ -135,4 +135,12 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "moe_route_backward(Tensor grad_weights, Tensor logits, Tensor topk_weights, Tensor topk_idx, int scoring, "
       "bool renormalize) -> Tensor grad_logits");
+  m.def("moe_load_balance(Tensor logits, Tensor topk_idx, int scoring) -> (Tensor loss, Tensor coefficients)");
+  m.def(
+      "moe_load_balance_backward(Tensor grad, Tensor logits, Tensor topk_idx, Tensor coefficients, int scoring) -> "
+      "Tensor grad_logits");
+  m.def("moe_z_loss(Tensor logits) -> (Tensor loss, Tensor lse)");
+  m.def("moe_z_loss_backward(Tensor grad, Tensor logits, Tensor lse) -> Tensor grad_logits");
+  m.def("moe_route_expert_choice(Tensor logits, int capacity, int scoring) -> (Tensor topk_weights, Tensor topk_idx)");
+  m.def("moe_capacity(Tensor topk_idx, Tensor? topk_weights, int num_experts, int capacity) -> Tensor");
 }

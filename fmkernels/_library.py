@@ -93,6 +93,12 @@ class Ops:
     moe_combine_backward: Callable[..., tuple[Tensor, Tensor]]
     moe_route: Callable[..., tuple[Tensor, Tensor]]
     moe_route_backward: Callable[..., Tensor]
+    moe_load_balance: Callable[..., tuple[Tensor, Tensor]]
+    moe_load_balance_backward: Callable[..., Tensor]
+    moe_z_loss: Callable[..., tuple[Tensor, Tensor]]
+    moe_z_loss_backward: Callable[..., Tensor]
+    moe_route_expert_choice: Callable[..., tuple[Tensor, Tensor]]
+    moe_capacity: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

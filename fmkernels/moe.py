@@ -7,8 +7,20 @@ gives every slot a row, the rows of an expert one after another, so that the exp
 
 from __future__ import annotations
 
+from ._moe_choice import apply_capacity, route_expert_choice
+from ._moe_losses import load_balance_loss, z_loss
 from ._moe_mapping import Mapping, build_mapping
 from ._moe_permute import combine, permute
 from ._moe_route import route
 
-__all__ = ["Mapping", "build_mapping", "combine", "permute", "route"]
+__all__ = [
+    "Mapping",
+    "apply_capacity",
+    "build_mapping",
+    "combine",
+    "load_balance_loss",
+    "permute",
+    "route",
+    "route_expert_choice",
+    "z_loss",
+]

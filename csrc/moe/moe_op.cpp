@@ -34,8 +34,12 @@ void check_ids(const MoeMappingParams& p, bool rows_suffice) {
 }
 #endif
 
-std::tuple<Tensor, Tensor, Tensor> moe_build_mapping(const Tensor& topk_idx, int64_t num_experts, int64_t alignment,
-                                                     int64_t num_rows) {
+// A mapping and its memory.
+struct Mapping {
+  MoeMappingParams p;
+  Tensor pos_to_token, token_topk_to_pos, expert_offsets, counts;
+};
+Mapping view_mapping(const Tensor& topk_idx, int64_t num_experts, int64_t alignment, int64_t num_rows) {
   MoeMappingParams p{};
   view_ids(topk_idx, p.idx_is_long);
   FM_CHECK(num_experts >= 1 && num_experts <= kMaxExperts, "num_experts must be from 1 to ", kMaxExperts, ", got ",
@@ -56,22 +60,30 @@ std::tuple<Tensor, Tensor, Tensor> moe_build_mapping(const Tensor& topk_idx, int
   p.num_rows = num_rows < 0 ? enough : num_rows;
   p.topk_idx = data_of(topk_idx);
   p.idx_stride = stride_of(topk_idx, 0);
-  Tensor pos_to_token = torch::stable::new_empty(topk_idx, {p.num_rows}, ScalarType::Int);
-  Tensor token_topk_to_pos = torch::stable::new_empty(topk_idx, {topk_idx.size(0), num_topk}, ScalarType::Int);
-  Tensor expert_offsets = torch::stable::new_empty(topk_idx, {2, num_experts}, ScalarType::Int);
+  const auto integers = [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_empty(topk_idx, sizes, ScalarType::Int);
+  };
+  Tensor pos_to_token = integers({p.num_rows}), token_topk_to_pos = integers({topk_idx.size(0), num_topk});
+  Tensor expert_offsets = integers({2, num_experts});
   p.pos_to_token = static_cast<int32_t*>(data_of(pos_to_token));
   p.token_topk_to_pos = static_cast<int32_t*>(data_of(token_topk_to_pos));
   p.expert_offsets = static_cast<int32_t*>(data_of(expert_offsets));
 #ifdef FM_CUDA
   const int64_t chunks = mapping_chunks(num_slots);
-  const Tensor counts =
-      torch::stable::new_empty(topk_idx, {chunks > 1 ? (chunks + 1) * num_experts : 0}, ScalarType::Int);
+  Tensor counts = integers({chunks > 1 ? (chunks + 1) * num_experts : 0});
   p.counts = static_cast<int32_t*>(data_of(counts));
 #else
+  Tensor counts = integers({0});
   p.idx_is_long ? check_ids<int64_t>(p, p.num_rows >= enough) : check_ids<int32_t>(p, p.num_rows >= enough);
 #endif
-  FM_EXECUTE(moe_mapping, p, topk_idx);
-  return {pos_to_token, token_topk_to_pos, expert_offsets};
+  return {p, pos_to_token, token_topk_to_pos, expert_offsets, counts};
+}
+
+std::tuple<Tensor, Tensor, Tensor> moe_build_mapping(const Tensor& topk_idx, int64_t num_experts, int64_t alignment,
+                                                     int64_t num_rows) {
+  const Mapping mapping = view_mapping(topk_idx, num_experts, alignment, num_rows);
+  FM_EXECUTE(moe_mapping, mapping.p, topk_idx);
+  return {mapping.pos_to_token, mapping.token_topk_to_pos, mapping.expert_offsets};
 }
 
 Tensor moe_permute(const Tensor& x, const Tensor& pos_to_token) {
@@ -145,6 +157,31 @@ std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad, const Tensor
   return {grad_y, grad_weights};
 }
 
+Tensor moe_capacity(const Tensor& topk_idx, const std::optional<Tensor>& topk_weights, int64_t num_experts,
+                    int64_t capacity) {
+  FM_CHECK(capacity >= 0, "capacity must be at least 0, got ", capacity);
+  const Mapping mapping = view_mapping(topk_idx, num_experts, 1, -1);
+  MoeCapacityParams p{};
+  p.mapping = mapping.p;
+  p.capacity = capacity;
+  const bool by_weight = topk_weights.has_value();
+  if (by_weight) {
+    p.topk_weights = view_weights(*topk_weights, mapping.token_topk_to_pos, topk_idx);
+    p.weights_stride = stride_of(*topk_weights, 0);
+  }
+  const Tensor keys = torch::stable::new_empty(topk_idx, {by_weight ? p.mapping.num_slots : 0}, ScalarType::Int);
+  const Tensor cuts = torch::stable::new_empty(topk_idx, {by_weight ? 2 * num_experts : 0}, ScalarType::Int);
+  p.keys = static_cast<uint32_t*>(data_of(keys));
+  p.cuts = static_cast<MoeCut*>(data_of(cuts));
+  Tensor kept_idx = torch::stable::new_empty(topk_idx, {topk_idx.size(0), topk_idx.size(1)}, ScalarType::Int);
+  p.kept_idx = static_cast<int32_t*>(data_of(kept_idx));
+  if (kept_idx.numel() > 0) {
+    FM_EXECUTE(moe_mapping, p.mapping, topk_idx);
+    FM_EXECUTE(moe_capacity, p, topk_idx);
+  }
+  return kept_idx;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, FM_BACKEND, m) {
@@ -152,6 +189,7 @@ STABLE_TORCH_LIBRARY_IMPL(fmkernels, FM_BACKEND, m) {
   m.impl("moe_permute", TORCH_BOX(&moe_permute));
   m.impl("moe_combine", TORCH_BOX(&moe_combine));
   m.impl("moe_combine_backward", TORCH_BOX(&moe_combine_backward));
+  m.impl("moe_capacity", TORCH_BOX(&moe_capacity));
 }
 
 }  // namespace fmkernels

@@ -182,8 +182,8 @@ __global__ void __launch_bounds__(kThreads) moe_route_backward_kernel(MoeRouteBa
   const bool is_dense = has_expert && p.scoring == MoeScoring::kSoftmax && !p.renormalize;
   const LogSum over = is_dense ? row.log_sum(MoeScoring::kSoftmax) : LogSum{};
   for (int e = lane; e < num_experts; e += kWarp) {
-    const float x = is_dense ? row.raw(e) : 0.0f;
-    const float grad = is_dense && x != INFINITY ? -dot * over.share(x) : 0.0f;
+    const float x = is_dense ? row.raw(e) : INFINITY;
+    const float grad = x != INFINITY ? -dot * over.share(x) : 0.0f;
     store_logit(p.logits.dtype, p.grad_logits, token * num_experts + e, grad);
   }
   __syncwarp();  // before the chosen ones are written over

@@ -57,7 +57,7 @@ struct MoeRouteBackwardParams {
 };
 
 // loss = sum_e coefficient[e] * (sum over tokens of P), P the score over the sum of the token's scores, coefficient[e] =
-// experts * (share of the slots that have e) / tokens. Tokens without an expert, or with NaN in a row of -1, do not count.
+// experts * (share of the slots that have e) / tokens. Tokens without an expert do not count.
 struct MoeBalanceParams {
   MoeLogits logits;
   MoeScoring scoring;
@@ -100,12 +100,16 @@ struct MoeCut {
   int32_t last;  // item of the list
 };
 
+FM_HOST_DEVICE bool is_kept(const MoeCut& cut, uint32_t key, int64_t item) {
+  return key > cut.key || (key == cut.key && item <= cut.last);
+}
+
 // Items are tokens, keys their scores. The result is that of route with one column an expert.
 struct MoeChoiceParams {
   MoeLogits logits;
   MoeScoring scoring;
   int64_t capacity;
-  float* scores;        // [experts, tokens]: the score, -1 for a token that is not to be had
+  uint32_t* keys;       // [experts, tokens], of the scores
   MoeCut* cuts;         // [experts]
   float* topk_weights;  // [tokens, experts], written
   int32_t* topk_idx;    // [tokens, experts], written

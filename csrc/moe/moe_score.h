@@ -46,6 +46,11 @@ FM_HOST_DEVICE uint32_t key_of(float x) {
   const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return bits == 0xff800000u ? 0u : key;
 }
+// Of a weight: NaN comes last of all, and everything can be had.
+FM_HOST_DEVICE uint32_t capacity_key(float weight) {
+  const uint32_t key = weight == weight ? key_of(weight) : 0u;
+  return key == 0u ? 1u : key;
+}
 FM_HOST_DEVICE float value_of(uint32_t key) {
   return key == 0u ? float_from_bits(0xff800000u) : float_from_bits(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }

@@ -22,13 +22,12 @@ __device__ __forceinline__ void store_logit(DType dtype, void* data, int64_t at,
   }
 }
 
-// The largest logarithm of a token's scores, and the sum of their exponentials below it.
+// The largest logarithm of a token's scores, and the inverse of the sum of their exponentials below it: NaN where one of
+// them is, 0 where all are -inf.
 struct LogSum {
   float max, inverse_sum;
 
-  __device__ __forceinline__ float share(float log) const {  // the score over the sum of all
-    return log == -INFINITY ? 0.0f : expf(fminf(log, kLargestFloat) - max) * inverse_sum;
-  }
+  __device__ __forceinline__ float share(float log) const { return expf(log - max) * inverse_sum; }
 };
 
 class LogitRow {
@@ -45,8 +44,11 @@ class LogitRow {
     }
     return 0.0f;
   }
-  // +inf as the largest float; not for NaN.
-  __device__ __forceinline__ float clamped(int expert) const { return fminf(raw(expert), kLargestFloat); }
+  // +inf as the largest float.
+  __device__ __forceinline__ float clamped(int expert) const {
+    const float x = raw(expert);
+    return x > kLargestFloat ? kLargestFloat : x;
+  }
   __device__ __forceinline__ float log_score_at(MoeScoring scoring, int expert) const {
     const float x = clamped(expert);
     return x == -INFINITY ? x : log_score(scoring, x);
@@ -58,9 +60,10 @@ class LogitRow {
     float max = -INFINITY, sum = 0.0f;
     for (int e = lane; e < logits_.num_experts; e += kWarp) max = fmaxf(max, log_score_at(scoring, e));
     max = warp_max(max);
-    if (max == -INFINITY) return {0.0f, 0.0f};
+    if (max == -INFINITY) max = 0.0f;
     for (int e = lane; e < logits_.num_experts; e += kWarp) sum += expf(log_score_at(scoring, e) - max);
-    return {max, 1.0f / warp_sum(sum)};
+    sum = warp_sum(sum);
+    return {max, sum == 0.0f ? 0.0f : 1.0f / sum};
   }
 
  private:

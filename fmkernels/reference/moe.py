@@ -119,3 +119,51 @@ def route(
     else:
         weights = scores(safe, scoring).gather(-1, order)
     return torch.where(chosen, weights, 0), torch.where(chosen, order, -1).int()
+
+
+def load_balance_loss(logits: Tensor, topk_idx: Tensor, *, scoring: str = "softmax") -> Tensor:
+    """`fmkernels.moe.load_balance_loss`."""
+    num_experts = logits.shape[1]
+    logs = log_scores(logits, scoring)[(topk_idx >= 0).any(-1)]
+    if len(logs) == 0:
+        return logs.sum()
+    counts = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts).to(logs.dtype)
+    return num_experts * (counts / counts.sum() * torch.softmax(logs, -1).mean(0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """`fmkernels.moe.z_loss`."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(max=LARGEST)
+    return torch.logsumexp(x, -1).square().sum() / max(len(x), 1)
+
+
+def route_expert_choice(logits: Tensor, capacity: int, *, scoring: str = "softmax") -> tuple[Tensor, Tensor]:
+    """`fmkernels.moe.route_expert_choice`: a stable sort of each column, of scores rounded to float32."""
+    num_tokens, num_experts = logits.shape
+    is_nan = logits.isnan().any(-1, keepdim=True)
+    usable = ~is_nan & (logits != -torch.inf)
+    safe = torch.where(usable.any(-1, keepdim=True), torch.where(is_nan, 0, logits), 0)
+    s = scores(safe, scoring)
+    compared = torch.where(usable, s.detach().float(), -torch.inf)
+    order = compared.sort(dim=0, descending=True, stable=True).indices[:capacity]
+    taken = (
+        torch.zeros(num_tokens, num_experts, dtype=torch.bool, device=logits.device).scatter(0, order, True) & usable
+    )
+    experts = torch.arange(num_experts, dtype=torch.int32, device=logits.device)
+    return torch.where(taken, s, 0), torch.where(taken, experts, -1).int()
+
+
+def apply_capacity(
+    topk_weights: Tensor, topk_idx: Tensor, num_experts: int, capacity: int, *, policy: str = "position"
+) -> tuple[Tensor, Tensor]:
+    """`fmkernels.moe.apply_capacity`."""
+    idx = topk_idx.flatten()
+    kept = torch.zeros_like(idx, dtype=torch.bool)
+    for expert in range(num_experts):
+        slots = (idx == expert).nonzero().flatten()
+        if policy == "weight":
+            weights = topk_weights.detach().flatten()[slots].nan_to_num(-torch.inf, torch.inf, -torch.inf)
+            slots = slots[weights.sort(descending=True, stable=True).indices]
+        kept[slots[:capacity]] = True
+    kept = kept.view_as(topk_idx)
+    return torch.where(kept, topk_weights, 0), torch.where(kept, topk_idx, -1).int()
