@@ -74,11 +74,6 @@ void permute(const MoePermuteParams& p) {
   parallel_for(ceil_div(p.num_rows, kTaskRows), workers_for(p.num_rows * num_bytes * 2), [&](int64_t task, int) {
     const int64_t end = min((task + 1) * kTaskRows, p.num_rows);
     for (int64_t row = task * kTaskRows; row < end; ++row) {
-      if (row + 1 < end && p.pos_to_token[row + 1] >= 0) {  // the rest of that row the processor finds itself
-        for (int64_t i = 0; i < min(num_bytes, 4 * kLineBytes); i += kLineBytes) {
-          __builtin_prefetch(x_row(row + 1) + i);
-        }
-      }
       char* to = y + row * y_bytes;
       if (p.pos_to_token[row] < 0) memset(to, 0, static_cast<size_t>(num_bytes));
       else if (streams) stream_row(to, x_row(row), num_bytes);
