@@ -15,7 +15,7 @@
 namespace fmkernels {
 namespace {
 
-constexpr int64_t kTaskTokens = 64;
+constexpr int64_t kTaskTokens = 16;
 
 struct Item {
   uint32_t key;
@@ -38,22 +38,29 @@ MoeCut find_cut(const uint32_t* keys, int64_t num_items, int64_t capacity, Item*
   return {items[capacity - 1].key, items[capacity - 1].place};
 }
 
+// Keys lie expert by expert, and a token's are written and read as a line of each: kTaskTokens at a time, through a tile,
+// since lines a power of two apart push each other out of the cache.
 template <class T>
 void find_keys(const MoeChoiceParams& p) {
   const int64_t num_experts = p.logits.num_experts, num_tokens = p.logits.num_tokens;
   const int64_t padded = round_up(num_experts, kLanes);
   parallel_for(ceil_div(num_tokens, kTaskTokens), workers_for(num_tokens * num_experts * 4), [&](int64_t task, int) {
     alignas(32) float x[kMaxExperts];
-    for (int64_t token = task * kTaskTokens; token < min((task + 1) * kTaskTokens, num_tokens); ++token) {
-      const bool is_nan = load_logits<T>(p.logits, token, padded, x);
-      const RowSum sum = sum_exponentials(x, padded);
+    uint32_t tile[kMaxExperts][kTaskTokens];
+    const int64_t begin = task * kTaskTokens, count = min(kTaskTokens, num_tokens - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_nan = load_logits<T>(p.logits, begin + i, padded, x);
+      const RowSum sum = p.scoring == MoeScoring::kSoftmax ? sum_exponentials(x, padded) : RowSum{};
       for (int64_t e = 0; e < padded; e += kLanes) {
         const VecF at = load(x + e);
         const VecF score =
             p.scoring == MoeScoring::kSoftmax ? exp_nonpositive(at - sum.max) * sum.inverse : score_of(p.scoring, at);
         store(x + e, at == -kInfinity ? at : score);
       }
-      for (int64_t e = 0; e < num_experts; ++e) p.keys[e * num_tokens + token] = is_nan ? 0u : key_of(x[e]);
+      for (int64_t e = 0; e < num_experts; ++e) tile[e][i] = is_nan ? 0u : key_of(x[e]);
+    }
+    for (int64_t e = 0; e < num_experts; ++e) {
+      memcpy(p.keys + e * num_tokens + begin, tile[e], static_cast<size_t>(count) * sizeof(uint32_t));
     }
   });
 }
@@ -67,12 +74,19 @@ void choose(const MoeChoiceParams& p) {
     p.cuts[e] = find_cut(p.keys + e * num_tokens, num_tokens, p.capacity, items + worker * num_tokens);
   });
   parallel_for(ceil_div(num_tokens, kTaskTokens), workers, [&](int64_t task, int) {
-    for (int64_t token = task * kTaskTokens; token < min((task + 1) * kTaskTokens, num_tokens); ++token) {
+    uint32_t tile[kMaxExperts][kTaskTokens];
+    const int64_t begin = task * kTaskTokens, count = min(kTaskTokens, num_tokens - begin);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      memcpy(tile[e], p.keys + e * num_tokens + begin, static_cast<size_t>(count) * sizeof(uint32_t));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t* idx = p.topk_idx + (begin + i) * num_experts;
+      float* weights = p.topk_weights + (begin + i) * num_experts;
       for (int64_t e = 0; e < num_experts; ++e) {
-        const uint32_t key = p.keys[e * num_tokens + token];
-        const bool kept = key != 0 && is_kept(p.cuts[e], key, token);
-        p.topk_idx[token * num_experts + e] = kept ? static_cast<int32_t>(e) : -1;
-        p.topk_weights[token * num_experts + e] = kept ? value_of(key) : 0.0f;
+        const uint32_t key = tile[e][i];
+        const bool kept = key != 0 && is_kept(p.cuts[e], key, begin + i);
+        idx[e] = kept ? static_cast<int32_t>(e) : -1;
+        weights[e] = kept ? value_of(key) : 0.0f;
       }
     }
   });

@@ -33,18 +33,25 @@ bool has_expert(const int32_t* idx, int64_t num_topk) {
   return found;
 }
 
-// The shares of a token's experts in the sum of their scores: NaN where a logit is.
+// The shares of a token's experts in the sum of their scores, but for the factor that is returned: NaN where a logit is.
 template <class T>
-void find_shares(const MoeLogits& logits, MoeScoring scoring, int64_t token, float* x, float* shares) {
+float find_shares(const MoeLogits& logits, MoeScoring scoring, int64_t token, float* shares) {
   const int64_t padded = padded_experts(logits);
-  const bool is_nan = load_logits<T>(logits, token, padded, x);
-  for (int64_t e = 0; e < padded; e += kLanes) store(shares + e, log_score(scoring, load(x + e)));
-  for (int64_t e = logits.num_experts; e < padded; ++e) shares[e] = -kInfinity;
-  RowSum sum = sum_exponentials(shares, padded);
-  if (is_nan) sum.inverse = __builtin_nanf("");
+  const bool is_nan = load_logits<T>(logits, token, padded, shares);
+  VecF largest = broadcast(-kInfinity), sum{};
   for (int64_t e = 0; e < padded; e += kLanes) {
-    store(shares + e, exp_nonpositive(load(shares + e) - sum.max) * sum.inverse);
+    const VecF x = load(shares + e), log = x == -kInfinity ? x : log_score(scoring, x);
+    store(shares + e, log);
+    largest = max(largest, log);
   }
+  const float top = horizontal_max(largest), max = top == -kInfinity ? 0.0f : top;
+  for (int64_t e = 0; e < padded; e += kLanes) {
+    const VecF share = exp_nonpositive(load(shares + e) - max);
+    store(shares + e, share);
+    sum += share;
+  }
+  const float total = horizontal_sum(sum);
+  return is_nan ? __builtin_nanf("") : total == 0.0f ? 0.0f : 1.0f / total;
 }
 
 template <class T>
@@ -58,7 +65,7 @@ void balance(const MoeBalanceParams& p) {
   memset(sums, 0, static_cast<size_t>((tasks + 1) * padded) * sizeof(float));
   memset(counts, 0, static_cast<size_t>((tasks + 1) * (num_experts + 1)) * sizeof(int32_t));
   for_each_task(p.logits, [&](int64_t task, int64_t begin, int64_t end) {
-    alignas(32) float x[kMaxExperts], shares[kMaxExperts];
+    alignas(32) float shares[kMaxExperts];
     float* sum = sums + task * padded;
     int32_t* count = counts + task * (num_experts + 1);
     for (int64_t token = begin; token < end; ++token) {
@@ -68,8 +75,8 @@ void balance(const MoeBalanceParams& p) {
       for (int64_t k = 0; k < p.num_topk; ++k) {
         if (idx[k] >= 0) ++count[idx[k]];
       }
-      find_shares<T>(p.logits, p.scoring, token, x, shares);
-      for (int64_t e = 0; e < padded; e += kLanes) store(sum + e, load(sum + e) + load(shares + e));
+      const float factor = find_shares<T>(p.logits, p.scoring, token, shares);
+      for (int64_t e = 0; e < padded; e += kLanes) store(sum + e, load(sum + e) + load(shares + e) * factor);
     }
   });
   int64_t num_slots = 0;
@@ -96,25 +103,26 @@ void balance_backward(const MoeBalanceBackwardParams& p) {
   const int64_t num_experts = p.logits.num_experts;
   const float grad = *p.grad;
   for_each_task(p.logits, [&](int64_t, int64_t begin, int64_t end) {
-    alignas(32) float x[kMaxExperts], shares[kMaxExperts];
+    alignas(32) float shares[kMaxExperts];
     for (int64_t token = begin; token < end; ++token) {
       T* to = static_cast<T*>(p.grad_logits) + token * num_experts;
       if (!has_expert(p.topk_idx + token * p.num_topk, p.num_topk)) {
         memset(to, 0, static_cast<size_t>(num_experts) * sizeof(T));
         continue;
       }
-      find_shares<T>(p.logits, p.scoring, token, x, shares);
+      const float factor = find_shares<T>(p.logits, p.scoring, token, shares);
       const T* raw = static_cast<const T*>(p.logits.data) + token * p.logits.stride;
       VecF dots{};
       for (int64_t e = 0; e < num_experts; e += kLanes) {
         const int count = static_cast<int>(min(num_experts - e, kLanes));
         dots += load(shares + e) * load_lanes(p.coefficients + e, count);
       }
-      const float mean = horizontal_sum(dots);
-      for (int64_t e = 0; e < num_experts; ++e) {
-        const float at = to_float(raw[e]);
-        const float slope = grad * shares[e] * (p.coefficients[e] - mean) * log_score_slope(p.scoring, at);
-        to[e] = from_float<T>(at == kInfinity ? 0.0f : slope);
+      const float mean = horizontal_sum(dots) * factor;
+      for (int64_t e = 0; e < num_experts; e += kLanes) {
+        const int count = static_cast<int>(min(num_experts - e, kLanes));
+        const VecF at = load_lanes(raw + e, count), pull = load_lanes(p.coefficients + e, count) - mean;
+        const VecF slope = grad * factor * load(shares + e) * pull * log_score_slope(p.scoring, at);
+        store_lanes(to + e, at == kInfinity ? VecF{} : slope, count);
       }
     }
   });

@@ -11,12 +11,15 @@ namespace {
 template <class Id>
 void check_ids(const MoeMappingParams& p, bool rows_suffice) {
   const int64_t num_topk = p.num_topk.value(), num_tokens = p.num_slots / num_topk;
+  // Rows that lie one behind the other are one: a loop without an end of its own every few ids is one over vectors.
+  const bool flat = p.idx_stride == num_topk;
+  const int64_t num_rows = flat ? 1 : num_tokens, row_ids = flat ? p.num_slots : num_topk;
   Id lowest = -1, highest = -1;
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    const Id* ids = static_cast<const Id*>(p.topk_idx) + t * p.idx_stride;
-    for (int64_t k = 0; k < num_topk; ++k) {
-      lowest = ids[k] < lowest ? ids[k] : lowest;
-      highest = ids[k] > highest ? ids[k] : highest;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const Id* ids = static_cast<const Id*>(p.topk_idx) + row * p.idx_stride;
+    for (int64_t i = 0; i < row_ids; ++i) {
+      lowest = ids[i] < lowest ? ids[i] : lowest;
+      highest = ids[i] > highest ? ids[i] : highest;
     }
   }
   FM_CHECK(lowest >= -1 && highest < p.num_experts, "topk_idx must be from -1 to ", p.num_experts - 1, ", got ",

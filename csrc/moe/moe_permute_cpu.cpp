@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kTaskRows = 64;
 constexpr int kVectors = 8;                    // accumulators of combine
 constexpr int64_t kBlock = kVectors * kLanes;  // columns
-constexpr int64_t kStreamedBytes = 32 << 20;  // larger results do not stay in the cache anyway
+constexpr int64_t kStreamedBytes = 32 << 20;   // larger results do not stay in the cache anyway
 constexpr int64_t kLineBytes = 64;
 
 template <class T>

@@ -57,6 +57,13 @@ FM_INLINE VecF log_score(MoeScoring scoring, VecF x) {
   return 0.5f * (x < kSmall ? x : log_of_normal(softplus(max(x, broadcast(kSmall)))));
 }
 
+FM_INLINE VecF log_score_slope(MoeScoring scoring, VecF x) {
+  if (scoring == MoeScoring::kSoftmax) return broadcast(1.0f);
+  if (scoring == MoeScoring::kSigmoid) return score_of(MoeScoring::kSigmoid, x * -1.0f);
+  const VecF within = max(x, broadcast(kSmall));
+  return 0.5f * (x < kSmall ? broadcast(1.0f) : score_of(MoeScoring::kSigmoid, within) / softplus(within));
+}
+
 FM_INLINE float horizontal_max(VecF x) {
   if constexpr (kLanes == 8) x = max(x, swap_lanes<kLanes / 2>(x));
   x = max(x, swap_lanes<2>(x));

@@ -41,7 +41,8 @@ inline const int32_t* view_positions(const char* name, const Tensor& t, const Te
   const int32_t* positions = static_cast<const int32_t*>(data_of(t));
 #ifndef FM_CUDA
   int32_t lowest = -1, highest = -1;
-  for (int64_t i = 0; i < t.numel(); ++i) {
+  const int64_t num_elements = t.numel();  // a call to torch, which a loop would repeat
+  for (int64_t i = 0; i < num_elements; ++i) {
     lowest = positions[i] < lowest ? positions[i] : lowest;
     highest = positions[i] > highest ? positions[i] : highest;
   }
