@@ -2,7 +2,7 @@
 // moe_route_cpu.cpp: the experts of each token and their weights, and the gradient of the logits.
 //
 // Work       A task is kTaskTokens tokens. A token's keys lie in blocks of kBlock, of which the maxima are kept: a choice
-//            looks for the best block, then for the expert within it, and has one block to look through again.
+//            looks for the best block, takes all experts that share its maximum, and has this block to look through again.
 // Numerics   float32; a token's result depends on its logits alone. Deterministic.
 // Cost       a few nanoseconds an expert, about fifteen a choice. Exponentials of all experts only where weights are not
 //            renormalised or scores are compared.
@@ -49,29 +49,33 @@ struct Keys {
     for (int i = 2; i < kVectors; i += 2) even = max(even, vectors[i]), odd = max(odd, vectors[i + 1]);
     return horizontal_max(max(even, odd));
   }
-  // The lowest expert of the largest key, which then cannot be had any more; -1 where there is none.
-  FM_INLINE int take(float& value) {
+  // To `ids` the experts of the largest key in the first block that has it, rising, at most `room` of them; they cannot be had
+  // any more. How many they are: 0 where no expert is left. The next largest key is known before the ids are, which keeps
+  // what a choice waits for short; loads do not meet stores of another size.
+  FM_INLINE int take(float& value, int32_t* ids, int room) {
     int64_t block = 0;
     value = block_max[0];
     for (int64_t b = 1; b < num_blocks; ++b) {
       if (block_max[b] > value) value = block_max[b], block = b;
     }
-    if (value == -kInfinity) return -1;
+    if (value == -kInfinity) return 0;
     float* keys = key + block * kBlock;
+    const VecF wanted = broadcast(value);
     VecF vectors[kVectors];
     uint64_t equal = 0;
     for (int i = 0; i < kVectors; ++i) {
-      vectors[i] = load(keys + i * kLanes);
-      equal |= lanes_of(vectors[i] == value) << (i * kLanes);
-    }
-    const int within = __builtin_ctzll(equal), first = within / kLanes * kLanes;
-    // Whole vectors are written, and the maximum is that of registers: a load over a smaller store would wait for it.
-    store(keys + first, lane_indices() == within - first ? broadcast(-kInfinity) : load(keys + first));
-    for (int i = 0; i < kVectors; ++i) {
-      vectors[i] = lane_indices() == within - i * kLanes ? broadcast(-kInfinity) : vectors[i];
+      const VecF at = load(keys + i * kLanes);
+      const VecI is_wanted = at == wanted;
+      vectors[i] = is_wanted ? broadcast(-kInfinity) : at;
+      store(keys + i * kLanes, vectors[i]);
+      equal |= lanes_of(is_wanted) << (i * kLanes);
     }
     block_max[block] = largest(vectors);
-    return static_cast<int>(block * kBlock + within);
+    int count = 0;
+    for (; equal != 0 && count < room; equal &= equal - 1) {
+      ids[count++] = static_cast<int32_t>(block * kBlock) + __builtin_ctzll(equal);
+    }
+    return count;
   }
 };
 
@@ -151,12 +155,11 @@ void route_token(const MoeRouteParams& p, int64_t token, Keys& keys, float* logi
   if (!is_nan) {
     if (p.num_groups > 1) limit_to_groups(p, keys.key);
     keys.find_maxima();
-    for (; count < p.num_topk; ++count) {
+    while (count < p.num_topk) {
       float value;
-      const int expert = keys.take(value);
-      if (expert < 0) break;
-      idx[count] = expert;
-      chosen[count] = by_score ? x[expert] : value;
+      const int found = keys.take(value, idx + count, p.num_topk - count);
+      if (found == 0) break;
+      for (int end = count + found; count < end; ++count) chosen[count] = by_score ? x[idx[count]] : value;
     }
   }
   for (int k = count; k < p.num_topk; ++k) idx[k] = -1;
