@@ -71,7 +71,7 @@ def test_a_choice_by_hand():
 @EVERY_BACKEND
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("scoring", SCORINGS)
-@pytest.mark.parametrize(("num_experts", "num_topk"), [(64, 8), (7, 7), (250, 4), (1, 1)])
+@pytest.mark.parametrize(("num_experts", "num_topk"), [(64, 8), (7, 7), (100, 6), (250, 4), (1, 1)])
 def test_weights_and_choices(num_experts, num_topk, scoring, renormalize, backend):
     logits = logits_of(num_experts=num_experts, device=backend.device)
     for bias in (None, bias_of(num_experts, backend.device)):
@@ -90,6 +90,7 @@ def test_half_logits_have_many_ties(dtype, backend):
 @EVERY_BACKEND
 def test_the_most_that_is_routed(backend):
     check(backend, logits_of(5, 1024, device=backend.device), 32)
+    check(backend, logits_of(5, 384, device=backend.device), 8)
     check(backend, logits_of(5, 1000, device=backend.device), 32, bias_of(1000, backend.device), scoring="sigmoid")
 
 

@@ -204,9 +204,11 @@ __global__ void __launch_bounds__(kThreads) moe_route_backward_kernel(MoeRouteBa
 void launch_moe_route(const MoeRouteParams& p, cudaStream_t stream) {
   const char* name = "moe.route";
   const dim3 grid = grid_of(name, p.logits.num_tokens, kWarps);
-  const int per = p.logits.num_experts <= 2 * kWarp ? 2 : p.logits.num_experts <= 8 * kWarp ? 8 : 32;
-  dispatch_int<2, 8, 32>("experts of a lane", per,
-                         [&]<int kPer>() { launch(name, moe_route_kernel<kPer>, grid, kThreads, 0, stream, p); });
+  int per = 2;
+  while (per * kWarp < p.logits.num_experts) per *= 2;
+  dispatch_int<2, 4, 8, 16, 32>("experts of a lane", per, [&]<int kPer>() {
+    launch(name, moe_route_kernel<kPer>, grid, kThreads, 0, stream, p);
+  });
 }
 
 void launch_moe_route_backward(const MoeRouteBackwardParams& p, cudaStream_t stream) {
