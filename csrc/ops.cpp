@@ -124,4 +124,29 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def("paged_kv_swap_in(Tensor(a!) cache, Tensor pages, Tensor host_buffer) -> ()");
   m.def("paged_kv_compact(Tensor(a!) cache, Tensor keep) -> ()");
   m.def("paged_kv_page_table_from_csr(Tensor indptr, Tensor indices, int max_pages) -> Tensor");
+
+  // moe: topk_idx, topk_weights [tokens, topk]; a mapping as drawn in docs/layouts.md; num_rows -1: enough for any ids
+  m.def(
+      "moe_build_mapping(Tensor topk_idx, int num_experts, int alignment, int num_rows) -> "
+      "(Tensor pos_to_token, Tensor token_topk_to_pos, Tensor expert_offsets)");
+  m.def("moe_permute(Tensor x, Tensor pos_to_token) -> Tensor");
+  m.def("moe_combine(Tensor y, Tensor token_topk_to_pos, Tensor? topk_weights) -> Tensor");
+  m.def(
+      "moe_combine_backward(Tensor grad, Tensor y, Tensor pos_to_token, Tensor token_topk_to_pos, Tensor topk_weights) "
+      "-> (Tensor grad_y, Tensor grad_weights)");
+  // logits [tokens, experts]; scoring 0 softmax, 1 sigmoid, 2 sqrt_softplus; group_best: scores that a group's own sums
+  m.def(
+      "moe_route(Tensor logits, Tensor? bias, int num_topk, int scoring, bool renormalize, int num_groups, "
+      "int topk_groups, int group_best) -> (Tensor topk_weights, Tensor topk_idx)");
+  m.def(
+      "moe_route_backward(Tensor grad_weights, Tensor logits, Tensor topk_weights, Tensor topk_idx, int scoring, "
+      "bool renormalize) -> Tensor grad_logits");
+  m.def("moe_load_balance(Tensor logits, Tensor topk_idx, int scoring) -> (Tensor loss, Tensor coefficients)");
+  m.def(
+      "moe_load_balance_backward(Tensor grad, Tensor logits, Tensor topk_idx, Tensor coefficients, int scoring) -> "
+      "Tensor grad_logits");
+  m.def("moe_z_loss(Tensor logits) -> (Tensor loss, Tensor lse)");
+  m.def("moe_z_loss_backward(Tensor grad, Tensor logits, Tensor lse) -> Tensor grad_logits");
+  m.def("moe_route_expert_choice(Tensor logits, int capacity, int scoring) -> (Tensor topk_weights, Tensor topk_idx)");
+  m.def("moe_capacity(Tensor topk_idx, Tensor? topk_weights, int num_experts, int capacity) -> Tensor");
 }

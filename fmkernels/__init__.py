@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels for foundation models: attention, caches, sparsity, experts and collectives, on the CPU and on CUDA."""
 
-from . import nn, paged_kv
+from . import moe, nn, paged_kv
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
@@ -52,6 +52,7 @@ __all__ = [
     "lora_expand",
     "lora_shrink",
     "merge_attention",
+    "moe",
     "nn",
     "paged_kv",
     "quantize_weight",

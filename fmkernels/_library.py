@@ -90,6 +90,18 @@ class Ops:
     paged_kv_swap_in: Callable[..., None]
     paged_kv_compact: Callable[..., None]
     paged_kv_page_table_from_csr: Callable[..., Tensor]
+    moe_build_mapping: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    moe_permute: Callable[..., Tensor]
+    moe_combine: Callable[..., Tensor]
+    moe_combine_backward: Callable[..., tuple[Tensor, Tensor]]
+    moe_route: Callable[..., tuple[Tensor, Tensor]]
+    moe_route_backward: Callable[..., Tensor]
+    moe_load_balance: Callable[..., tuple[Tensor, Tensor]]
+    moe_load_balance_backward: Callable[..., Tensor]
+    moe_z_loss: Callable[..., tuple[Tensor, Tensor]]
+    moe_z_loss_backward: Callable[..., Tensor]
+    moe_route_expert_choice: Callable[..., tuple[Tensor, Tensor]]
+    moe_capacity: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

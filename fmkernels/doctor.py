@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import _library, _self_tests_layers, _self_tests_paged_kv, _self_tests_tokens, reference
+from . import _library, _self_tests_layers, _self_tests_moe, _self_tests_paged_kv, _self_tests_tokens, reference
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
@@ -238,6 +238,7 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "merge_attention_backward": _test_merge_attention_backward,
     **_self_tests_paged_kv.SELF_TESTS,
     **_self_tests_layers.SELF_TESTS,
+    **_self_tests_moe.SELF_TESTS,
     **_self_tests_tokens.SELF_TESTS,
 }
 """One small case for each op, on the given backend, against the reference in float64."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of each op in plain torch: slow on purpose, exact in float64, differentiable by autograd."""
 
-from . import paged_kv
+from . import moe, paged_kv
 from .attention import attention, attention_scores, attention_varlen
 from .block_sparse import dds, dsd, sdd, topology_moe
 from .cross_entropy import cross_entropy, linear_cross_entropy
@@ -32,6 +32,7 @@ __all__ = [
     "lora_expand",
     "lora_shrink",
     "merge_attention",
+    "moe",
     "paged_kv",
     "philox",
     "quantize_weight",
