@@ -196,6 +196,11 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(result)
 
 
+def no_view(result: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A result that nobody else holds, in another shape: who gets it may detach it in place, as pipelines do."""
+    return torch.ops.aten._unsafe_view(result, shape)
+
+
 def needs_grad(*tensors: Any) -> bool:
     """Whether autograd has to record a call with these inputs, or refuse it: forward mode would lose tangents."""
     if forward_ad._current_level >= 0:

@@ -21,7 +21,7 @@ from ._block_sparse_checks import (
     with_major,
 )
 from ._block_sparse_epilogue import ACTIVATIONS, FUNCTIONS, finish_blocks
-from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
+from ._library import autocast, call, needs_grad, no_view, ops, register_fake, register_flop_formula
 from .block_sparse_matrix import BlockSparse
 from .block_topology import BlockTopology
 
@@ -100,7 +100,7 @@ def dds(
     flat = a.reshape(-1, a.shape[-1])
     check_dense("dds", "a", flat, s, -1)
     out = _multiply("dds", s.t(), flat.mT, True, scale, bias, activation)
-    return torch.ops.aten._unsafe_view(out, (*a.shape[:-1], s.shape[-1]))
+    return no_view(out, (*a.shape[:-1], s.shape[-1]))
 
 
 def sdd(
@@ -183,8 +183,7 @@ def _multiply(
     else:
         matrix = (s.values, s.block_scales, s.topology, s.is_transposed)
         out = _run_dsd(*matrix, three, transposed_out, scale, bias, ACTIVATIONS[activation])
-    # No view: who gets it may detach it in place, as stages of a pipeline do.
-    return out if dense.dim() == 3 else torch.ops.aten._unsafe_view(out, out.shape[1:])
+    return out if dense.dim() == 3 else no_view(out, out.shape[1:])
 
 
 def _run_dsd(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
+from ._library import autocast, call, needs_grad, no_view, ops, register_fake, register_flop_formula
 from .semi_structured_matrix import COLUMN_BLOCK, ROW_TILE, TILE_WORDS, SemiStructured
 
 
@@ -48,7 +48,7 @@ def semi_structured_linear(x: Tensor, w: SemiStructured, bias: Tensor | None = N
     packed = (values, w.metadata, transposed, w.transposed and w.transposed[1])
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = _multiply(flat, packed, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else no_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _multiply(x: Tensor, packed: tuple[Any, ...], bias: Tensor | None) -> Tensor:
@@ -99,7 +99,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, cast = autocast(2, x, weight)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = _MaskedLinear.apply(flat, cast, bias, mask)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else no_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 class _MaskedLinear(torch.autograd.Function):
