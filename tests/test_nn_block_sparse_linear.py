@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fmkernels import BlockSparse, BlockTopology, dds, dsd, random_blocks, sdd
-from fmkernels.nn import BlockSparseLinear
+from fmkernels.nn import BlockSparseLinear, QuantizedBlockSparseLinear
 from fmkernels.testing import assert_as_good_as_torch
 
 OUT, IN = 150, 200  # neither a multiple of a block
@@ -215,3 +215,41 @@ def test_repr():
     assert repr(layer_of(1.0)) == (
         "BlockSparseLinear(in_features=200, out_features=150, bias=True, block=(32, 32), density=1)"
     )
+
+
+# ---- int8 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_quantized_layer_is_the_product_with_the_quantized_matrix(bias):
+    module = layer_of(bias=bias)
+    quantized = QuantizedBlockSparseLinear.from_block_sparse(module)
+    x = torch.randn(2, 3, IN)
+    expected = dds(x, module.matrix.quantize().t(), bias=module.bias)
+    assert torch.equal(quantized(x), expected)
+    other = QuantizedBlockSparseLinear(IN, OUT, bias, topology=topology_of(0.25))
+    other.load_state_dict(quantized.state_dict())  # which brings its topology
+    assert torch.equal(copy.deepcopy(other)(x), expected)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    halves = other.bfloat16()
+    assert halves.block_scales.dtype == torch.float32
+    assert halves.weight.dtype == torch.int8
+    half_bias = module.bias.bfloat16() if bias else None
+    halves_expected = dds(x.bfloat16(), module.matrix.quantize().t(), bias=half_bias)
+    assert torch.equal(halves(x.bfloat16()), halves_expected)
+    x.requires_grad_()
+    quantized(x).sum().backward()
+    assert x.grad is not None
+    assert quantized.bias is module.bias
+
+
+def test_the_quantized_layer_is_made_on_the_meta_device():
+    module = QuantizedBlockSparseLinear(IN, OUT, topology=topology_of(), device="meta")
+    assert module.weight.is_meta
+    real = QuantizedBlockSparseLinear.from_block_sparse(layer_of())
+    module.to_empty(device="cpu").load_state_dict(real.state_dict())
+    x = torch.randn(2, IN)
+    assert torch.equal(module(x), real(x))
+    with pytest.raises(TypeError, match=r"from_block_sparse: module must be a fmkernels.nn.BlockSparseLinear, got Lin"):
+        QuantizedBlockSparseLinear.from_block_sparse(torch.nn.Linear(2, 2))

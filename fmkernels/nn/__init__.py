@@ -7,6 +7,7 @@ from .block_sparse_linear import BlockSparseLinear
 from .checkpoint import checkpoint_policy
 from .glu import SwiGLU
 from .norm import LayerNorm, RMSNorm
+from .quantized_block_sparse_linear import QuantizedBlockSparseLinear
 from .quantized_linear import QuantizedLinear
 from .rope import RotaryEmbedding
 from .semi_structured_linear import SemiStructuredLinear
@@ -18,6 +19,7 @@ __all__ = [
     "BlockPruning",
     "BlockSparseLinear",
     "LayerNorm",
+    "QuantizedBlockSparseLinear",
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",

@@ -16,12 +16,13 @@ from .._library import autocast, needs_grad
 from ..block_sparse import dds, sdd
 from ..block_sparse_matrix import BlockSparse
 from ..block_topology import BlockTopology
+from ._block_sparse_module import BlockSparseModule
 from .weight_grad import DeferredWeightGrad, WeightGradStore
 
 _OP = "nn.BlockSparseLinear"
 
 
-class BlockSparseLinear(DeferredWeightGrad, nn.Module):
+class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
     """What `torch.nn.Linear` computes, of a weight that is zero outside of the blocks of a topology.
 
         y = fmkernels.dds(x, w.t(), bias=bias)
@@ -44,9 +45,6 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
     determinism: as `fmkernels.dds`.
     """
 
-    row_offsets: Tensor
-    column_indices: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -59,17 +57,13 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("in_features", in_features), ("out_features", out_features)):
-            check.integer(_OP, name, number, 1)
         check.flag(_OP, "bias", bias)
-        self.in_features, self.out_features = in_features, out_features
-        self._check_topology(topology)
+        self._set_features(in_features, out_features, topology)
         self._set_store(_OP, weight_grad_store)
         device = topology.device if device is None else device
-        self._hold(topology)
         self.weight = nn.Parameter(torch.empty(topology.num_blocks, *topology.block, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._apply(lambda t: t)  # brings the topology to the device
+        self._hold(topology)  # on the device of the weight
         self.reset_parameters()
 
     @classmethod
@@ -81,28 +75,14 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
             raise TypeError(f"{_OP}.from_linear: module must be a torch.nn.Linear, got {type(module).__name__}.")
         result = cls.__new__(cls)
         nn.Module.__init__(result)
-        result.in_features, result.out_features = module.in_features, module.out_features
-        result._check_topology(topology)
+        result._set_features(module.in_features, module.out_features, topology)
         result._set_store(_OP, weight_grad_store)
-        topology = topology.to(module.weight.device)
-        result._hold(topology)
-        values = BlockSparse.from_dense(module.weight.detach(), mask=topology).values
+        result._hold(topology.to(module.weight.device))
+        values = BlockSparse.from_dense(module.weight.detach(), mask=result.topology).values
         result.weight = nn.Parameter(values, requires_grad=module.weight.requires_grad)
         result.bias = module.bias
         result.train(module.training)
         return result
-
-    def _check_topology(self, topology: BlockTopology) -> None:
-        if not isinstance(topology, BlockTopology):
-            raise TypeError(f"{_OP}: topology must be a BlockTopology, got {type(topology).__name__}.")
-        expected = (self.out_features, self.in_features)
-        if topology.shape != expected:
-            raise ValueError(f"{_OP}: topology must be of shape {expected}, got {topology.shape}.")
-
-    def _hold(self, topology: BlockTopology) -> None:
-        self.topology = topology
-        self.register_buffer("row_offsets", topology.row_offsets)
-        self.register_buffer("column_indices", topology.column_indices)
 
     def reset_parameters(self) -> None:
         """New values, as a new layer has."""
@@ -201,41 +181,19 @@ class BlockSparseLinear(DeferredWeightGrad, nn.Module):
                 group["params"] = [self.weight if p is old_weight else p for p in group["params"]]
         self._hold(topology)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
-        """As of every module; the topology follows the weight, but not to the meta device, which would forget it."""
-        topology = self.topology
-        super()._apply(fn, recurse)
-        is_there = self.weight.device in (topology.device, torch.device("meta"))
-        self._hold(topology if is_there else topology.to(self.weight.device))
-        return self
+    def _resize(self, num_blocks: int) -> None:
+        self.weight.grad = None
+        self.weight.data = self.weight.new_empty(num_blocks, *self.topology.block)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
-        names = {name: prefix + name for name in ("weight", "row_offsets", "column_indices")}
-        weight, offsets, indices = (state_dict.get(key) for key in names.values())
-        state_dict = dict(state_dict)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and offsets is None and indices is None:
-            if tuple(weight.shape) == self.topology.shape:  # of a dense layer
-                topology = self.topology.to(weight.device)
-                state_dict[names["weight"]] = BlockSparse.from_dense(weight.detach(), mask=topology).values
-                state_dict[names["row_offsets"]] = topology.row_offsets
-                state_dict[names["column_indices"]] = topology.column_indices
-        elif isinstance(offsets, Tensor) and isinstance(indices, Tensor):
-            try:
-                topology = BlockTopology(offsets, indices, self.topology.shape, self.topology.block)
-            except (ValueError, TypeError) as error:
-                errors.append(f"{prefix}: {error}")
-                return
-            if topology.num_blocks != self.topology.num_blocks and isinstance(weight, Tensor):
-                self.weight.grad = None
-                self.weight.data = self.weight.new_empty(topology.num_blocks, *topology.block)
-            self._hold(topology.to(self.weight.device))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block={self.topology.block}, density={self.topology.density:.3g}"
-        )
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight, names = state_dict.get(prefix + "weight"), ("row_offsets", "column_indices")
+        is_dense = isinstance(weight, Tensor) and tuple(weight.shape) == self.topology.shape
+        if is_dense and not any(prefix + name in state_dict for name in names):
+            topology = self.topology.to(weight.device)
+            values = BlockSparse.from_dense(weight.detach(), mask=topology).values
+            state_dict = {**state_dict, prefix + "weight": values}
+            state_dict |= {prefix + name: getattr(topology, name) for name in names}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Deferred(torch.autograd.Function):
