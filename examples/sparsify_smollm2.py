@@ -115,7 +115,7 @@ def prune(model: Any, ids: Tensor, options: argparse.Namespace, progress: Progre
     handle = layers[0].register_forward_pre_hook(take, with_kwargs=True)
     for part in ids.split(4):
         with contextlib.suppress(_HasInputsError):
-            model(part)
+            model(part, use_cache=False)  # layers run twice on these arguments, a cache would grow
     handle.remove()
 
     for layer in progress.track(layers[: options.decoder_layers], description="pruning"):

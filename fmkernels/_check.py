@@ -150,6 +150,12 @@ def number(op: str, name: str, value: Any, *, non_negative: bool = False) -> Non
         raise ValueError(f"{op}: {name} must not be negative, got {value}.")
 
 
+def share(op: str, name: str, value: Any) -> None:
+    number(op, name, value, non_negative=True)
+    if value > 1:
+        raise ValueError(f"{op}: {name} must be from 0 to 1, got {value}.")
+
+
 def vanishes(value: Any) -> bool:
     """Whether a number other than 0 is 0 in float32."""
     return 0 < abs(value) <= 2.0**-150

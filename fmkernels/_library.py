@@ -10,6 +10,7 @@ Autograd: a public function calls its op directly when no gradient is wanted and
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,11 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
         is_again = isinstance(x, Tensor) and any(x is before for before in args[:i])
         result.append(x.view_as(x) if is_again else x)
     return tuple(result)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., columns] as [rows, columns], also where there are no columns; a view where strides allow it."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def no_view(result: Tensor, shape: tuple[int, ...]) -> Tensor:

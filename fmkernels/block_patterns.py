@@ -35,7 +35,8 @@ def random_blocks(
     """
     op = "random_blocks"
     _check_grid(op, rows, columns)
-    num_blocks = round(_checked_density(op, density) * rows * columns)
+    check.share(op, "density", density)
+    num_blocks = round(density * rows * columns)
     if device is None:
         device = str(generator.device) if generator is not None else "cpu"
     mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
@@ -117,7 +118,8 @@ def largest_blocks(scores: Tensor, density: float) -> Tensor:
     check.is_tensor(op, "scores", scores)
     check.rank(op, "scores", scores, 2, "[rows of blocks, columns of blocks]")
     flat = scores.detach().flatten()
-    num_blocks = round(_checked_density(op, density) * flat.numel())
+    check.share(op, "density", density)
+    num_blocks = round(density * flat.numel())
     mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
     mask[flat.argsort(descending=True, stable=True)[:num_blocks]] = True
     return mask.view(scores.shape)
@@ -149,10 +151,3 @@ def block_norms(weight: Tensor, block: int | tuple[int, int]) -> Tensor:
 def _check_grid(op: str, rows: int, columns: int) -> None:
     for name, value in (("rows", rows), ("columns", columns)):
         check.integer(op, name, value, 0)
-
-
-def _checked_density(op: str, density: float) -> float:
-    check.number(op, "density", density, non_negative=True)
-    if density > 1:
-        raise ValueError(f"{op}: density must be from 0 to 1, got {density}.")
-    return density

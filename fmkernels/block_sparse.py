@@ -21,7 +21,7 @@ from ._block_sparse_checks import (
     with_major,
 )
 from ._block_sparse_epilogue import ACTIVATIONS, FUNCTIONS, finish_blocks
-from ._library import autocast, call, needs_grad, no_view, ops, register_fake, register_flop_formula
+from ._library import as_rows, autocast, call, needs_grad, no_view, ops, register_fake, register_flop_formula
 from .block_sparse_matrix import BlockSparse
 from .block_topology import BlockTopology
 
@@ -97,7 +97,7 @@ def dds(
         return _multiply("dds", s.t(), a.mT, True, scale, bias, activation)
     if a.dim() == 0:
         raise ValueError("dds: a must be [..., inner], got 0 dimensions [].")
-    flat = a.reshape(-1, a.shape[-1])
+    flat = as_rows(a)
     check_dense("dds", "a", flat, s, -1)
     out = _multiply("dds", s.t(), flat.mT, True, scale, bias, activation)
     return no_view(out, (*a.shape[:-1], s.shape[-1]))
@@ -148,10 +148,8 @@ def sdd(
     check.size(op, "b", b, -2, "as many rows as a has columns,", a.shape[-1])
     check_epilogue(op, topology.shape[-1], a, scale, bias, activation)
     three = [t if dims == 3 else t[None] for t in (a, b)]
-    indices = (topology.row_indices, topology.column_indices)
     if not needs_grad(a, b, bias):
-        args = (*three, *indices, scale, as_float(bias), *topology.block, ACTIVATIONS[activation])
-        return BlockSparse.of(call(ops.block_sparse_sdd, args, check_sdd), topology)
+        return BlockSparse.of(_run_sdd(*three, topology, scale, bias, ACTIVATIONS[activation]), topology)
     topology.make_lists_to_compile()
     values = _Sdd.apply(*three, topology)
     if scale is None and bias is None and activation is None:
@@ -247,9 +245,9 @@ class _Dsd(torch.autograd.Function):
 # ---- sdd ------------------------------------------------------------------------------------------------------------
 
 
-def _run_sdd(a: Tensor, b: Tensor, topology: BlockTopology) -> Tensor:
-    args = (a, b, topology.row_indices, topology.column_indices, None, None, *topology.block, 0)
-    return call(ops.block_sparse_sdd, args, check_sdd)
+def _run_sdd(a: Tensor, b: Tensor, topology: BlockTopology, scale=None, bias=None, activation: int = 0) -> Tensor:
+    indices, epilogue = (topology.row_indices, topology.column_indices), (scale, as_float(bias))
+    return call(ops.block_sparse_sdd, (a, b, *indices, *epilogue, *topology.block, activation), check_sdd)
 
 
 class _Sdd(torch.autograd.Function):

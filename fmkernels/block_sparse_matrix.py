@@ -132,13 +132,14 @@ class BlockSparse:
 
     def with_values(self, values: Tensor) -> BlockSparse:
         """The same blocks with other values, in the order of `values`; int8 ones keep the scales."""
+        check.is_tensor(_OP, "values", values)
         scales = self.block_scales if values.dtype == torch.int8 else None
         return BlockSparse.of(values, self.topology, self.is_transposed, scales)
 
     def to(self, *args: Any, **kwargs: Any) -> BlockSparse:
         """On a device, in a dtype, or both, as `Tensor.to`; int8 values stay int8."""
         values = self.values.to(*args, **kwargs)
-        topology = self.topology if values.device == self.topology.device else self.topology.to(values.device)
+        topology = self.topology.to(values.device)
         scales = self.block_scales
         if scales is not None:
             if values.dtype != torch.int8:
@@ -177,12 +178,9 @@ class BlockSparse:
             return self.dequantize().to_dense()
         topology = self.topology
         (block_rows, block_columns), num_columns = topology.block, topology.num_block_columns
-        num_places = topology.num_lists * topology.num_block_rows * num_columns
-        rows = topology.row_indices.long()
-        place = torch.where(
-            rows < 0, num_places, rows * num_columns + topology.column_indices
-        )  # the last one is thrown away
-        blocks = self.values.new_zeros(num_places + 1, block_rows, block_columns).index_copy(0, place, self.values)
+        num_places = topology.num_places
+        blocks = self.values.new_zeros(num_places + 1, block_rows, block_columns)  # the last one is thrown away
+        blocks = blocks.index_copy(0, topology.places, self.values)
         grid = blocks[:num_places].view(topology.num_lists, topology.num_block_rows, num_columns, *topology.block)
         whole = grid.transpose(2, 3).reshape(
             topology.num_lists, topology.num_block_rows * block_rows, num_columns * block_columns

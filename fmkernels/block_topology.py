@@ -127,12 +127,9 @@ class BlockTopology:
 
     def to_mask(self) -> Tensor:
         """[rows of blocks, columns of blocks] bool, or [batch, rows of blocks, columns of blocks]: those stored."""
-        rows, columns, num_columns = self.row_indices.long(), self.column_indices, self.num_block_columns
-        num_places = self.num_lists * self.num_block_rows * num_columns
-        is_in = (rows >= 0) & (columns >= 0) & (columns < num_columns)
-        place = torch.where(is_in, rows * num_columns + columns, num_places)  # the last one is thrown away
-        mask = torch.zeros(num_places + 1, dtype=torch.bool, device=self.device).index_fill_(0, place, True)
-        return mask[:num_places].view(*self.shape[:-2], self.num_block_rows, num_columns)
+        mask = torch.zeros(self.num_places + 1, dtype=torch.bool, device=self.device)  # the last one is thrown away
+        mask.index_fill_(0, self.places, True)
+        return mask[: self.num_places].view(*self.shape[:-2], self.num_block_rows, self.num_block_columns)
 
     @property
     def num_blocks(self) -> int:
@@ -153,8 +150,12 @@ class BlockTopology:
     @property
     def density(self) -> float:
         """Blocks over those of a dense matrix."""
-        dense = self.num_lists * self.num_block_rows * self.num_block_columns
-        return self.num_blocks / dense if dense > 0 else 0.0
+        return self.num_blocks / self.num_places if self.num_places > 0 else 0.0
+
+    @property
+    def num_places(self) -> int:
+        """Blocks of a dense matrix."""
+        return self.num_lists * self.num_block_rows * self.num_block_columns
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +170,13 @@ class BlockTopology:
             rows = torch.searchsorted(ends, place, right=True, out_int32=True)
             self._made["row_indices"] = torch.where(rows < ends.shape[0], rows, -1)
         return self._made["row_indices"]
+
+    @property
+    def places(self) -> Tensor:
+        """[num_blocks] int64, row_indices * columns of blocks + column of each block; num_places: no row lists it."""
+        rows, columns = self.row_indices.long(), self.column_indices
+        is_in = (rows >= 0) & (columns >= 0) & (columns < self.num_block_columns)
+        return torch.where(is_in, rows * self.num_block_columns + columns, self.num_places)
 
     def lists(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """The lists of the matrix, or of its transpose, as the products take them; made once.
@@ -208,7 +216,10 @@ class BlockTopology:
 
     def to(self, device: torch.device | str) -> BlockTopology:
         """The same on a device."""
-        return BlockTopology(self.row_offsets.to(device), self.column_indices.to(device), self.shape, self.block)
+        offsets = self.row_offsets.to(device)
+        if offsets is self.row_offsets:
+            return self
+        return BlockTopology(offsets, self.column_indices.to(device), self.shape, self.block)
 
     def __repr__(self) -> str:
         return (

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._library import autocast, call, needs_grad, no_view, ops, register_fake, register_flop_formula
+from ._library import as_rows, autocast, call, needs_grad, no_view, ops, register_fake, register_flop_formula
 from .semi_structured_matrix import COLUMN_BLOCK, ROW_TILE, TILE_WORDS, SemiStructured
 
 
@@ -46,7 +46,7 @@ def semi_structured_linear(x: Tensor, w: SemiStructured, bias: Tensor | None = N
         raise ValueError(f"{op}: x must be [..., columns], got 0 dimensions [].")
     x, values, transposed, bias = autocast(3, x, w.values, w.transposed and w.transposed[0], bias)
     packed = (values, w.metadata, transposed, w.transposed and w.transposed[1])
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = as_rows(x)
     y = _multiply(flat, packed, bias)
     return y if x.dim() == 2 else no_view(y, (*x.shape[:-1], y.shape[-1]))
 
@@ -97,7 +97,7 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     mask = ops.semi_structured_mask(weight.detach(), True)  # of the weight itself, whatever autocast makes of it
     x, cast = autocast(2, x, weight)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = as_rows(x)
     y = _MaskedLinear.apply(flat, cast, bias, mask)
     return y if x.dim() == 2 else no_view(y, (*x.shape[:-1], y.shape[-1]))
 

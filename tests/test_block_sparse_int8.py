@@ -190,7 +190,7 @@ def test_a_column_has_the_same_bits_beside_any_number_of_others(dtype, quantized
         return dsd(s, columns) if product is dsd else dds(columns.mT, s.t()).mT
 
     whole = run(dense)
-    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 48, 49, 96, 97):
+    for count in (*range(1, 18), 48, 49, 96, 97):  # of 10, 13 and 14 too much was written
         assert torch.equal(run(dense[:, 7 : 7 + count].contiguous()), whole[:, 7 : 7 + count])
         assert torch.equal(run(dense[:, 7 : 7 + count]), whole[:, 7 : 7 + count])
 
@@ -240,6 +240,7 @@ def test_quantized_values_are_constants():
 
 S = matrix((32, 48), 16, 1.0)
 ERRORS = [
+    (lambda: S.with_values(None), TypeError, "BlockSparse: values must be a tensor, got NoneType."),
     (
         lambda: BlockSparse.of(S.values, S.topology),
         ValueError,

@@ -55,6 +55,7 @@ def test_the_density_follows_the_schedule():
     model, optimizer, pruning = setup()
     assert [pruning.changes_at(step) for step in range(11)] == [True, False] * 4 + [True, False, False]
     assert [step for step in range(11) if setup(begin=1, end=8, every=3)[2].changes_at(step)] == [1, 4, 7, 8]
+    assert [setup(begin=1, end=1)[2].density_at(step, 1.0) for step in range(3)] == [1.0, 0.25, 0.25]
     assert [pruning.density_at(step, 1.0) for step in (0, 4, 8, 100)] == [1.0, 0.25 + 0.75 / 8, 0.25, 0.25]
     for step in range(10):
         train(model, optimizer, pruning, [step])

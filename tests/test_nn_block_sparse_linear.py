@@ -121,8 +121,11 @@ def test_a_state_dict_that_lies_is_refused():
         module.load_state_dict(state)
     state = module.state_dict()
     del state["row_offsets"]
+    state["column_indices"] = state["column_indices"] + 1000
     with pytest.raises(RuntimeError, match=r"Missing key.*row_offsets"):
         module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)
+    assert torch.equal(module.topology.column_indices, topology_of().column_indices)
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         module.load_state_dict(torch.nn.Linear(IN + 1, OUT).state_dict())
     assert torch.equal(module.weight, before)
@@ -191,6 +194,24 @@ def test_a_change_of_blocks_while_an_old_graph_lives():
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_that_no_row_lists_are_no_part_of_it():
+    """Their places wrapped to the last ones, and blocks that are listed lost their values."""
+    whole = topology_of(0.5)
+    lists = (whole.row_offsets, torch.cat([whole.column_indices, torch.tensor([6, 0], dtype=torch.int32)]))
+    module = BlockSparseLinear(IN, OUT, topology=BlockTopology(*lists, (OUT, IN), 32))
+    before = module.matrix.to_dense()
+    module.set_topology(BlockTopology.from_mask(torch.ones(5, 7, dtype=torch.bool), 32, (OUT, IN)))
+    assert torch.equal(module.matrix.to_dense(), before)
+
+
+def test_a_meta_layer_keeps_its_topology():
+    module = BlockSparseLinear.from_linear(torch.nn.Linear(IN, OUT, device="meta"), topology_of())
+    real = layer_of()
+    module.to_empty(device="cpu").load_state_dict(real.state_dict())
+    x = torch.randn(2, IN)
+    assert torch.equal(module(x), real(x))
 
 
 def test_errors():

@@ -170,3 +170,19 @@ def test_wrong_arguments_are_told_in_one_sentence():
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value) == sentence
+
+
+def test_what_inference_mode_has_packed_serves_training():
+    """It was an inference tensor, which backward may not save."""
+    module = SemiStructuredLinear(64, 32)
+    module.requires_grad_(False)
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        expected = module(x)
+        made_there = SemiStructuredLinear(64, 32)
+        assert torch.equal(made_there(x), made_there(x))
+    x.requires_grad_()
+    y = module(x)
+    y.sum().backward()
+    assert torch.equal(y.detach(), expected)
+    assert x.grad is not None

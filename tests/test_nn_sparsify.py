@@ -55,6 +55,13 @@ def test_layers_become_sparse_and_tied_ones_do_not():
     assert model(torch.arange(50)).shape == (50, 50)
 
 
+def test_a_layer_at_two_places_is_left_alone():
+    shared = nn.Linear(40, 40)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(40, 40))
+    assert sparsify(model, 0.5, BLOCK) == ["3"]
+    assert model[0] is model[2] is shared
+
+
 def test_only_the_layers_that_are_named():
     model = Model()
     assert sparsify(model, 0.5, (16, 32), layers="*.2") == ["mlp.2"]

@@ -193,6 +193,23 @@ def test_in_two_processes(check, tmp_path):
     torch.multiprocessing.spawn(run_rank, (tmp_path / "store", check), nprocs=WORLD_SIZE)
 
 
+def test_blocks_that_change_before_the_gradient_is_computed():
+    """As many as before change in place: the gradient of the old ones went to the new ones."""
+    module = layer(store=WeightGradStore())
+    module(torch.randn(5, WIDTH)).sum().backward()
+    module.set_topology(BlockTopology.from_mask(~module.topology.to_mask(), 16))
+    with pytest.raises(RuntimeError, match=r"the weight must stay until its gradient is computed, it was replaced\."):
+        module.backward_dw()
+
+
+def test_inputs_are_refused_as_without_a_store():
+    for module in (layer(), layer(store=WeightGradStore())):
+        with pytest.raises(ValueError, match=r"dds: a must have the dtype of s, float32, got bfloat16\."):
+            module(torch.randn(5, WIDTH, dtype=torch.bfloat16))
+        with pytest.raises(TypeError, match=r"dds: a must be a tensor, got NoneType\."):
+            module(None)
+
+
 def test_errors():
     with pytest.raises(
         TypeError, match=r"nn.BlockSparseLinear: weight_grad_store must be a WeightGradStore, got bool\."

@@ -213,7 +213,10 @@ def test_strides_change_no_bits(layout, backend):
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize(("rows", "columns", "shape"), [(16, 16, (0, 16)), (0, 16, (3, 16)), (32, 0, (3, 0))])
+@pytest.mark.parametrize(
+    ("rows", "columns", "shape"),
+    [(16, 16, (0, 16)), (0, 16, (3, 16)), (32, 0, (3, 0)), (32, 0, (2, 3, 0)), (32, 0, (0,))],
+)
 def test_no_elements(rows, columns, shape, backend):
     dtype = fit(backend, torch.float32)
     w = SemiStructured.from_dense(torch.zeros(rows, columns, dtype=dtype), both_directions=True).to(backend.device)
@@ -226,7 +229,7 @@ def test_no_elements(rows, columns, shape, backend):
         return y
 
     y = backend.run(both, x, w, bias)
-    assert torch.equal(y.detach(), bias.to(dtype).expand(shape[0], rows))
+    assert torch.equal(y.detach(), bias.to(dtype).expand(*shape[:-1], rows))
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 

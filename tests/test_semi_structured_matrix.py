@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fmkernels import SemiStructured, _library, reference, semi_structured_mask
+from fmkernels import SemiStructured, reference, semi_structured_mask
 from fmkernels._library import ops
 from fmkernels.testing import backends
 
@@ -334,11 +334,20 @@ def test_a_transpose_that_was_not_packed():
         SemiStructured.from_dense(W).t()
 
 
-def test_masks_of_a_device_are_checked_on_request(monkeypatch):
-    """FMKERNELS_CHECK=1: where values are looked at whatever the device; a test of the flag, which is read once."""
-    monkeypatch.setattr(_library, "check_values", True)
-    with pytest.raises(ValueError, match="mask must keep at most 2 of each 4 along a row"):
-        SemiStructured.from_dense(W, THREE)
+def test_any_byte_but_zero_of_a_mask_is_true():
+    """A view of bytes as bool may hold more than 0 and 1: column 1 was kept for a byte of 2 in column 0."""
+    mask = semi_structured_mask(W)
+    for byte in (2, 255):
+        odd = (mask.byte() * byte).view(torch.bool)
+        for backend in BACKENDS:
+            pack = getattr(torch.ops, backend.namespace).semi_structured_pack
+            for transposed in (False, True):
+                both = mask if not transposed else semi_structured_mask(W, both_directions=True)
+                given = odd if not transposed else (both.byte() * byte).view(torch.bool)
+                dtype = torch.float32 if backend.name == "cpu" else torch.bfloat16
+                x = W.to(backend.device, dtype)
+                expected = pack(x, both.to(backend.device), transposed)
+                assert all(map(torch.equal, pack(x, given.to(backend.device), transposed), expected))
 
 
 def test_the_ops_refuse_what_memory_safety_needs():

@@ -278,7 +278,8 @@ void add_direct(const BlockSparseDsdParams& p, const Chain& chain, int64_t end_o
               beyond < 0 ? segments[place % num_segments].values + place / num_segments * kRows * lying.row_stride
                          : block_at(position_of(p, min(chain.next_entry + beyond, end_of_list - 1)));
         }
-        for (int64_t column = 0; column < p.columns; column += kColumns) {
+        for (int64_t group = 0; group < num_groups; ++group) {  // of kColumns, or of one less
+          const int64_t column = p.columns * group / num_groups, next = p.columns * (group + 1) / num_groups;
           float* c = sums + column * tile_rows + i * kRows;
           const int64_t x_first = column * left.stride;
           auto multiply = [&]<int kCount>() {
@@ -290,8 +291,8 @@ void add_direct(const BlockSparseDsdParams& p, const Chain& chain, int64_t end_o
                                                           left.stride, c, tile_rows, adds);
             }
           };
-          if (p.columns - column >= kColumns) multiply.template operator()<kColumns>();
-          else if constexpr (kColumns > 1) multiply.template operator()<kColumns - 1>();  // one less, of 5 or 7
+          if (next - column == kColumns) multiply.template operator()<kColumns>();
+          else if constexpr (kColumns > 1) multiply.template operator()<kColumns - 1>();
         }
       }
     };

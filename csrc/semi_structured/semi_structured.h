@@ -42,7 +42,7 @@ struct SemiStructuredPackParams {
   int64_t rows, columns;  // of the packed matrix
   const void* x;          // and the strides of its rows and columns in x, which may be those of a transpose
   int64_t row_stride, column_stride;
-  const bool* mask;
+  const uint8_t* mask;  // bytes, of which any but 0 is true
   int64_t mask_row_stride, mask_column_stride;
   void* values;        // [rows, columns / 2]
   uint32_t* metadata;  // [row tiles, column blocks, 32]

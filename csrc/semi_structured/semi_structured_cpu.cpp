@@ -121,7 +121,7 @@ void make_mask(const SemiStructuredMaskParams& p) {
 template <class T>
 uint32_t pack_groups(const SemiStructuredPackParams& p, int64_t row, int64_t column) {
   const T* x = static_cast<const T*>(p.x) + row * p.row_stride + column * p.column_stride;
-  const bool* mask = p.mask + row * p.mask_row_stride + column * p.mask_column_stride;
+  const uint8_t* mask = p.mask + row * p.mask_row_stride + column * p.mask_column_stride;
   T* values = static_cast<T*>(p.values) + (row * p.columns + column) / 2;
   uint32_t all = 0;
   for (int64_t group = 0; group < kWordColumns; group += 4) {

@@ -35,13 +35,20 @@ Tensor semi_structured_mask(const Tensor& x, bool both_directions) {
 
 #ifndef FM_CUDA  // on CUDA the first two of four count
 void check_mask(const SemiStructuredPackParams& p) {
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const bool* kept = p.mask + row * p.mask_row_stride;
+  auto check = [&](int64_t row, int64_t column) {
+    const uint8_t* kept = p.mask + row * p.mask_row_stride + column * p.mask_column_stride;
+    int count = 0;
+    for (int64_t i = 0; i < 4; ++i) count += kept[i * p.mask_column_stride] != 0 ? 1 : 0;
+    FM_CHECK(count <= 2, "mask must keep at most 2 of each 4, got ", count, " in row ", row, " from column ", column,
+             " on");
+  };
+  if (p.mask_column_stride == 1) {
+    for (int64_t row = 0; row < p.rows; ++row) {
+      for (int64_t column = 0; column < p.columns; column += 4) check(row, column);
+    }
+  } else {  // of a transpose: along memory
     for (int64_t column = 0; column < p.columns; column += 4) {
-      int count = 0;
-      for (int64_t i = 0; i < 4; ++i) count += kept[(column + i) * p.mask_column_stride] ? 1 : 0;
-      FM_CHECK(count <= 2, "mask must keep at most 2 of each 4, got ", count, " in row ", row, " from column ", column,
-               " on");
+      for (int64_t row = 0; row < p.rows; ++row) check(row, column);
     }
   }
 }
@@ -61,7 +68,7 @@ std::tuple<Tensor, Tensor> semi_structured_pack(const Tensor& x, const Tensor& m
   check_multiple("the rows of x", x.size(0), kRowTile);
   check_multiple("the columns of x", x.size(1), kRowTile);
   p.x = data_of(x);
-  p.mask = static_cast<const bool*>(data_of(mask));
+  p.mask = static_cast<const uint8_t*>(data_of(mask));
   p.rows = x.size(transposed ? 1 : 0);
   p.columns = x.size(transposed ? 0 : 1);
   p.row_stride = transposed ? 1 : stride_of(x, 0);

@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kThreads) semi_structured_pack_kernel(PackArgs
     for (int half = 0; half < 2; ++half) {
       const int64_t row = tile / column_blocks * kRowTile + lane / 4 + half * 8;
       const T* x = static_cast<const T*>(p.x) + row * p.row_stride + column * p.column_stride;
-      const bool* mask = p.mask + row * p.mask_row_stride + column * p.mask_column_stride;
+      const uint8_t* mask = p.mask + row * p.mask_row_stride + column * p.mask_column_stride;
       Vector<T, kWordColumns> of_row;
-      Vector<bool, kWordColumns> wanted;
+      Vector<uint8_t, kWordColumns> wanted;
       if (args.is_aligned) {
         of_row = load_vector<T, kWordColumns>(x);
       } else {
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) semi_structured_pack_kernel(PackArgs
         for (int i = 0; i < kWordColumns; ++i) of_row.lane[i] = x[i * p.column_stride];
       }
       if (args.mask_is_aligned) {
-        wanted = load_vector<bool, kWordColumns>(mask);
+        wanted = load_vector<uint8_t, kWordColumns>(mask);
       } else {
 #pragma unroll
         for (int i = 0; i < kWordColumns; ++i) wanted.lane[i] = mask[i * p.mask_column_stride];

@@ -58,8 +58,11 @@ class BlockSparseModule(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
-        offsets, indices = (state_dict.get(prefix + name) for name in ("row_offsets", "column_indices"))
-        if isinstance(offsets, Tensor) and isinstance(indices, Tensor):
+        names = [prefix + name for name in ("row_offsets", "column_indices")]
+        offsets, indices = map(state_dict.get, names)
+        if offsets is None or indices is None:  # one without the other says nothing, and must not be copied
+            state_dict = {name: value for name, value in state_dict.items() if name not in names}
+        elif isinstance(offsets, Tensor) and isinstance(indices, Tensor):
             try:
                 lists = offsets.clone(), indices.clone()
                 topology = BlockTopology(*lists, self.topology.shape, self.topology.block)

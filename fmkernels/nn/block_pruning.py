@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _check as check
+from .._library import as_rows
 from ..block_patterns import block_norms
 from ..block_topology import BlockTopology
 from .block_sparse_linear import BlockSparseLinear
@@ -85,9 +86,7 @@ class BlockPruning:
             if id(layer.weight) not in held:
                 raise ValueError(f"{_OP}: optimizer must hold the weights of all layers, got none of {name!r}.")
         for name, value in (("density", density), ("regrow", regrow)):
-            check.number(_OP, name, value, non_negative=True)
-            if value > 1:
-                raise ValueError(f"{_OP}: {name} must be from 0 to 1, got {value}.")
+            check.share(_OP, name, value)
         for name, value, minimum in (("begin", begin, 0), ("end", end, begin), ("every", every, 1), ("seed", seed, 0)):
             check.integer(_OP, name, value, minimum)
         if by not in ("gradient", "random"):
@@ -111,7 +110,7 @@ class BlockPruning:
         """How much of the schedule lies behind, from 0 to 1."""
         if step >= self.end:
             return 1.0
-        return max(0.0, (step - self.begin) / (self.end - self.begin))
+        return max(0, step - self.begin) / max(1, self.end - self.begin)
 
     def changes_at(self, step: int) -> bool:
         """Whether that step, counted from 0, changes blocks."""
@@ -140,11 +139,12 @@ class BlockPruning:
 
     def _change(self, name: str, layer: BlockSparseLinear, density: float, share: float) -> bool:
         topology = layer.topology
-        num_places = topology.num_block_rows * topology.num_block_columns
+        num_places = topology.num_places
         num_blocks = round(density * num_places)
         num_new = min(round(share * num_blocks), num_places - num_blocks)
-        place = topology.row_indices.long() * topology.num_block_columns + topology.column_indices
-        norms = torch.linalg.vector_norm(layer.weight.float(), dim=(1, 2))
+        place = topology.places
+        is_listed = place < num_places
+        place, norms = place[is_listed], torch.linalg.vector_norm(layer.weight.float(), dim=(1, 2))[is_listed]
         stay = place[norms.argsort(descending=True, stable=True)[: num_blocks - num_new]]
         mask = torch.zeros(num_places, dtype=torch.bool, device=place.device)
         mask[stay] = True
@@ -186,7 +186,7 @@ class BlockPruning:
             x = args[0].detach()
 
             def add(grad: Tensor) -> None:
-                left, right = (t.reshape(-1, t.shape[-1]).float() for t in (grad, x))
+                left, right = (as_rows(t).float() for t in (grad, x))
                 product = left.mT @ right
                 self._gradients[name] = self._gradients[name] + product if name in self._gradients else product
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import _check as check
-from .._library import autocast, needs_grad
+from .._block_sparse_checks import with_major
+from .._library import as_rows, autocast, needs_grad
 from ..block_sparse import dds, sdd
 from ..block_sparse_matrix import BlockSparse
 from ..block_topology import BlockTopology
@@ -77,9 +78,10 @@ class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
         nn.Module.__init__(result)
         result._set_features(module.in_features, module.out_features, topology)
         result._set_store(_OP, weight_grad_store)
-        result._hold(topology.to(module.weight.device))
-        values = BlockSparse.from_dense(module.weight.detach(), mask=result.topology).values
-        result.weight = nn.Parameter(values, requires_grad=module.weight.requires_grad)
+        weight = module.weight
+        values = BlockSparse.from_dense(weight.detach(), mask=topology.to(weight.device)).values
+        result.weight = nn.Parameter(values, requires_grad=weight.requires_grad)
+        result._hold(topology)  # on the device of the weight
         result.bias = module.bias
         result.train(module.training)
         return result
@@ -104,23 +106,23 @@ class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
         An empty tensor stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it
         asks for those of inputs alone, as a pipeline does of made-up inputs when it infers shapes.
         """
-        (x,) = autocast(1, x)
-        weight = self.weight
+        weight, topology = self.weight, self.topology
+        x, values = autocast(2, x, weight.detach())
         left: list[Callable[[], Tensor]] = []
 
         def put(_grad: Tensor) -> None:
             compute = left.pop()
 
             def gradient() -> Tensor:
-                if self.weight is not weight:  # by fully_shard, or other blocks
+                if self.weight is not weight or self.topology is not topology:  # by fully_shard, or other blocks
                     raise RuntimeError(f"{_OP}: the weight must stay until its gradient is computed, it was replaced.")
-                return compute()
+                return compute().to(weight.dtype)
 
             store.put(weight, gradient)
 
         stand_in = torch.empty(0, requires_grad=True)
         stand_in.register_hook(put)
-        return _Deferred.apply(x, self.bias, stand_in, weight.detach(), self.topology, left)
+        return _Deferred.apply(x, self.bias, stand_in, values, topology, left)
 
     @property
     def matrix(self) -> BlockSparse:
@@ -152,11 +154,10 @@ class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
             raise ValueError(f"{_OP}: topology must have blocks of {self.topology.block}, got {topology.block}.")
         topology = topology.to(self.weight.device)
         old = self.topology
-        columns = old.num_block_columns
-        keys = [t.row_indices.long() * columns + t.column_indices for t in (old, topology)]
-        place = torch.full((old.num_block_rows * columns,), -1, dtype=torch.long, device=self.weight.device)
-        place[keys[0]] = torch.arange(old.num_blocks, device=place.device)
-        source = place[keys[1]]  # [num_blocks] where a block was, -1: it is new
+        at = torch.full((old.num_places + 1,), -1, dtype=torch.long, device=self.weight.device)
+        at[old.places] = torch.arange(old.num_blocks, device=at.device)
+        at[-1] = -1  # of blocks that no row lists
+        source = at[topology.places]  # [num_blocks] where a block was, -1: it is new
         is_new = (source < 0)[:, None, None]
 
         def moved(blocks: Tensor) -> Tensor:
@@ -203,24 +204,24 @@ class _Deferred(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         stand_in: Tensor,
-        weight: Tensor,
+        values: Tensor,
         topology: BlockTopology,
         left: list[Callable[[], Tensor]],
     ) -> Tensor:
-        s = BlockSparse.of(weight.to(x.dtype), topology)
-        ctx.save_for_backward(x, s.values, stand_in)
+        y = dds(x, BlockSparse.of(values, topology).t(), bias=bias)
+        ctx.save_for_backward(x, values, stand_in)
         ctx.topology, ctx.left = topology, left
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        return dds(x, s.t(), bias=bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, values, stand_in = ctx.saved_tensors
-        topology, weight_dtype = ctx.topology, ctx.weight_dtype
-        grad, flat = (t.reshape(-1, t.shape[-1]) for t in (grad_out, x))
-        grad = grad if grad.stride(-1) == 1 or grad.stride(-2) == 1 else grad.contiguous()
-        ctx.left[:] = [lambda: sdd(grad.mT, flat, topology).values.to(weight_dtype)]
+        topology = ctx.topology
+        grad, flat = (as_rows(t) for t in (grad_out, x))
+        grad = with_major(grad)
+        ctx.left[:] = [lambda: sdd(grad.mT, flat, topology).values]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = dds(grad, BlockSparse.of(values, topology)).view(x.shape)

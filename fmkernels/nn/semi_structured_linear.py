@@ -68,11 +68,12 @@ class SemiStructuredLinear(nn.Linear):
     def packed(self) -> SemiStructured:
         """The form that the layer multiplies with, packed in both directions."""
         w = self.weight
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or w.is_inference():  # neither has a count of changes
             return SemiStructured.from_dense(w, both_directions=True)
         key = (w._version, w.data_ptr(), w.dtype, w.device)
         if self._kept is None or self._kept[0] != key:
-            self._kept = (key, SemiStructured.from_dense(w, both_directions=True))
+            with torch.inference_mode(False):  # what is kept may serve training later
+                self._kept = (key, SemiStructured.from_dense(w, both_directions=True))
         return self._kept[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,4 +90,4 @@ class SemiStructuredLinear(nn.Linear):
         return semi_structured_linear(x, self.packed(), self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}  # made again where the copy is used
+        return {**self.__dict__, "_kept": None}  # made again where the copy is used

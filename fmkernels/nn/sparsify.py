@@ -95,9 +95,7 @@ def sparsify(
     alone; the refit is that of Frantar and Alistarh 2023, SparseGPT, solved exactly.
     """
     op = "nn.sparsify"
-    check.number(op, "density", density, non_negative=True)
-    if density > 1:
-        raise ValueError(f"{op}: density must be from 0 to 1, got {density}.")
+    check.share(op, "density", density)
     block = _checked_block(block)
     chosen = _chosen(op, model, layers)
     if not chosen:
@@ -128,9 +126,8 @@ def _chosen(op: str, model: nn.Module, layers: str) -> list[tuple[str, nn.Linear
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}.")
     if not isinstance(layers, str):
         raise TypeError(f"{op}: layers must be a pattern of names, got {type(layers).__name__}.")
-    held = collections.Counter(
-        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
-    )
+    places = [model, *(child for parent in model.modules() for child in parent._modules.values() if child is not None)]
+    held = collections.Counter(id(parameter) for module in places for parameter in module.parameters(recurse=False))
     return [
         (name, module)
         for name, module in model.named_modules()

@@ -204,8 +204,7 @@ class Matrix:
     def to(self, *args: Any, **kwargs: Any) -> Matrix:
         """Moves this matrix itself, as stk does, to a device or a dtype, as `Tensor.to`; the indices to the device."""
         self._data = self._data.to(*args, **kwargs)
-        if self._topology.device != self._data.device:
-            self._topology = self._topology.to(self._data.device)
+        self._topology = self._topology.to(self._data.device)
         return self
 
     def cuda(self) -> Matrix:
