@@ -8,6 +8,7 @@ gives every slot a row, the rows of an expert one after another, so that the exp
 from __future__ import annotations
 
 from ._moe_choice import apply_capacity, route_expert_choice
+from ._moe_grouped import grouped_mm
 from ._moe_losses import load_balance_loss, z_loss
 from ._moe_mapping import Mapping, build_mapping
 from ._moe_permute import combine, permute
@@ -18,6 +19,7 @@ __all__ = [
     "apply_capacity",
     "build_mapping",
     "combine",
+    "grouped_mm",
     "load_balance_loss",
     "permute",
     "route",

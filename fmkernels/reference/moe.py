@@ -55,6 +55,22 @@ def combine(y: Tensor, mapping: tuple[Tensor, Tensor, Tensor], topk_weights: Ten
     return total.to(y.dtype)
 
 
+def grouped_mm(
+    a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = None, trans_b: bool = False
+) -> Tensor:
+    """`fmkernels.moe.grouped_mm`: expert by expert; where a is less, in float32, rounded once."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    left, right = a.to(dtype), (b.transpose(-1, -2) if trans_b else b).to(dtype)
+    ends = offsets.tolist()
+    rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    if b.dim() == 2:
+        parts = [left[:, of] @ right[of] for of in rows]
+        return (torch.stack(parts) if parts else left.new_zeros(0, a.shape[0], right.shape[1])).to(a.dtype)
+    parts = [left[of] @ right[e] + (0 if bias is None else bias[e].to(dtype)) for e, of in enumerate(rows)]
+    parts.append(left.new_zeros(a.shape[0] - (ends[-1] if ends else 0), right.shape[2]))
+    return torch.cat(parts).to(a.dtype)
+
+
 LARGEST = torch.finfo(torch.float32).max
 
 
