@@ -17,14 +17,12 @@ MAX_GROUPS = 65536
 MAX_EXTENT = 2**31
 
 
-def grouped_mm(
-    a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = None, trans_b: bool = False
-) -> Tensor:
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = None, trans_b: bool = False) -> Tensor:
     """A product for each expert, whose rows stand one after another: those of expert e end at offsets[e].
 
     b [num_experts, K, N]:  out[r] = a[r] b[e] + bias[e] for the rows r of expert e; rows of no expert are zeros.
-    b [M, N]:               out[e] = a[:, rows of e] b[rows of e]: the inner dimension is the ragged one, as in the gradient
-                            of the weights, grouped_mm(x.t(), grad, offsets); zeros where e has no rows.
+    b [M, N]:               out[e] = a[:, rows of e] b[rows of e]: the inner dimension is the ragged one, as in the
+                            gradient of the weights, grouped_mm(x.t(), grad, offsets); zeros where e has no rows.
 
     Args:
         a: [M, K], last dimension contiguous; with b [M, N] it is [K, M], which is read where it lies if it is the
@@ -40,9 +38,9 @@ def grouped_mm(
         [M, N], or [num_experts, K, N] for b [M, N]; dtype of a, contiguous. Accumulated in float32, rounded once.
 
     Raises:
-        ValueError, TypeError: one sentence with the argument, its rule and what came. Offsets that decrease or pass M are
-            refused on the CPU, on CUDA under FMKERNELS_CHECK=1; without it an expert ends at the largest offset up to
-            its own, and at M at most.
+        ValueError, TypeError: one sentence with the argument, its rule and what came. Offsets that decrease or pass M
+            are refused on the CPU, on CUDA under FMKERNELS_CHECK=1; without it an expert ends at the largest offset up
+            to its own, and at M at most.
 
     CPU and CUDA (sm_80 and later). No expert need have a row, and M may be 0. Nothing waits for the device, and nothing
     is allocated but the result. Deterministic; a row's bits depend on the row and on its expert's b and bias alone, and
@@ -121,9 +119,8 @@ def _check_mm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Non
 
 
 def _dtypes(a: Tensor) -> tuple[torch.dtype, ...]:
-    """The kernels of CUDA run on tensor cores; those of another namespace than fmkernels are theirs too."""
-    is_cuda = a.device.type == "cuda" or ops.namespace != "fmkernels"
-    return check.FLOAT_DTYPES[1:] if is_cuda else check.FLOAT_DTYPES
+    """The kernels of CUDA run on tensor cores, which have no float32."""
+    return check.FLOAT_DTYPES[1:] if a.device.type == "cuda" else check.FLOAT_DTYPES
 
 
 def _check_inner(a: Tensor, b: Tensor, offsets: Tensor) -> None:

@@ -55,9 +55,7 @@ def combine(y: Tensor, mapping: tuple[Tensor, Tensor, Tensor], topk_weights: Ten
     return total.to(y.dtype)
 
 
-def grouped_mm(
-    a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = None, trans_b: bool = False
-) -> Tensor:
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = None, trans_b: bool = False) -> Tensor:
     """`fmkernels.moe.grouped_mm`: expert by expert; where a is less, in float32, rounded once."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     left, right = a.to(dtype), (b.transpose(-1, -2) if trans_b else b).to(dtype)
