@@ -72,7 +72,8 @@ def test_forward(compare, device, cache_bytes, dtype, columns_first, tokens, exp
     peers = [Contender("torch.mm, loop", loop, sets)]
     if dtype == torch.float32 or device.type == "cuda":
         peers.append(Contender("torch grouped_mm", torch_grouped_mm, sets))
-    compare("moe grouped_mm" if tokens > 16 else "moe grouped_mm, 16 tokens", name, ours, peers, **work)
+    group = f"moe grouped_mm, {'few' if experts == 8 else 'many'} experts{', few tokens' if tokens < 512 else ''}"
+    compare(group, name, ours, peers, **work)
 
 
 def step(function, a: Tensor, b: Tensor, grad: Tensor, *others) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from ._moe_choice import apply_capacity, route_expert_choice
 from ._moe_grouped import grouped_mm
 from ._moe_losses import load_balance_loss, z_loss
 from ._moe_mapping import Mapping, build_mapping
+from ._moe_mlp import moe_mlp
 from ._moe_permute import combine, permute
 from ._moe_route import route
 
@@ -21,6 +22,7 @@ __all__ = [
     "combine",
     "grouped_mm",
     "load_balance_loss",
+    "moe_mlp",
     "permute",
     "route",
     "route_expert_choice",

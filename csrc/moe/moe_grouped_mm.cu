@@ -54,9 +54,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
 
   // The rows and columns of this block.
   const int block = blockIdx.x, of_strip = block % args.strip_tiles;
-  const GroupRows rows =
-      rows_of_tile<T::kRows>(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.out.rows),
-                             block / args.strip_tiles * kStrip + of_strip % kStrip);
+  const GroupRows rows = rows_of_tile<T::kRows>(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.out.rows),
+                                                block / args.strip_tiles * kStrip + of_strip % kStrip);
   const int64_t first_column = int64_t{of_strip / kStrip} * T::kColumns;
   const int num_columns = static_cast<int>(min(p.out.columns - first_column, int64_t{T::kColumns}));
   if (rows.count == 0) return;

@@ -61,8 +61,7 @@ void grouped_mm(const MoeGroupedMmParams& p) {
     const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride + part.first * p.b.column_stride;
     const float* bias = p.bias == nullptr ? nullptr : p.bias + group * columns + part.first;
     multiply<T>({static_cast<const T*>(p.a.data) + first * p.a.row_stride, p.a.row_stride, 1, 0, b, p.b.row_stride,
-                 p.b.column_stride, out + first * columns + part.first, columns, bias,
-                 last - first, inner, part.count},
+                 p.b.column_stride, out + first * columns + part.first, columns, bias, last - first, inner, part.count},
                 scratch);
   });
 }

@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const int64_t first_column = int64_t{tile % args.column_tiles} * T::kColumns;
   const int num_rows = static_cast<int>(min(p.a.columns - first_row, int64_t{T::kRows}));
   const int num_columns = static_cast<int>(min(p.b.columns - first_column, int64_t{T::kColumns}));
-  const GroupRows rows =
-      rows_of_group(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.a.rows), group);
+  const GroupRows rows = rows_of_group(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.a.rows), group);
 
   // The product.
   const int warp = threadIdx.x / kWarp;
@@ -47,11 +46,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   using B = Copies<LinesB, Element, kIsFast>;
   const Element* first_a = static_cast<const Element*>(p.a.data) + rows.first * p.a.row_stride + first_row;
   const Element* first_b = static_cast<const Element*>(p.b.data) + rows.first * p.b.row_stride + first_column;
-  InnerWalk<A, B> walk{
-      {first_a, p.a.row_stride, num_rows, args.a_is_aligned, static_cast<int>(threadIdx.x)},
-      {first_b, p.b.row_stride, num_columns, args.b_is_aligned, static_cast<int>(threadIdx.x)},
-      args.passes,
-      rows.count};
+  InnerWalk<A, B> walk{{first_a, p.a.row_stride, num_rows, args.a_is_aligned, static_cast<int>(threadIdx.x)},
+                       {first_b, p.b.row_stride, num_columns, args.b_is_aligned, static_cast<int>(threadIdx.x)},
+                       args.passes,
+                       rows.count};
   Sums<T> sums = {};
   multiply<T, LinesA, LinesB>(sums, smem.stages, rows.count / kStep + (rows.count % kStep != 0), 0, 0, warp_row,
                               warp_column, warp_row < num_rows && warp_column < num_columns, walk);
@@ -82,8 +80,8 @@ void launch_moe_grouped_mm_inner(const MoeGroupedMmInnerParams& p, cudaStream_t 
                          is_aligned(p.b),
                          is_aligned_16(p.out.data, 2, p.out.columns, {})};
     dispatch_bool(is_fast(p.a) && is_fast(p.b), [&]<bool kIsFast>() {
-      launch("moe_grouped_mm_inner", moe_grouped_mm_inner_kernel<T, kIsFast>, grid, T::kThreads, sizeof(Smem<T>), stream,
-             args);
+      launch("moe_grouped_mm_inner", moe_grouped_mm_inner_kernel<T, kIsFast>, grid, T::kThreads, sizeof(Smem<T>),
+             stream, args);
     });
   });
 }

@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kLine* kLines) moe_grouped_sum_kernel(const __
   const MoeGroupedSumParams& p = args.p;
   auto& smem = dynamic_smem<SumSmem<kVec>>();
   const int group = blockIdx.x / args.pieces, lane = threadIdx.x % kLine, line = threadIdx.x / kLine;
-  const GroupRows rows =
-      rows_of_group(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.x.rows), group);
+  const GroupRows rows = rows_of_group(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.x.rows), group);
   const int64_t column = (int64_t{blockIdx.x % args.pieces} * kLine + lane) * kVec;
 
   // Every kLines-th row.

@@ -92,7 +92,8 @@ FM_INLINE void dispatch_rows(int64_t rows, F&& f) {
 // Of a left operand `rows` rows, `count` inner indices of each, to out[inner][row], and up to a vector behind it. Of the
 // strides one is 1. has_more: a whole vector can be read at any row, where rows are contiguous.
 template <class T>
-void pack_left(const T* a, int64_t row_stride, int64_t inner_stride, int rows, int64_t count, bool has_more, float* out) {
+void pack_left(const T* a, int64_t row_stride, int64_t inner_stride, int rows, int64_t count, bool has_more,
+               float* out) {
   int64_t k = 0;
   if (inner_stride == 1 && kLanes == 8) {
     for (; k + kLanes <= count; k += kLanes) {

@@ -69,6 +69,20 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     return torch.cat(parts).to(a.dtype)
 
 
+def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_idx: Tensor) -> Tensor:
+    """`fmkernels.moe.moe_mlp`, expert by expert and choice by choice, in the dtype of x."""
+    out = torch.zeros_like(x)
+    for k in range(topk_idx.shape[1]):
+        part = torch.zeros_like(x)
+        for expert in range(w_gate_up.shape[0]):
+            tokens = (topk_idx[:, k] == expert).nonzero().flatten()
+            gate, up = (x[tokens] @ w_gate_up[expert].t()).chunk(2, -1)
+            part = part.index_put((tokens,), (torch.nn.functional.silu(gate) * up) @ w_down[expert].t())
+        chosen = topk_idx[:, k] >= 0
+        out = out + torch.where(chosen, topk_weights[:, k], 0).to(x.dtype).unsqueeze(-1) * part
+    return out
+
+
 LARGEST = torch.finfo(torch.float32).max
 
 
