@@ -11,6 +11,8 @@
 //           dimension: its bits do not depend on which way was taken, on its tile, or on the number of rows.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/dispatch_cpu.h"
 #include "../common/integers_cpu.h"
 #include "../common/parallel.h"
@@ -26,6 +28,7 @@ constexpr int64_t kBlockRows = 40 * kTileRows;  // of a that are packed together
 constexpr int64_t kStreamRows = 32;             // rows of b that are read side by side where they lie
 constexpr int64_t kStreamAhead = 8;             // panels
 constexpr int kAheadLines = 16;
+constexpr int64_t kLineBytes = 64;
 
 // Memory that is asked for while a tile is multiplied: for inner index 16 i + k the line at `from` + i * step + k * stride.
 struct Ahead {
@@ -128,7 +131,21 @@ void pack_panel(const T* b, int64_t row_stride, int64_t column_stride, int64_t n
       for (int64_t k = 0; k < num_rows; ++k) store(to + k * kPanel, load_lanes(from + k * row_stride, count));
       continue;
     }
-    for (int64_t k = 0; k < num_rows; k += kLanes) {
+    int64_t k = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {  // two neighbours in a column are moved as one float, then taken apart
+      for (; k + 2 * kLanes <= num_rows; k += 2 * kLanes) {
+        VecF columns[kLanes] = {};
+        for (int c = 0; c < count; ++c) memcpy(&columns[c], from + c * column_stride + k, sizeof columns[c]);
+        float square[kLanes * kLanes];
+        transpose_to(columns, square, kLanes);
+        for (int i = 0; i < kLanes; ++i) {
+          const VecU pairs = (VecU)load(square + i * kLanes);
+          store(to + (k + 2 * i) * kPanel, (VecF)(pairs << 16));
+          store(to + (k + 2 * i + 1) * kPanel, (VecF)(pairs & 0xffff0000u));
+        }
+      }
+    }
+    for (; k < num_rows; k += kLanes) {
       const int length = static_cast<int>(min(kLanes, num_rows - k));
       VecF columns[kLanes];
       for (int c = 0; c < kLanes; ++c) {
@@ -229,38 +246,54 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
   const int64_t whole = sizeof(T) == 4 && p.bias == nullptr ? p.columns / kPanel * kPanel : 0;  // sums are in out
   const int64_t sum_stride = round_up(p.columns, kPanel) - whole;
   constexpr int64_t kBytes = sizeof(T);
-  for (int64_t k = 0; k < p.inner; k += kLongestSum) {
+  // Few rows wait for b. Where its columns are contiguous they are then read from end to end.
+  const bool by_columns = sizeof(T) == 4 && p.b_column_stride != 1 && p.rows <= 2 * kTileRows &&
+                          p.rows * p.inner <= kBlockRows * kLongestSum;
+  auto pack_rows = [&](int64_t k, float* left) {
     const int64_t count = min(kLongestSum, p.inner - k);
-    const Chain chain = k == 0 ? Chain::kFirst : Chain::kNext;
     for (int64_t row = 0, rows; row < p.rows; row += rows) {
       rows = rows_of_tile(p.rows - row);
       pack_left(p.a + row * p.a_row_stride + k * p.a_inner_stride, p.a_row_stride, p.a_inner_stride,
-                static_cast<int>(rows), count, p.a_rows - row >= kLanes, s.left + row * count);
+                static_cast<int>(rows), count, p.a_rows - row >= kLanes, left + row * count);
     }
+  };
+  auto multiply_panel = [&](int64_t k, int64_t column, const float* left) {
+    const int64_t count = min(kLongestSum, p.inner - k);
+    const T* b = p.b + k * p.b_inner_stride + column * p.b_column_stride;
+    pack_panel(b, p.b_inner_stride, p.b_column_stride, count, min(kPanel, p.columns - column), s.panel);
+    const bool is_last = by_columns ? k + count >= p.inner : column + kPanel >= p.columns;
+    const T* other_way =
+        by_columns ? p.b + (column + kPanel) * p.b_column_stride : p.b + (k + count) * p.b_inner_stride;
+    const T* next = is_last ? other_way : by_columns ? b + count * p.b_inner_stride : b + kPanel * p.b_column_stride;
+    // Of contiguous columns 16 lines side by side, in halves those of the next inner indices too.
+    const int64_t line = (p.b_column_stride == 1 ? p.b_inner_stride : p.b_column_stride) * kBytes;
+    const Ahead ahead{reinterpret_cast<const char*>(next), line,
+                      p.b_column_stride == 1 ? kAheadLines * line : kLineBytes};
+    float* c = s.sums + column - whole;
+    int64_t c_stride = sum_stride;
+    if constexpr (sizeof(T) == 4) {
+      if (column < whole) c = p.out + column, c_stride = p.out_stride;
+    }
+    const Chain chain = k == 0 ? Chain::kFirst : Chain::kNext;
+    for (int64_t row = 0, rows; row < p.rows; row += rows) {
+      rows = rows_of_tile(p.rows - row);
+      dispatch_rows(rows, [&]<int kRows>() {
+        const float* a = left + row * count;
+        float* to = c + row * c_stride;
+        if (row == 0) multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+        else multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+      });
+    }
+  };
+  if (by_columns) {
+    for (int64_t k = 0; k < p.inner; k += kLongestSum) pack_rows(k, s.left + k * p.rows);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
-      const T* b = p.b + k * p.b_inner_stride;
-      pack_panel(b + column * p.b_column_stride, p.b_inner_stride, p.b_column_stride, count,
-                 min(kPanel, p.columns - column), s.panel);
-      const bool is_last = column + kPanel >= p.columns;
-      const char* next = reinterpret_cast<const char*>(is_last ? b + count * p.b_inner_stride
-                                                               : b + (column + kPanel) * p.b_column_stride);
-      const Ahead ahead = p.b_column_stride == 1
-                              ? Ahead{next, p.b_inner_stride * kBytes, kAheadLines * p.b_inner_stride * kBytes}
-                              : Ahead{next, p.b_column_stride * kBytes, kAheadLines * 4};
-      float* c = s.sums + column - whole;
-      int64_t c_stride = sum_stride;
-      if constexpr (sizeof(T) == 4) {
-        if (column < whole) c = p.out + column, c_stride = p.out_stride;
-      }
-      for (int64_t row = 0, rows; row < p.rows; row += rows) {
-        rows = rows_of_tile(p.rows - row);
-        dispatch_rows(rows, [&]<int kRows>() {
-          const float* a = s.left + row * count;
-          float* to = c + row * c_stride;
-          if (row == 0) multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
-          else multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
-        });
-      }
+      for (int64_t k = 0; k < p.inner; k += kLongestSum) multiply_panel(k, column, s.left + k * p.rows);
+    }
+  } else {
+    for (int64_t k = 0; k < p.inner; k += kLongestSum) {
+      pack_rows(k, s.left);
+      for (int64_t column = 0; column < p.columns; column += kPanel) multiply_panel(k, column, s.left);
     }
   }
   for (int64_t r = 0; r < p.rows && whole < p.columns; ++r) {
