@@ -42,6 +42,8 @@ GOALS = {
     "moe mapping": Goal(mean=5.0, each=5.0),
     "moe permute": Goal(mean=1.5, each=1.5),
     "moe combine": Goal(mean=1.5, each=1.5),
+    "moe grouped_mm, few experts": Goal(mean=1.1, each=1.1),
+    "moe grouped_mm, many experts": Goal(mean=1.25, each=1.25),
     "rms_norm fp32": Goal(mean=1.0, each=1.0),
     "rms_norm bf16": Goal(mean=1.3, each=1.3),
     "add_rms_norm fp32": Goal(mean=1.0, each=1.0),

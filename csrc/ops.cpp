@@ -149,4 +149,8 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def("moe_z_loss_backward(Tensor grad, Tensor logits, Tensor lse) -> Tensor grad_logits");
   m.def("moe_route_expert_choice(Tensor logits, int capacity, int scoring) -> (Tensor topk_weights, Tensor topk_idx)");
   m.def("moe_capacity(Tensor topk_idx, Tensor? topk_weights, int num_experts, int capacity) -> Tensor");
+  // a [rows, inner], b [experts, inner, columns]; a [rows, a columns], b [rows, columns]; offsets [experts]: ends of their rows
+  m.def("moe_grouped_mm(Tensor a, Tensor b, Tensor offsets, Tensor? bias) -> Tensor");
+  m.def("moe_grouped_mm_inner(Tensor a, Tensor b, Tensor offsets) -> Tensor");
+  m.def("moe_grouped_sum(Tensor x, Tensor offsets) -> Tensor");
 }

@@ -103,6 +103,9 @@ class Ops:
     moe_z_loss_backward: Callable[..., Tensor]
     moe_route_expert_choice: Callable[..., tuple[Tensor, Tensor]]
     moe_capacity: Callable[..., Tensor]
+    moe_grouped_mm: Callable[..., Tensor]
+    moe_grouped_mm_inner: Callable[..., Tensor]
+    moe_grouped_sum: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -25,7 +25,7 @@ class Mapping(NamedTuple):
     """[num_tokens, num_topk]: the row of a slot; -1 where it has no expert."""
     expert_offsets: Tensor
     """[2, num_experts]: where the rows of an expert end; [0] with its padding, which is where the next one begins, [1]
-    without. Both are the `offsets` of a grouped product, and equal where the alignment is 1."""
+    without. [0] is the `offsets` of `grouped_mm`; both are equal where the alignment is 1."""
 
 
 def build_mapping(topk_idx: Tensor, num_experts: int, *, alignment: int = 1, num_rows: int | None = None) -> Mapping:

@@ -122,6 +122,34 @@ def _test_capacity(backend: Backend) -> None:
         _assert_same(actual, expected)
 
 
+def _experts(backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(a, b, bias, offsets) in bfloat16, which the products of every backend take."""
+    a = _normal(backend, NUM_TOKENS, HIDDEN).bfloat16()
+    b = _normal(backend, NUM_EXPERTS, HIDDEN, 16, seed=2).bfloat16()
+    offsets = torch.tensor([2, 2, 3, 6, 6], dtype=torch.int32, device=a.device)
+    return a, b, _normal(backend, NUM_EXPERTS, 16, seed=3), offsets
+
+
+def _test_grouped_mm(backend: Backend) -> None:
+    a, b, bias, offsets = _experts(backend)
+    expected = lambda a, b, bias: reference.moe.grouped_mm(a, b, offsets, bias=bias)  # noqa: E731
+    assert_as_good_as_torch(moe.grouped_mm(a, b, offsets, bias=bias), expected, a, b, bias)
+
+
+def _test_grouped_mm_inner(backend: Backend) -> None:
+    a, _, _, offsets = _experts(backend)
+    expected = lambda a: reference.moe.grouped_mm(a.t(), a, offsets)  # noqa: E731
+    assert_as_good_as_torch(moe.grouped_mm(a.t(), a, offsets), expected, a)
+
+
+def _test_grouped_sum(backend: Backend) -> None:
+    """The gradient of a bias."""
+    a, b, bias, offsets = _experts(backend)
+    actual = _gradients(lambda bias: moe.grouped_mm(a, b, offsets, bias=bias), bias)
+    expected = lambda bias: _gradients(lambda x: reference.moe.grouped_mm(a, b, offsets, bias=x), bias)  # noqa: E731
+    assert_as_good_as_torch(actual, expected, bias)
+
+
 SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "moe_build_mapping": _test_mapping,
     "moe_permute": _test_permute,
@@ -135,4 +163,7 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "moe_z_loss_backward": _test_gradient("z_loss"),
     "moe_route_expert_choice": _test_expert_choice,
     "moe_capacity": _test_capacity,
+    "moe_grouped_mm": _test_grouped_mm,
+    "moe_grouped_mm_inner": _test_grouped_mm_inner,
+    "moe_grouped_sum": _test_grouped_sum,
 }

@@ -8,8 +8,10 @@ gives every slot a row, the rows of an expert one after another, so that the exp
 from __future__ import annotations
 
 from ._moe_choice import apply_capacity, route_expert_choice
+from ._moe_grouped import grouped_mm
 from ._moe_losses import load_balance_loss, z_loss
 from ._moe_mapping import Mapping, build_mapping
+from ._moe_mlp import moe_mlp
 from ._moe_permute import combine, permute
 from ._moe_route import route
 
@@ -18,7 +20,9 @@ __all__ = [
     "apply_capacity",
     "build_mapping",
     "combine",
+    "grouped_mm",
     "load_balance_loss",
+    "moe_mlp",
     "permute",
     "route",
     "route_expert_choice",

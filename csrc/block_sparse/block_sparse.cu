@@ -6,8 +6,8 @@
 // Work       grid: rows of blocks by their `order`, the longest first, of each the batches (where they share a list), of
 //            each the tiles of columns. A block walks the list of its row, each entry in steps of 32 of its inner columns,
 //            or, where blocks are of 16 x 16, two entries a step.
-// Shared     union Smem, block_sparse_tile_cuda.h.         128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
-// Pipeline   that of block_sparse_tile_cuda.h; the index and the position of the next entry come one entry ahead.
+// Shared     union Smem, tile_cuda.h.         128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
+// Pipeline   that of tile_cuda.h; the index and the position of the next entry come one entry ahead.
 // Edges      Values of S past the edge of the matrix are zeroed on their way along the inner dimension; along its rows they
 //            make sums that are not stored. An entry out of range is a stage of zeros.
 // Numerics   float32 accumulation in the order of the list, one rounding. Deterministic.

@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../common/dense_view.h"
 #include "../common/dtype.h"
 #include "../common/isa.h"
 #include "../common/stream.h"
@@ -23,15 +24,6 @@
 namespace fmkernels {
 
 enum class Activation : int { kNone, kRelu, kGelu, kSilu };  // gelu by erf
-
-// [batch, rows, columns]; of the strides of rows and columns one is 1.
-struct DenseView {
-  void* data;
-  int64_t batch_stride, row_stride, column_stride;
-  int64_t rows, columns;
-
-  bool is_row_major() const { return column_stride == 1; }
-};
 
 // What becomes of a sum, by the row of op(S) (dsd) or the column of S (sdd) that it belongs to. Null: none.
 struct Epilogue {

@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "block_sparse_result_cuda.h"
-#include "block_sparse_tile_cuda.h"
 
 namespace fmkernels {
 namespace {

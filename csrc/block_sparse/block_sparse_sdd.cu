@@ -7,14 +7,13 @@
 // Work       grid: square tiles of the blocks, in the order of the list. A tile of 128 has four warps, a smaller one has one.
 //            A block of threads has one tile of 128, two of 64 or four; neighbours in the list that have their rows of a in
 //            common read them once.
-// Shared     union Smem, block_sparse_tile_cuda.h.      128 x 128: 64 KiB, two of 64 x 64: 48, four of 32 x 32: 64, 16 x 16: 32
-// Pipeline   that of block_sparse_tile_cuda.h, over the inner dimension.
+// Shared     union Smem, tile_cuda.h.      128 x 128: 64 KiB, two of 64 x 64: 48, four of 32 x 32: 64, 16 x 16: 32
+// Pipeline   that of tile_cuda.h, over the inner dimension.
 // Edges      Past the edge of the matrix, and where there is no block, zeros are written.
 // Numerics   float32 accumulation, one rounding. A tile does not depend on the others. Deterministic.
 // Cost       2 * block_rows * block_columns * inner flops a block.
 
 #include "block_sparse_result_cuda.h"
-#include "block_sparse_tile_cuda.h"
 
 namespace fmkernels {
 namespace {

@@ -55,6 +55,34 @@ def combine(y: Tensor, mapping: tuple[Tensor, Tensor, Tensor], topk_weights: Ten
     return total.to(y.dtype)
 
 
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = None, trans_b: bool = False) -> Tensor:
+    """`fmkernels.moe.grouped_mm`: expert by expert; where a is less, in float32, rounded once."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    left, right = a.to(dtype), (b.transpose(-1, -2) if trans_b else b).to(dtype)
+    ends = offsets.tolist()
+    rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    if b.dim() == 2:
+        parts = [left[:, of] @ right[of] for of in rows]
+        return (torch.stack(parts) if parts else left.new_zeros(0, a.shape[0], right.shape[1])).to(a.dtype)
+    parts = [left[of] @ right[e] + (0 if bias is None else bias[e].to(dtype)) for e, of in enumerate(rows)]
+    parts.append(left.new_zeros(a.shape[0] - (ends[-1] if ends else 0), right.shape[2]))
+    return torch.cat(parts).to(a.dtype)
+
+
+def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_idx: Tensor) -> Tensor:
+    """`fmkernels.moe.moe_mlp`, expert by expert and choice by choice, in the dtype of x."""
+    out = torch.zeros_like(x)
+    for k in range(topk_idx.shape[1]):
+        part = torch.zeros_like(x)
+        for expert in range(w_gate_up.shape[0]):
+            tokens = (topk_idx[:, k] == expert).nonzero().flatten()
+            gate, up = (x[tokens] @ w_gate_up[expert].t()).chunk(2, -1)
+            part = part.index_put((tokens,), (torch.nn.functional.silu(gate) * up) @ w_down[expert].t())
+        chosen = topk_idx[:, k] >= 0
+        out = out + torch.where(chosen, topk_weights[:, k], 0).to(x.dtype).unsqueeze(-1) * part
+    return out
+
+
 LARGEST = torch.finfo(torch.float32).max
 
 

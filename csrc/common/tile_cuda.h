@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tile of a product on the tensor cores, of block_sparse.cu and block_sparse_sdd.cu: c [rows, columns] += a [rows, inner]
-// b [inner, columns], in stages of kStep of the inner dimension.
+// A tile of a product on the tensor cores: c [rows, columns] += a [rows, inner] b [inner, columns], in stages of kStep of the
+// inner dimension.
 //
 // Operands   A stage of an operand lies in shared memory as in global memory: lines of 16-byte chunks, that run along the
 //            inner dimension, or across it (kAcross), swizzled. Fragments come by ldmatrix, transposed where lines of a, or
@@ -13,12 +13,12 @@
 
 #include <utility>
 
-#include "../common/dispatch.h"
-#include "../common/divisor.h"
-#include "../common/launch.h"
-#include "../common/ptx.h"
-#include "../common/vector_cuda.h"
-#include "block_sparse.h"
+#include "dense_view.h"
+#include "dispatch.h"
+#include "divisor.h"
+#include "launch.h"
+#include "ptx.h"
+#include "vector_cuda.h"
 
 namespace fmkernels {
 namespace {

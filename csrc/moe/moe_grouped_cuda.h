@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the rows of the groups are, found on the device, and the stages of a product over one stretch of its inner dimension.
+#pragma once
+
+#include "../common/tile_sums_cuda.h"
+#include "moe_grouped.h"
+
+namespace fmkernels {
+namespace {
+
+// Rows that stand one after another, of one group; of none if group is their number; count 0: no rows.
+struct GroupRows {
+  int group, first, count;
+};
+
+// The largest of the lanes up to this one; their sum. All lanes of a warp together.
+__device__ __forceinline__ int scan_max(int x, int lane) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(ptx::kAllLanes, x, step);
+    if (lane >= step) x = max(x, other);
+  }
+  return x;
+}
+__device__ __forceinline__ int scan_sum(int x, int lane) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(ptx::kAllLanes, x, step);
+    if (lane >= step) x += other;
+  }
+  return x;
+}
+
+// Where a group ends by its own offset; the rows behind all groups are those of group num_groups.
+__device__ __forceinline__ int end_of(const int32_t* offsets, int num_groups, int num_rows, int group) {
+  return group < num_groups ? min(max(__ldg(offsets + group), 0), num_rows) : num_rows;
+}
+
+// Tiles of kRows rows, of which a group has as few as hold its rows: the one of this number. A warp looks at 32 groups at a
+// time, all its lanes together; every lane holds the result.
+template <int kRows>
+__device__ __forceinline__ GroupRows rows_of_tile(const int32_t* offsets, int num_groups, int num_rows, int tile) {
+  const int lane = threadIdx.x % kWarp;
+  int end_before = 0, tiles_before = 0;  // of the groups before these 32
+#pragma unroll 1
+  for (int first = 0; first <= num_groups; first += kWarp) {
+    const int own_end = end_of(offsets, num_groups, num_rows, first + lane);
+    const int end = max(scan_max(own_end, lane), end_before);
+    int begin = __shfl_up_sync(ptx::kAllLanes, end, 1);
+    if (lane == 0) begin = end_before;
+    const int tiles = (end - begin) / kRows + ((end - begin) % kRows != 0);
+    const int through = scan_sum(tiles, lane) + tiles_before;
+    const unsigned behind = __ballot_sync(ptx::kAllLanes, tile < through);
+    if (behind != 0) {
+      const int found = __ffs(static_cast<int>(behind)) - 1;
+      const int tile_of_group = tile - __shfl_sync(ptx::kAllLanes, through - tiles, found);
+      const int first_row = __shfl_sync(ptx::kAllLanes, begin, found) + tile_of_group * kRows;
+      return {first + found, first_row, min(__shfl_sync(ptx::kAllLanes, end, found) - first_row, kRows)};
+    }
+    end_before = __shfl_sync(ptx::kAllLanes, end, kWarp - 1);
+    tiles_before = __shfl_sync(ptx::kAllLanes, through, kWarp - 1);
+  }
+  return {num_groups, num_rows, 0};
+}
+
+// All rows of a group, for a warp likewise.
+__device__ __forceinline__ GroupRows rows_of_group(const int32_t* offsets, int num_groups, int num_rows, int group) {
+  int begin = 0;
+  for (int g = threadIdx.x % kWarp; g < group; g += kWarp) begin = max(begin, end_of(offsets, num_groups, num_rows, g));
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) begin = max(begin, __shfl_xor_sync(ptx::kAllLanes, begin, step));
+  return {group, begin, max(end_of(offsets, num_groups, num_rows, group) - begin, 0)};
+}
+
+// The copies of both operands, a stage after another, over inner indices from 0 to `end`.
+template <class CopiesA, class CopiesB>
+struct InnerWalk {
+  static constexpr bool kConverts = false;
+  CopiesA a;
+  CopiesB b;
+  const Passes& passes;
+  int end;
+  uint32_t inner = 0;  // may pass 2^31 behind the end
+
+  __device__ __forceinline__ void start(uint32_t stage_a, uint32_t stage_b) const {
+    const int left = static_cast<int>(static_cast<uint32_t>(end) - inner);
+    const Piece piece{0, left > 0 ? static_cast<int>(inner) : 0, min(left, kStep)};
+    a.start(stage_a, piece, piece, passes);
+    b.start(stage_b, piece, piece, passes);
+  }
+  __device__ __forceinline__ void advance() { inner += kStep; }
+};
+
+// Stores the first rows and columns of a tile of sums, with `bias` where there is one, at `out`, whose rows are `stride` apart.
+template <class T>
+__device__ __forceinline__ void store_tile(float* sums, typename T::Element* out, int64_t stride, int num_rows,
+                                           int num_columns, const float* bias, bool is_aligned) {
+  using Element = typename T::Element;
+  for_each_chunk<SumLines<T, false>, T>(sums, threadIdx.x, [&](int line, int along, float (&x)[kChunk]) {
+    if (line >= num_rows || along >= num_columns) return;
+    const int count = min(num_columns - along, kChunk);
+    if (bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) x[i] += i < count ? __ldg(bias + along + i) : 0.0f;
+    }
+    const Vector<Element, kChunk> chunk = pack_chunk<Element>(x);
+    Element* to = out + line * stride + along;
+    if (is_aligned && count == kChunk) return store_vector<Element, kChunk>(to, chunk);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i < count) to[i] = chunk.lane[i];
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fmkernels

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// moe_grouped_mm.cu: out[r] = a[r] b[g] + bias[g] for the rows r of each group g, one tile of rows and columns a block.
+//
+// Contract   see moe_grouped.h. Half elements. Any sizes and strides; where operands are not of whole 16-byte chunks on 16-byte
+//            boundaries another kernel copies them, chunk by chunk or element by element, which is slow.
+// Work       grid: a bound of the tiles of rows, which the host knows from the rows and groups alone, times tiles of columns. A
+//            block walks the offsets to the group of its tile; blocks behind the last tile leave. Rows of no group are tiles of
+//            zeros. Of kStrip tiles of rows, which mostly have their b in common, all columns come before the next ones.
+// Tiles      128 x 128, and 16, 32, 64 x 256 where the groups have so few rows on average, of the bounds that is.
+// Shared     union Smem, tile_cuda.h.                          128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
+// Pipeline   that of tile_cuda.h, over the inner dimension.
+// Numerics   float32 accumulation in the order of the inner dimension, one rounding. Deterministic.
+// Cost       2 * rows * inner * columns flops, and up to a tile more a group.
+
+#include "moe_grouped_cuda.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kStrip = 8;
+
+struct MmArgs {
+  MoeGroupedMmParams p;
+  Divisor strip_tiles;  // of kStrip tiles of rows
+  Passes passes;
+  bool b_is_row_major, a_is_aligned, b_is_aligned, out_is_aligned;
+};
+
+// Rows that belong to no group.
+template <class T>
+__device__ __forceinline__ void store_zeros(const MmArgs& args, const GroupRows& rows, int64_t first_column,
+                                            int num_columns) {
+  using Element = typename T::Element;
+  const int64_t stride = args.p.out.columns;
+  Element* out = static_cast<Element*>(args.p.out.data) + rows.first * stride + first_column;
+  constexpr int kLineChunks = T::kColumns / kChunk;
+  const int along = threadIdx.x % kLineChunks * kChunk;
+  for (int line = threadIdx.x / kLineChunks; line < rows.count; line += T::kThreads / kLineChunks) {
+    Element* to = out + line * stride + along;
+    if (args.out_is_aligned && along + kChunk <= num_columns) {
+      store_vector<Element, kChunk>(to, {});
+      continue;
+    }
+    for (int i = 0; i < kChunk && along + i < num_columns; ++i) to[i] = {};
+  }
+}
+
+template <class T, bool kIsFast>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
+    moe_grouped_mm_kernel(const __grid_constant__ MmArgs args) {
+  using Element = typename T::Element;
+  const MoeGroupedMmParams& p = args.p;
+  auto& smem = dynamic_smem<Smem<T>>();
+
+  // The rows and columns of this block.
+  const int block = blockIdx.x, of_strip = block % args.strip_tiles;
+  const GroupRows rows = rows_of_tile<T::kRows>(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.out.rows),
+                                                block / args.strip_tiles * kStrip + of_strip % kStrip);
+  const int64_t first_column = int64_t{of_strip / kStrip} * T::kColumns;
+  const int num_columns = static_cast<int>(min(p.out.columns - first_column, int64_t{T::kColumns}));
+  if (rows.count == 0) return;
+  if (rows.group == p.num_groups) return store_zeros<T>(args, rows, first_column, num_columns);
+
+  // The product.
+  const int warp = threadIdx.x / kWarp;
+  const int warp_row = warp / T::kWarpsAcross * T::kWarpRows, warp_column = warp % T::kWarpsAcross * T::kWarpColumns;
+  const bool is_wanted = warp_row < rows.count && warp_column < num_columns;
+  const int inner = static_cast<int>(p.a.columns);
+  const Element* first_a = static_cast<const Element*>(p.a.data) + rows.first * p.a.row_stride;
+  const Element* first_b =
+      static_cast<const Element*>(p.b.data) + rows.group * p.b.batch_stride + first_column * p.b.column_stride;
+  Sums<T> sums = {};
+  auto run = [&]<bool kIsRowMajor>() {
+    using LinesA = Lines<T::kRows, false, T::kThreads>;
+    using LinesB = Lines<T::kColumns, kIsRowMajor, T::kThreads>;
+    using A = Copies<LinesA, Element, kIsFast>;
+    using B = Copies<LinesB, Element, kIsFast>;
+    InnerWalk<A, B> walk{{first_a, p.a.row_stride, rows.count, args.a_is_aligned, static_cast<int>(threadIdx.x)},
+                         {first_b, kIsRowMajor ? p.b.row_stride : p.b.column_stride, num_columns, args.b_is_aligned,
+                          static_cast<int>(threadIdx.x)},
+                         args.passes,
+                         inner};
+    multiply<T, LinesA, LinesB>(sums, smem.stages, (inner + kStep - 1) / kStep, 0, 0, warp_row, warp_column, is_wanted,
+                                walk);
+  };
+  if (args.b_is_row_major) run.template operator()<true>();
+  else run.template operator()<false>();
+
+  // The result.
+  store_sums<T, false>(smem.sums[0], sums, warp_row, warp_column);
+  __syncthreads();  // the sums of all warps are there
+  store_tile<T>(smem.sums[0], static_cast<Element*>(p.out.data) + rows.first * p.out.columns + first_column,
+                p.out.columns, rows.count, num_columns,
+                p.bias == nullptr ? nullptr : p.bias + rows.group * p.out.columns + first_column, args.out_is_aligned);
+}
+
+template <class Element, int kRows>
+struct MmTraits : TileTraits<Element, kRows, 256, kRows, 64> {};
+template <class Element>
+struct MmTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
+
+// Tiles that any offsets may need: each group, and the rows of none, ends with one that may hold a single row.
+int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t tile_rows) {
+  const int64_t ends = num_rows < num_groups + 1 ? num_rows : num_groups + 1;
+  return (num_rows + ends * (tile_rows - 1)) / tile_rows;
+}
+
+template <class T, bool kIsFast>
+void launch_tiles(const MoeGroupedMmParams& p, cudaStream_t stream) {
+  constexpr int64_t kMaxColumnTiles = 0x7fffffff / kStrip;
+  const int64_t column_tiles = (p.out.columns + T::kColumns - 1) / T::kColumns;
+  FM_CHECK(column_tiles <= kMaxColumnTiles, "moe_grouped_mm: b has too many columns on CUDA, ", p.out.columns);
+  const int64_t strips = (most_tiles(p.out.rows, p.num_groups, T::kRows) + kStrip - 1) / kStrip;
+  const MmArgs args{p,
+                    Divisor(static_cast<int32_t>(column_tiles * kStrip)),
+                    {},
+                    p.b.is_row_major(),
+                    is_aligned(p.a),
+                    is_aligned(p.b),
+                    is_aligned_16(p.out.data, 2, p.out.columns, {})};
+  launch("moe_grouped_mm", moe_grouped_mm_kernel<T, kIsFast>,
+         grid_of("moe_grouped_mm", strips * column_tiles * kStrip, 1), T::kThreads, sizeof(Smem<T>), stream, args);
+}
+
+}  // namespace
+
+void launch_moe_grouped_mm(const MoeGroupedMmParams& p, cudaStream_t stream) {
+  const int64_t average = p.num_groups == 0 ? 0 : (p.out.rows + p.num_groups - 1) / p.num_groups;
+  dispatch_half(p.dtype, [&]<class Element>() {
+    if (!is_fast(p.a) || !is_fast(p.b)) return launch_tiles<MmTraits<Element, 64>, false>(p, stream);
+    const int tile_rows = average <= 16 ? 16 : average <= 32 ? 32 : average <= 64 ? 64 : 128;
+    dispatch_int<16, 32, 64, 128>("rows of a tile", tile_rows,
+                                  [&]<int kRows>() { launch_tiles<MmTraits<Element, kRows>, true>(p, stream); });
+  });
+}
+
+}  // namespace fmkernels

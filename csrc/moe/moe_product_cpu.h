@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+// A product of two dense matrices on one core, for as few rows as an expert may have. Internal linkage, as in vec.h.
+//
+// Tile      6 rows x 2 vectors: 12 sums, 2 vectors of the right operand, 1 broadcast of the left one, which is packed in the
+//           order in which it is read, [inner][row of the tile].
+// Packed    kLongestSum inner indices at a time: a panel of two vectors of columns of b is packed, which takes half of the
+//           first-level cache, and all rows go over it. The lines of the next panel are asked for meanwhile.
+// In place  Up to 6 rows whose b is row-major: every line of b is read once, where it lies, kStreamRows rows side by side,
+//           those a few panels further asked for meanwhile.
+// Numerics  Both ways an element is the sum of chains of at most kLongestSum products, each in the order of the inner
+//           dimension: its bits do not depend on which way was taken, on its tile, or on the number of rows.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/dispatch_cpu.h"
+#include "../common/integers_cpu.h"
+#include "../common/parallel.h"
+#include "../common/vec.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kPanel = 2 * kLanes;
+constexpr int kTileRows = 6;
+constexpr int64_t kLongestSum = 256;            // products in one chain of additions
+constexpr int64_t kBlockRows = 40 * kTileRows;  // of a that are packed together: 240 KiB
+constexpr int64_t kStreamRows = 32;             // rows of b that are read side by side where they lie
+constexpr int64_t kStreamAhead = 8;             // panels
+constexpr int kAheadLines = 16;
+constexpr int64_t kLineBytes = 64;
+
+// Memory that is asked for while a tile is multiplied: for inner index 16 i + k the line at `from` + i * step + k * stride.
+struct Ahead {
+  const char* from;
+  int64_t stride, step;
+};
+
+// Where the chains of a tile begin, and what becomes of them.
+enum class Chain { kFirst, kMore, kNext };  // c = sum; c = c + (the chain goes on); c += sum
+
+// c[kRows][kPanel] and the sum over `count` inner indices of a[k][row] b[k][.], of which rows of b are b_stride apart.
+template <int kRows, class B, bool kIsAhead>
+__attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t b_stride, int64_t count, float* c,
+                                             int64_t c_stride, Chain chain, const Ahead& ahead) {
+  VecF acc[kRows][2] = {};
+  if (chain == Chain::kMore) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 2; ++i) acc[r][i] = load(c + r * c_stride + i * kLanes);
+    }
+  }
+  auto add = [&]() __attribute__((always_inline)) {
+    const VecF b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const VecF x = broadcast(a[r]);
+      acc[r][0] += x * b0;
+      acc[r][1] += x * b1;
+    }
+    a += kRows;
+    b += b_stride;
+  };
+  if constexpr (kIsAhead) {
+    const char* from = ahead.from;
+    for (int64_t left = count; left > 0; left -= kAheadLines, from += ahead.step) {
+      const char* line = from;
+      for (int64_t k = 0; k < min(left, kAheadLines); ++k, line += ahead.stride) {
+        __builtin_prefetch(line, 0, 2);
+        add();
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < count; ++k) add();
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < 2; ++i) {
+      float* sum = c + r * c_stride + i * kLanes;
+      store(sum, chain == Chain::kNext ? load(sum) + acc[r][i] : acc[r][i]);
+    }
+  }
+}
+
+// Rows of the next tile of `left` rows: 6, and such a rest that no tile has less than 4 of many.
+constexpr int rows_of_tile(int64_t left) {
+  return static_cast<int>(left >= 10 || left == 6 ? 6 : left == 9 ? 5 : left > 6 ? 4 : left);
+}
+
+template <class F>
+FM_INLINE void dispatch_rows(int64_t rows, F&& f) {
+  dispatch_checked_int<1, 2, 3, 4, 5, 6>(static_cast<int>(rows), f);
+}
+
+// ---- operands --------------------------------------------------------------------------------------------------------
+
+// Of a left operand `rows` rows, `count` inner indices of each, to out[inner][row], and up to a vector behind it. Of the
+// strides one is 1. has_more: a whole vector can be read at any row, where rows are contiguous.
+template <class T>
+void pack_left(const T* a, int64_t row_stride, int64_t inner_stride, int rows, int64_t count, bool has_more,
+               float* out) {
+  int64_t k = 0;
+  if (inner_stride == 1 && kLanes == 8) {
+    for (; k + kLanes <= count; k += kLanes) {
+      VecF lines[kLanes];
+      for (int r = 0; r < kLanes; ++r) lines[r] = r < rows ? load(a + r * row_stride + k) : VecF{};
+      transpose_to(lines, out + k * rows, rows);  // in this order: what is written behind the rows is overwritten
+    }
+  } else if (row_stride == 1 && kLanes == 8 && has_more) {
+    for (; k < count; ++k) store(out + k * rows, load(a + k * inner_stride));
+  }
+  for (; k < count; ++k) {
+    for (int r = 0; r < rows; ++r) out[k * rows + r] = to_float(a[r * row_stride + k * inner_stride]);
+  }
+}
+
+// Rows k of num_columns columns, kPanel at most, to out[k][kPanel], zeros in the columns past them. Of the strides one is 1.
+template <class T>
+void pack_panel(const T* b, int64_t row_stride, int64_t column_stride, int64_t num_rows, int64_t num_columns,
+                float* out) {
+  if (column_stride == 1 && num_columns == kPanel) {
+    for (int64_t k = 0; k < num_rows; ++k) {
+      store(out + k * kPanel, load(b + k * row_stride));
+      store(out + k * kPanel + kLanes, load(b + k * row_stride + kLanes));
+    }
+    return;
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int count = static_cast<int>(max(0, min(kLanes, num_columns - half * kLanes)));
+    const T* from = b + half * kLanes * column_stride;
+    float* to = out + half * kLanes;
+    if (column_stride == 1) {
+      for (int64_t k = 0; k < num_rows; ++k) store(to + k * kPanel, load_lanes(from + k * row_stride, count));
+      continue;
+    }
+    int64_t k = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {  // two neighbours in a column are moved as one float, then taken apart
+      for (; k + 2 * kLanes <= num_rows; k += 2 * kLanes) {
+        VecF columns[kLanes] = {};
+        for (int c = 0; c < count; ++c) memcpy(&columns[c], from + c * column_stride + k, sizeof columns[c]);
+        float square[kLanes * kLanes];
+        transpose_to(columns, square, kLanes);
+        for (int i = 0; i < kLanes; ++i) {
+          const VecU pairs = (VecU)load(square + i * kLanes);
+          store(to + (k + 2 * i) * kPanel, (VecF)(pairs << 16));
+          store(to + (k + 2 * i + 1) * kPanel, (VecF)(pairs & 0xffff0000u));
+        }
+      }
+    }
+    for (; k < num_rows; k += kLanes) {
+      const int length = static_cast<int>(min(kLanes, num_rows - k));
+      VecF columns[kLanes];
+      for (int c = 0; c < kLanes; ++c) {
+        columns[c] = c < count ? load_lanes(from + c * column_stride + k, length) : VecF{};
+      }
+      float square[kLanes * kLanes];
+      transpose_to(columns, length == kLanes ? to + k * kPanel : square, length == kLanes ? kPanel : kLanes);
+      for (int i = 0; i < length && length < kLanes; ++i) store(to + (k + i) * kPanel, load(square + i * kLanes));
+    }
+  }
+}
+
+// ---- the product -----------------------------------------------------------------------------------------------------
+
+// out [rows, columns] = a [rows, inner] b [inner, columns] + bias, with at most kBlockRows rows.
+template <class T>
+struct Product {
+  const T* a;
+  int64_t a_row_stride, a_inner_stride;
+  int64_t a_rows;  // where rows are contiguous: that can be read from `a` on
+  const T* b;
+  int64_t b_inner_stride, b_column_stride;
+  T* out;
+  int64_t out_stride;
+  const float* bias;  // null: none
+  int64_t rows, inner, columns;
+
+  bool is_in_place() const { return rows <= kTileRows && b_column_stride == 1; }
+};
+
+// What a worker needs beside its operands.
+struct Scratch {
+  float *left, *panel, *sums, *chains;
+
+  static constexpr int64_t kPanelFloats = kLongestSum * kPanel;
+  static int64_t left_floats(int64_t inner) { return max(kBlockRows * kLongestSum, kTileRows * inner) + kLanes; }
+  static int64_t sum_floats(int64_t columns) { return kBlockRows * round_up(columns, kPanel); }
+  static int64_t chain_floats(int64_t columns) { return kTileRows * round_up(columns, kPanel); }
+  static int64_t bytes(int64_t inner, int64_t columns) {
+    return Arena::array_bytes<float>(left_floats(inner)) + Arena::array_bytes<float>(kPanelFloats) +
+           Arena::array_bytes<float>(sum_floats(columns)) + Arena::array_bytes<float>(chain_floats(columns));
+  }
+  Scratch(char* memory, int64_t inner, int64_t columns) {
+    Arena arena(memory);
+    left = arena.take<float>(left_floats(inner));
+    panel = arena.take<float>(kPanelFloats);
+    sums = arena.take<float>(sum_floats(columns));
+    chains = arena.take<float>(chain_floats(columns));
+  }
+};
+
+// to[i] = from[i] + bias[i], rounded.
+template <class T>
+void finish_row(const float* from, const float* bias, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = static_cast<int>(min(kLanes, count - i));
+    const VecF sum = load(from + i);  // whole panels
+    store_lanes(to + i, bias == nullptr ? sum : sum + load_lanes(bias + i, lanes), lanes);
+  }
+}
+
+// At most 6 rows: b where it lies.
+template <class T>
+void multiply_in_place(const Product<T>& p, const Scratch& s) {
+  const int64_t whole = p.columns / kPanel * kPanel, stride = round_up(p.columns, kPanel);
+  pack_left(p.a, p.a_row_stride, p.a_inner_stride, static_cast<int>(p.rows), p.inner, p.a_rows >= kLanes, s.left);
+  dispatch_rows(p.rows, [&]<int kRows>() {
+    for (int64_t k = 0; k < p.inner; k += kStreamRows) {
+      const int64_t count = min(kStreamRows, p.inner - k);
+      float* c = k < kLongestSum ? s.sums : s.chains;
+      const Chain chain = k % kLongestSum == 0 ? Chain::kFirst : Chain::kMore;
+      const float* a = s.left + k * kRows;
+      const T* b = p.b + k * p.b_inner_stride;
+      const int64_t b_bytes = p.b_inner_stride * static_cast<int64_t>(sizeof(T));
+      for (int64_t column = 0; column < whole; column += kPanel) {
+        const int64_t further = column + kStreamAhead * kPanel;
+        const T* ahead = further < whole ? b + further : b + kStreamRows * p.b_inner_stride + further - whole;
+        multiply_tile<kRows, T, true>(a, b + column, p.b_inner_stride, count, c + column, stride, chain,
+                                      {reinterpret_cast<const char*>(ahead), b_bytes, kAheadLines * b_bytes});
+      }
+      if (whole < p.columns) {
+        pack_panel(b + whole, p.b_inner_stride, 1, count, p.columns - whole, s.panel);
+        multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, c + whole, stride, chain, {});
+      }
+      if (c == s.chains && (k + count == p.inner || (k + count) % kLongestSum == 0)) {
+        for (int64_t i = 0; i < kRows * stride; i += kLanes) store(s.sums + i, load(s.sums + i) + load(s.chains + i));
+      }
+    }
+  });
+  for (int64_t r = 0; r < p.rows; ++r) {
+    finish_row(s.sums + r * stride, p.bias, p.columns, p.out + r * p.out_stride);
+  }
+}
+
+// Any number of rows: panels of b packed.
+template <class T>
+void multiply_packed(const Product<T>& p, const Scratch& s) {
+  const int64_t whole = sizeof(T) == 4 && p.bias == nullptr ? p.columns / kPanel * kPanel : 0;  // sums are in out
+  const int64_t sum_stride = round_up(p.columns, kPanel) - whole;
+  constexpr int64_t kBytes = sizeof(T);
+  // Few rows wait for b. Where its columns are contiguous they are then read from end to end.
+  const bool by_columns = sizeof(T) == 4 && p.b_column_stride != 1 && p.rows <= 2 * kTileRows &&
+                          p.rows * p.inner <= kBlockRows * kLongestSum;
+  auto pack_rows = [&](int64_t k, float* left) {
+    const int64_t count = min(kLongestSum, p.inner - k);
+    for (int64_t row = 0, rows; row < p.rows; row += rows) {
+      rows = rows_of_tile(p.rows - row);
+      pack_left(p.a + row * p.a_row_stride + k * p.a_inner_stride, p.a_row_stride, p.a_inner_stride,
+                static_cast<int>(rows), count, p.a_rows - row >= kLanes, left + row * count);
+    }
+  };
+  auto multiply_panel = [&](int64_t k, int64_t column, const float* left) {
+    const int64_t count = min(kLongestSum, p.inner - k);
+    const T* b = p.b + k * p.b_inner_stride + column * p.b_column_stride;
+    pack_panel(b, p.b_inner_stride, p.b_column_stride, count, min(kPanel, p.columns - column), s.panel);
+    const bool is_last = by_columns ? k + count >= p.inner : column + kPanel >= p.columns;
+    const T* other_way =
+        by_columns ? p.b + (column + kPanel) * p.b_column_stride : p.b + (k + count) * p.b_inner_stride;
+    const T* next = is_last ? other_way : by_columns ? b + count * p.b_inner_stride : b + kPanel * p.b_column_stride;
+    // Of contiguous columns 16 lines side by side, in halves those of the next inner indices too.
+    const int64_t line = (p.b_column_stride == 1 ? p.b_inner_stride : p.b_column_stride) * kBytes;
+    const Ahead ahead{reinterpret_cast<const char*>(next), line,
+                      p.b_column_stride == 1 ? kAheadLines * line : kLineBytes};
+    float* c = s.sums + column - whole;
+    int64_t c_stride = sum_stride;
+    if constexpr (sizeof(T) == 4) {
+      if (column < whole) c = p.out + column, c_stride = p.out_stride;
+    }
+    const Chain chain = k == 0 ? Chain::kFirst : Chain::kNext;
+    for (int64_t row = 0, rows; row < p.rows; row += rows) {
+      rows = rows_of_tile(p.rows - row);
+      dispatch_rows(rows, [&]<int kRows>() {
+        const float* a = left + row * count;
+        float* to = c + row * c_stride;
+        if (row == 0) multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+        else multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+      });
+    }
+  };
+  if (by_columns) {
+    for (int64_t k = 0; k < p.inner; k += kLongestSum) pack_rows(k, s.left + k * p.rows);
+    for (int64_t column = 0; column < p.columns; column += kPanel) {
+      for (int64_t k = 0; k < p.inner; k += kLongestSum) multiply_panel(k, column, s.left + k * p.rows);
+    }
+  } else {
+    for (int64_t k = 0; k < p.inner; k += kLongestSum) {
+      pack_rows(k, s.left);
+      for (int64_t column = 0; column < p.columns; column += kPanel) multiply_panel(k, column, s.left);
+    }
+  }
+  for (int64_t r = 0; r < p.rows && whole < p.columns; ++r) {
+    const float* bias = p.bias == nullptr ? nullptr : p.bias + whole;
+    finish_row(s.sums + r * sum_stride, bias, p.columns - whole, p.out + r * p.out_stride + whole);
+  }
+}
+
+template <class T>
+void multiply(const Product<T>& p, const Scratch& s) {
+  if (p.inner == 0) {
+    for (int64_t r = 0; r < p.rows; ++r) {
+      T* out = p.out + r * p.out_stride;
+      for (int64_t i = 0; i < p.columns; ++i) out[i] = from_float<T>(p.bias == nullptr ? 0.0f : p.bias[i]);
+    }
+    return;
+  }
+  p.is_in_place() ? multiply_in_place(p, s) : multiply_packed(p, s);
+}
+
+}  // namespace
+}  // namespace fmkernels
