@@ -380,12 +380,6 @@ def run_train_demo(environment: Environment, extra: list[str]) -> int:
     return python(environment, "examples/train_lm.py", "--small", "--attention=both", *extra)
 
 
-def run_sparsify_demo(environment: Environment, extra: list[str]) -> int:
-    """prune the MLPs of SmolLM2 to half of their blocks: perplexity before and after, and a picture of the speed"""
-    setup(environment)
-    return python(environment, "examples/sparsify_smollm2.py", *extra)
-
-
 def run_test(environment: Environment, extra: list[str]) -> int:
     """the test suite; installs an nvcc where there is none; further arguments go to pytest"""
     setup_for_tests(environment)
@@ -465,7 +459,6 @@ COMMANDS: dict[str, Callable[[Environment, list[str]], int]] = {
     "setup": run_setup,
     "demo": run_demo,
     "train-demo": run_train_demo,
-    "sparsify-demo": run_sparsify_demo,
     "test": run_test,
     "test-slow": run_test_slow,
     "check": run_check,
@@ -476,7 +469,7 @@ COMMANDS: dict[str, Callable[[Environment, list[str]], int]] = {
     "doctor": run_doctor,
     "clean": run_clean,
 }
-TAKES_MORE = ("demo", "train-demo", "sparsify-demo", "test", "test-slow", "bench", "counters", "sanitize")
+TAKES_MORE = ("demo", "train-demo", "test", "test-slow", "bench", "counters", "sanitize")
 
 
 def parser() -> argparse.ArgumentParser:

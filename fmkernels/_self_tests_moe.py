@@ -123,9 +123,10 @@ def _test_capacity(backend: Backend) -> None:
 
 
 def _experts(backend: Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(a, b, bias, offsets) in bfloat16, which the products of every backend take."""
-    a = _normal(backend, NUM_TOKENS, HIDDEN).bfloat16()
-    b = _normal(backend, NUM_EXPERTS, HIDDEN, 16, seed=2).bfloat16()
+    """(a, b, bias, offsets); CUDA multiplies halves alone."""
+    dtype = torch.float32 if backend.name == "cpu" else torch.bfloat16
+    a = _normal(backend, NUM_TOKENS, HIDDEN).to(dtype)
+    b = _normal(backend, NUM_EXPERTS, HIDDEN, 16, seed=2).to(dtype)
     offsets = torch.tensor([2, 2, 3, 6, 6], dtype=torch.int32, device=a.device)
     return a, b, _normal(backend, NUM_EXPERTS, 16, seed=3), offsets
 

@@ -76,7 +76,7 @@ def test_both_attentions_learn_the_same(demo, capsys, tmp_path, precision):
 
 
 def test_wrong_attention_is_noticed(demo, capsys, tmp_path, monkeypatch):
-    def blind(q, k, v, *, causal, window):
+    def blind(q, k, v, *, causal, window, block_mask):
         return fmkernels.attention(q, k, v, causal=causal, window=(0, 0))
 
     monkeypatch.setattr(sys.modules["fmkernels.nn.attention"], "attention", blind)
