@@ -238,13 +238,13 @@ class BlockSparse:
         offsets = topology.row_offsets.view(num_lists, -1)
         offsets = offsets - offsets[:, :1]
         if len(topology.shape) == 2:
-            return torch.sparse_bsr_tensor(offsets[0], topology.column_indices, self.values, topology.shape)
+            listed = slice(int(offsets[0, -1]))
+            indices, values = topology.column_indices[listed], self.values[listed]
+            return torch.sparse_bsr_tensor(offsets[0], indices, values, topology.shape, check_invariants=True)
         if num_lists == 0 or (offsets[:, -1] * num_lists != topology.num_blocks).any():
             raise ValueError(f"{_OP}.to_bsr: the matrices of a batch must have as many blocks each.")
-        indices = topology.column_indices.view(num_lists, -1)
-        return torch.sparse_bsr_tensor(
-            offsets, indices, self.values.view(num_lists, -1, *topology.block), topology.shape
-        )
+        indices, values = (t.unflatten(0, (num_lists, -1)) for t in (topology.column_indices, self.values))
+        return torch.sparse_bsr_tensor(offsets, indices, values, topology.shape, check_invariants=True)
 
     @classmethod
     def from_bsr(cls, bsr: Tensor) -> BlockSparse:

@@ -165,7 +165,7 @@ class BlockTopology:
     def row_indices(self) -> Tensor:
         """[num_blocks] int32: list * rows of blocks + row of each block; -1 of blocks that no row lists."""
         if "row_indices" not in self._made:
-            ends = self.row_offsets.view(self.num_lists, -1)[:, 1:].flatten()
+            ends = self.row_offsets.view(self.num_lists, -1)[:, 1:].flatten().contiguous()
             place = torch.arange(self.num_blocks, dtype=torch.int32, device=self.device)
             rows = torch.searchsorted(ends, place, right=True, out_int32=True)
             self._made["row_indices"] = torch.where(rows < ends.shape[0], rows, -1)

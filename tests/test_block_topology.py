@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,14 @@ def test_bsr_and_back(shape):
     assert torch.equal(bsr.to_dense(), s.to_dense())
     assert torch.equal(BlockSparse.from_bsr(bsr).to_dense(), s.to_dense())
     assert torch.equal(s.t().to_bsr().to_dense(), s.t().to_dense())
+
+
+def test_bsr_of_blocks_that_no_row_lists():
+    """torch was given more blocks than its rows have, unchecked."""
+    s = BlockSparse.from_dense(dense(48, 64), (16, 32))
+    longer = BlockTopology(s.topology.row_offsets, F.pad(s.topology.column_indices, (0, 2)), s.shape, s.block)
+    with_more = BlockSparse.of(F.pad(s.values, (0, 0, 0, 0, 0, 2), value=3.0), longer)
+    assert torch.equal(with_more.to_bsr().to_dense(), s.to_dense())
 
 
 def test_values_have_gradients_through_dense():
