@@ -75,6 +75,9 @@ def test_calibration_sums_what_the_layers_are_given():
     assert moments.keys() == {"0", "2"}
     for name, given in (("0", x), ("2", model[1](model[0](x)).detach())):
         assert_as_good_as_torch(moments[name], lambda x: x.mT @ x, given)
+    with torch.no_grad(), calibration(model, "0") as named:
+        model[0](input=x)
+    assert_as_good_as_torch(named["0"], lambda x: x.mT @ x, x)
     before = moments["0"].clone()
     model(x)
     assert torch.equal(moments["0"], before)  # it watches no longer

@@ -177,13 +177,13 @@ class BlockPruning:
         self._gradients.clear()
         is_needed = self.by == "gradient" and self.regrow > 0 and self.changes_at(self.num_steps)
         layers = self.layers.items() if is_needed else ()
-        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in layers]
+        self._handles = [layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in layers]
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> None:
             if not y.requires_grad:
                 return
-            x = args[0].detach()
+            x = (*args, *kwargs.values())[0].detach()
 
             def add(grad: Tensor) -> None:
                 left, right = (as_rows(t).float() for t in (grad, x))

@@ -43,13 +43,13 @@ def calibration(model: nn.Module, layers: str = "*") -> Iterator[dict[str, Tenso
     handles = []
 
     def watch(name: str, module: nn.Linear) -> None:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            flat = args[0].detach().reshape(-1, module.in_features).float()
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            flat = (*args, *kwargs.values())[0].detach().reshape(-1, module.in_features).float()
             with torch.autocast(flat.device.type, enabled=False):
                 product = flat.mT @ flat
             moments[name] = moments[name] + product if name in moments else product
 
-        handles.append(module.register_forward_pre_hook(hook))
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     for name, module in _chosen("nn.calibration", model, layers):
         watch(name, module)
