@@ -14,10 +14,6 @@ void check_block(int64_t rows, int64_t columns) {
            " x ", columns);
 }
 
-void check_extent(const char* name, int64_t size) {
-  FM_CHECK(size >= 0 && size < int64_t{1} << 31, name, " must be from 0 to 2^31 - 1, got ", size);
-}
-
 DenseView view_dense(const char* name, const Tensor& t, const Tensor& like) {
   check_rank(name, t, 3);
   check_same_device(name, t, like);

@@ -8,14 +8,12 @@
 
 #include "../common/dispatch_cpu.h"
 #include "../common/integers_cpu.h"
+#include "../common/panel_cpu.h"
 #include "../common/vec.h"
 #include "block_sparse.h"
 
 namespace fmkernels {
 namespace {
-
-constexpr int kPanel = 2 * kLanes;
-constexpr int kTileRows = 6;
 
 // ---- the register tile -------------------------------------------------------------------------------------------------
 
@@ -54,9 +52,6 @@ __attribute__((noinline)) void multiply_tile(const Segment* segments, int num_se
   }
 }
 
-// Rows of the next tile of `left` rows: 6, and such a rest that no tile has less than 4 of many.
-constexpr int rows_of_tile(int64_t left) { return left >= 10 || left == 6 ? 6 : left == 9 ? 5 : left > 6 ? 4 : left; }
-
 // The same for any number of rows.
 template <bool kByColumns>
 void multiply_rows(const Segment* segments, int num_segments, int64_t num_rows, int64_t a_stride, int64_t b_offset,
@@ -73,36 +68,6 @@ void multiply_rows(const Segment* segments, int num_segments, int64_t num_rows, 
 }
 
 // ---- operands ----------------------------------------------------------------------------------------------------------
-
-// Rows k of num_columns columns to out[k][kPanel], zeros in the columns past them. Elements of a row, or of a column, are
-// contiguous: one of the strides is 1.
-template <class T>
-void pack_panel(const T* data, int64_t row_stride, int64_t column_stride, int64_t num_rows, int64_t num_columns,
-                float* out) {
-  for (int half = 0; half < 2; ++half) {
-    const int count = static_cast<int>(max(0, min(kLanes, num_columns - half * kLanes)));
-    const T* from = data + half * kLanes * column_stride;
-    float* to = out + half * kLanes;
-    if (column_stride == 1) {
-      for (int64_t k = 0; k < num_rows; ++k) store(to + k * kPanel, load_lanes(from + k * row_stride, count));
-      continue;
-    }
-    for (int64_t k = 0; k < num_rows; k += kLanes) {
-      const int length = static_cast<int>(min(kLanes, num_rows - k));
-      VecF columns[kLanes];
-      for (int c = 0; c < kLanes; ++c) {
-        columns[c] = c < count ? load_lanes(from + c * column_stride + k, length) : VecF{};
-      }
-      if (length == kLanes) {
-        transpose_to(columns, to + k * kPanel, kPanel);
-        continue;
-      }
-      float square[kLanes * kLanes];
-      transpose_to(columns, square, kLanes);
-      for (int i = 0; i < length; ++i) store(to + (k + i) * kPanel, load(square + i * kLanes));
-    }
-  }
-}
 
 // The panels of num_columns columns, one after another; line by line, so that a page of memory is looked up once.
 template <class T>

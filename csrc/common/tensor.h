@@ -112,6 +112,10 @@ inline void check_size(const char* name, const Tensor& t, int64_t dim, int64_t e
   FM_CHECK(t.size(dim) == expected, name, " must have size ", expected, " in dimension ", dim, ", got ", t.size(dim));
 }
 
+inline void check_extent(const char* name, int64_t size) {
+  FM_CHECK(size >= 0 && size < int64_t{1} << 31, name, " must be from 0 to 2^31 - 1, got ", size);
+}
+
 inline void check_same_device(const char* name, const Tensor& t, const Tensor& other) {
   FM_CHECK(t.device() == other.device(), name, " is on another device than the first argument");
 }

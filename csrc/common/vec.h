@@ -124,6 +124,29 @@ FM_INLINE VecI lane_indices() {
   return lanes;
 }
 
+// Word w of 16 bytes of row r is lane r of words[w], for kLanes rows.
+FM_INLINE void transpose_words(const void* from, int64_t stride_bytes, VecI (&words)[4]) {
+  const char* row = static_cast<const char*>(from);
+#ifdef __AVX2__
+  auto rows = [&](int i) {  // i and i + 4
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i * stride_bytes));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (i + 4) * stride_bytes));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  };
+  const __m256i r0 = rows(0), r1 = rows(1), r2 = rows(2), r3 = rows(3);
+  const __m256i a = _mm256_unpacklo_epi32(r0, r1), b = _mm256_unpackhi_epi32(r0, r1);
+  const __m256i c = _mm256_unpacklo_epi32(r2, r3), d = _mm256_unpackhi_epi32(r2, r3);
+  words[0] = (VecI)_mm256_unpacklo_epi64(a, c);
+  words[1] = (VecI)_mm256_unpackhi_epi64(a, c);
+  words[2] = (VecI)_mm256_unpacklo_epi64(b, d);
+  words[3] = (VecI)_mm256_unpackhi_epi64(b, d);
+#else
+  VecI rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) memcpy(&rows[i], row + i * stride_bytes, sizeof rows[i]);
+  for (int w = 0; w < 4; ++w) words[w] = VecI{rows[0][w], rows[1][w], rows[2][w], rows[3][w]};
+#endif
+}
+
 // out[c * stride][0, kLanes) = rows[.][c] for the columns c, written in their order.
 FM_INLINE void transpose_to(const VecF* rows, float* out, int64_t stride) {
 #ifdef __AVX2__

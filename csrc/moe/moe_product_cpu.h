@@ -11,18 +11,15 @@
 //           dimension: its bits do not depend on which way was taken, on its tile, or on the number of rows.
 #pragma once
 
-#include <type_traits>
-
 #include "../common/dispatch_cpu.h"
 #include "../common/integers_cpu.h"
+#include "../common/panel_cpu.h"
 #include "../common/parallel.h"
 #include "../common/vec.h"
 
 namespace fmkernels {
 namespace {
 
-constexpr int kPanel = 2 * kLanes;
-constexpr int kTileRows = 6;
 constexpr int64_t kLongestSum = 256;            // products in one chain of additions
 constexpr int64_t kBlockRows = 40 * kTileRows;  // of a that are packed together: 240 KiB
 constexpr int64_t kStreamRows = 32;             // rows of b that are read side by side where they lie
@@ -80,11 +77,6 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
   }
 }
 
-// Rows of the next tile of `left` rows: 6, and such a rest that no tile has less than 4 of many.
-constexpr int rows_of_tile(int64_t left) {
-  return static_cast<int>(left >= 10 || left == 6 ? 6 : left == 9 ? 5 : left > 6 ? 4 : left);
-}
-
 template <class F>
 FM_INLINE void dispatch_rows(int64_t rows, F&& f) {
   dispatch_checked_int<1, 2, 3, 4, 5, 6>(static_cast<int>(rows), f);
@@ -109,52 +101,6 @@ void pack_left(const T* a, int64_t row_stride, int64_t inner_stride, int rows, i
   }
   for (; k < count; ++k) {
     for (int r = 0; r < rows; ++r) out[k * rows + r] = to_float(a[r * row_stride + k * inner_stride]);
-  }
-}
-
-// Rows k of num_columns columns, kPanel at most, to out[k][kPanel], zeros in the columns past them. Of the strides one is 1.
-template <class T>
-void pack_panel(const T* b, int64_t row_stride, int64_t column_stride, int64_t num_rows, int64_t num_columns,
-                float* out) {
-  if (column_stride == 1 && num_columns == kPanel) {
-    for (int64_t k = 0; k < num_rows; ++k) {
-      store(out + k * kPanel, load(b + k * row_stride));
-      store(out + k * kPanel + kLanes, load(b + k * row_stride + kLanes));
-    }
-    return;
-  }
-  for (int half = 0; half < 2; ++half) {
-    const int count = static_cast<int>(max(0, min(kLanes, num_columns - half * kLanes)));
-    const T* from = b + half * kLanes * column_stride;
-    float* to = out + half * kLanes;
-    if (column_stride == 1) {
-      for (int64_t k = 0; k < num_rows; ++k) store(to + k * kPanel, load_lanes(from + k * row_stride, count));
-      continue;
-    }
-    int64_t k = 0;
-    if constexpr (std::is_same_v<T, BFloat16>) {  // two neighbours in a column are moved as one float, then taken apart
-      for (; k + 2 * kLanes <= num_rows; k += 2 * kLanes) {
-        VecF columns[kLanes] = {};
-        for (int c = 0; c < count; ++c) memcpy(&columns[c], from + c * column_stride + k, sizeof columns[c]);
-        float square[kLanes * kLanes];
-        transpose_to(columns, square, kLanes);
-        for (int i = 0; i < kLanes; ++i) {
-          const VecU pairs = (VecU)load(square + i * kLanes);
-          store(to + (k + 2 * i) * kPanel, (VecF)(pairs << 16));
-          store(to + (k + 2 * i + 1) * kPanel, (VecF)(pairs & 0xffff0000u));
-        }
-      }
-    }
-    for (; k < num_rows; k += kLanes) {
-      const int length = static_cast<int>(min(kLanes, num_rows - k));
-      VecF columns[kLanes];
-      for (int c = 0; c < kLanes; ++c) {
-        columns[c] = c < count ? load_lanes(from + c * column_stride + k, length) : VecF{};
-      }
-      float square[kLanes * kLanes];
-      transpose_to(columns, length == kLanes ? to + k * kPanel : square, length == kLanes ? kPanel : kLanes);
-      for (int i = 0; i < length && length < kLanes; ++i) store(to + (k + i) * kPanel, load(square + i * kLanes));
-    }
   }
 }
 

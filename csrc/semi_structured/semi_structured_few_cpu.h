@@ -24,22 +24,6 @@ namespace {
 constexpr int64_t kMostFewTokens = 8;
 constexpr int64_t kFewRows = 64;  // of a task
 
-// Lane g of words[w] is word 4 g + w of a tile in a column block.
-FM_INLINE void load_words(const uint32_t* tile, VecU (&words)[4]) {
-  __m256i pairs[4];  // words of g in the lower half, of g + 4 in the upper one
-  for (int g = 0; g < 4; ++g) {
-    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 4 * g));
-    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 4 * g + 16));
-    pairs[g] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  }
-  const __m256i a = _mm256_unpacklo_epi32(pairs[0], pairs[1]), b = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
-  const __m256i c = _mm256_unpackhi_epi32(pairs[0], pairs[1]), d = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
-  words[0] = (VecU)_mm256_unpacklo_epi64(a, b);
-  words[1] = (VecU)_mm256_unpackhi_epi64(a, b);
-  words[2] = (VecU)_mm256_unpacklo_epi64(c, d);
-  words[3] = (VecU)_mm256_unpackhi_epi64(c, d);
-}
-
 // In each lane that of the four columns from x on which the lowest two bits of `place` name.
 FM_INLINE VecF pick(__m256 four, VecU place) { return (VecF)_mm256_permutevar_ps(four, (__m256i)place); }
 
@@ -56,8 +40,8 @@ __attribute__((noinline)) void multiply_few_rows(const SemiStructuredLinearParam
   for (int64_t first_block = 0; first_block < column_blocks; first_block += kChainBlocks) {
     VecF acc[kHalves][kTokens] = {};
     for (int64_t block = first_block; block < min(column_blocks, first_block + kChainBlocks); ++block) {
-      VecU words[4];
-      load_words(tile + block * kTileWords, words);
+      VecI words[4];  // lane g of words[w] is word 4 g + w of the tile
+      transpose_words(tile + block * kTileWords, 16, words);
       const int64_t block_column = block * kColumnBlock;
       const int num_words = static_cast<int>(min(kColumnBlock, p.columns - block_column) / kWordColumns);
       for (int pair = 0; pair < num_words; pair += 2) {
@@ -76,7 +60,7 @@ __attribute__((noinline)) void multiply_few_rows(const SemiStructuredLinearParam
         for (int w = 0; w < count; ++w) {
           const int64_t column = first_column + w * kWordColumns;
           VecU places[kHalves];
-          for (int h = 0; h < kHalves; ++h) places[h] = words[pair + w] >> (16 * (first_half + h));
+          for (int h = 0; h < kHalves; ++h) places[h] = (VecU)words[pair + w] >> (16 * (first_half + h));
 #pragma GCC unroll 4
           for (int group = 0; group < kWordColumns / 4; ++group) {
 #pragma GCC unroll 2

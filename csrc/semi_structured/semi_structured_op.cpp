@@ -6,10 +6,6 @@
 namespace fmkernels {
 namespace {
 
-void check_extent(const char* name, int64_t size) {
-  FM_CHECK(size >= 0 && size < int64_t{1} << 31, name, " must be from 0 to 2^31 - 1, got ", size);
-}
-
 void check_multiple(const char* name, int64_t size, int64_t divisor) {
   check_extent(name, size);
   FM_CHECK(size % divisor == 0, name, " must be a multiple of ", divisor, ", got ", size);
