@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._block_sparse_quantize import is_inside
 from .block_topology import BlockTopology
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}  # as the ops number them
@@ -17,7 +18,7 @@ def finish_blocks(
     values: Tensor, topology: BlockTopology, scale: Tensor | None, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """The epilogue of sdd by torch's operations, for gradients; past the edge of the matrix stay zeros."""
-    (block_rows, block_columns), (rows, columns) = topology.block, topology.shape[-2:]
+    block_columns, columns = topology.block[1], topology.shape[-1]
 
     def of_blocks(vector: Tensor) -> Tensor:
         padded = F.pad(vector, (0, topology.num_block_columns * block_columns - columns))
@@ -26,8 +27,4 @@ def finish_blocks(
     out = values if scale is None else (values * of_blocks(scale)).to(values.dtype)
     out = out if bias is None else (out + of_blocks(bias)).to(values.dtype)
     out = out if activation is None else FUNCTIONS[activation](out)
-    row = topology.row_indices.long()
-    first = row.remainder(max(1, topology.num_block_rows)) * block_rows
-    left = torch.where(row < 0, 0, rows - first)
-    is_inside = torch.arange(block_rows, device=row.device) < left[:, None]
-    return torch.where(is_inside[:, :, None], out, 0)
+    return torch.where(is_inside(topology), out, 0)

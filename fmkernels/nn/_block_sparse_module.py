@@ -48,8 +48,11 @@ class BlockSparseModule(nn.Module):
         self.register_buffer("column_indices", topology.column_indices)
 
     def _resize(self, num_blocks: int) -> None:
-        """Room for the blocks of a state dict."""
-        raise NotImplementedError
+        """Room for the blocks of a state dict, in all that has one entry a block."""
+        self.weight.grad = None
+        for tensor in (self.weight, getattr(self, "block_scales", None)):
+            if tensor is not None:
+                tensor.data = tensor.new_empty(num_blocks, *tensor.shape[1:])
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseModule:
         topology = self.topology

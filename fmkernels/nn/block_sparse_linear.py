@@ -182,10 +182,6 @@ class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
                 group["params"] = [self.weight if p is old_weight else p for p in group["params"]]
         self._hold(topology)
 
-    def _resize(self, num_blocks: int) -> None:
-        self.weight.grad = None
-        self.weight.data = self.weight.new_empty(num_blocks, *self.topology.block)
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight, names = state_dict.get(prefix + "weight"), ("row_offsets", "column_indices")
         is_dense = isinstance(weight, Tensor) and tuple(weight.shape) == self.topology.shape

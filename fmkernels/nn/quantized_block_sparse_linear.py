@@ -85,10 +85,6 @@ class QuantizedBlockSparseLinear(BlockSparseModule):
         """x [..., in_features] gives [..., out_features]."""
         return dds(x, self.matrix.t(), bias=self.bias)
 
-    def _resize(self, num_blocks: int) -> None:
-        self.weight = self.weight.new_empty(num_blocks, *self.topology.block)
-        self.block_scales = self.block_scales.new_empty(num_blocks)
-
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedBlockSparseLinear:
         """As of every module, but the scales stay float32: `module.bfloat16()` is about what it computes with."""
         scales = self.block_scales
