@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from .grouped_linear import grouped_mm_deferred
 from .weight_grad import DeferredWeightGrad, WeightGradStore
 
 _OP = "nn.Experts"
-# Of one expert in the checkpoints of hubs: gate, up and down.
-_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+HUB_FORMS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""Names of gate, up and down in checkpoints with a tensor an expert: those of DeepSeek and Qwen, and of Mixtral."""
 
 
 class Experts(DeferredWeightGrad, nn.Module):
@@ -80,27 +81,52 @@ class Experts(DeferredWeightGrad, nn.Module):
         return combine(grouped_mm_deferred(self, "down_proj", inner, offsets, None, store), mapping, topk_weights)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
-        for names in _NAMES:
-            if any(f"{prefix}{e}.{name}.weight" in state_dict for e in range(self.num_experts) for name in names):
-                state_dict = self._stacked(state_dict, prefix, names, missing_keys)
-                break
+        form = None if prefix + "gate_up_proj" in state_dict else hub_form(state_dict, prefix, self.num_experts)
+        if form is not None:
+            state_dict = self._stacked(dict(state_dict), prefix, form, missing_keys, errors)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
 
-    def _stacked(self, state_dict: Any, prefix: str, names: tuple[str, ...], missing_keys: list[str]) -> dict[str, Any]:
-        """The state dict with two stacks for the tensors of the experts; what is missing stays as it is here."""
-        result = dict(state_dict)
-        parts = {
-            name: [result.pop(f"{prefix}{e}.{name}.weight", None) for e in range(self.num_experts)] for name in names
-        }
-        absent = [f"{prefix}{e}.{n}.weight" for n, given in parts.items() for e, t in enumerate(given) if t is None]
-        missing_keys += absent
-        gate, up, down = parts.values()
-        for name, ours in (("gate_up_proj", self.gate_up_proj), ("down_proj", self.down_proj)):
-            result.setdefault(prefix + name, ours.detach())
-        if not absent:
-            pairs = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
-            result[prefix + "gate_up_proj"], result[prefix + "down_proj"] = torch.stack(pairs), torch.stack(down)
-        return result
+    def _stacked(
+        self, state: dict[str, Any], prefix: str, form: tuple[str, str, str], missing: list[str], errors: list[str]
+    ) -> dict[str, Any]:
+        """The state dict with two stacks in the place of the tensors of the experts; what is missing stays as it was."""
+        names = ("gate_up_proj", "down_proj")
+        ours = [getattr(self, name).detach() for name in names]
+        given = {key: state.pop(prefix + key, None) for key in expert_places(*ours, form)}
+        like = next(t for t in given.values() if t is not None)
+        stacks = [torch.empty_like(t, dtype=like.dtype, device=like.device) for t in ours]
+        is_whole = True
+        for (key, place), own in zip(
+            expert_places(*stacks, form).items(), expert_places(*ours, form).values(), strict=True
+        ):
+            tensor = given[key]
+            if tensor is not None and tensor.shape != place.shape:
+                errors.append(f"{prefix}{key} must be {list(place.shape)}, got {list(tensor.shape)}.")
+                is_whole = False
+            elif tensor is None:
+                missing.append(prefix + key)
+                is_whole = is_whole and not own.is_meta
+            if is_whole:
+                place.copy_(own if tensor is None else tensor)
+        return state | {prefix + name: t for name, t in zip(names, stacks if is_whole else ours, strict=True)}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, hidden={self.hidden}, width={self.width}"
+
+
+def hub_form(names: Container[str], prefix: str, num_experts: int) -> tuple[str, str, str] | None:
+    """What gate, up and down of an expert are called among these names; None: no expert has a tensor of its own."""
+    for form in HUB_FORMS:
+        if any(f"{prefix}{e}.{name}.weight" in names for e in range(num_experts) for name in form):
+            return form
+    return None
+
+
+def expert_places(gate_up: Tensor, down: Tensor, form: tuple[str, str, str]) -> dict[str, Tensor]:
+    """By the names of hubs, the parts of both stacks that are the tensors of the experts."""
+    width = down.shape[2]
+    places = {}
+    for expert, (both, last) in enumerate(zip(gate_up, down, strict=True)):
+        for name, part in zip(form, (both[:width], both[width:], last), strict=True):
+            places[f"{expert}.{name}.weight"] = part
+    return places

@@ -221,7 +221,7 @@ class MoE(nn.Module):
         return topk_weights, topk_idx, losses
 
     def capacity(self, num_tokens: int) -> int:
-        """How many slots of so many tokens an expert takes. A factor of 1.1 is eleven tenths, and no binary fraction."""
+        """How many slots of so many tokens an expert takes; a factor of 1.1 is eleven tenths, no binary number."""
         factor = Fraction(self.capacity_factor).limit_denominator(1_000_000)
         return -(-num_tokens * self.num_topk * factor.numerator // (self.num_experts * factor.denominator))
 
