@@ -121,7 +121,7 @@ class Leg:
 
 
 def pack(*columns: Tensor) -> Tensor:
-    """Tensors [rows, ...] of any dtypes, side by side in rows of whole 16 bytes; float32, which nothing reads as such."""
+    """Tensors [rows, ...] of any dtypes, side by side in rows of whole 16 bytes, as a float32 that nothing reads."""
     parts: list[Tensor] = []
     num_bytes = 0
     for column in columns:

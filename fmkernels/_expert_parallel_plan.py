@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def plan(
     payload: str | None,
     num_chunks: int = 1,
     requires_grad: bool,
+    check_more: Callable[[], None] = lambda: None,
 ) -> list[tuple[Tensor, Handle]]:
     """The tokens of each chunk, and where they go; all ranks raise where one refuses its arguments or others differ.
 
@@ -57,6 +59,7 @@ def plan(
     chunks: list[tuple[Tensor, Handle]] = []
     try:
         _check(op, x, topk_idx, num_experts, groups, max_tokens, payload, num_chunks)
+        check_more()
         signature = [
             x.shape[1],
             topk_idx.shape[1],
@@ -111,6 +114,12 @@ def _check(
     check.size(op, "topk_idx", topk_idx, 0, "the tokens of x,", x.shape[0])
     if topk_idx.shape[1] < 1:
         raise ValueError(f"{op}: topk_idx must have a column or more, got 0.")
+    check_options(op, max_tokens, payload, num_chunks)
+    if max_tokens is not None and x.shape[0] > max_tokens:
+        raise ValueError(f"{op}: x must have at most max_tokens = {max_tokens} tokens, got {x.shape[0]}.")
+
+
+def check_options(op: str, max_tokens: Any, payload: Any, num_chunks: Any) -> None:
     if payload is not None and payload not in PAYLOADS:
         raise ValueError(f"{op}: payload must be None or {' or '.join(PAYLOADS)}, got {payload!r}.")
     check.integer(op, "num_chunks", num_chunks, 1)
@@ -118,8 +127,6 @@ def _check(
         raise ValueError(f"{op}: num_chunks must be at most {MAX_CHUNKS}, got {num_chunks}.")
     if max_tokens is not None:
         check.integer(op, "max_tokens", max_tokens, 1)
-        if x.shape[0] > max_tokens:
-            raise ValueError(f"{op}: x must have at most max_tokens = {max_tokens} tokens, got {x.shape[0]}.")
 
 
 def _agree(

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer of experts on several ranks, whole: `run` and `moe_mlp` of `expert_parallel`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _check as check
+from ._expert_parallel_calls import check_weights
+from ._expert_parallel_handle import Collect, Crossing, Receive, Return, Send
+from ._expert_parallel_plan import groups_of, plan
+from ._library import autocast, needs_grad
+from ._moe_grouped import grouped_mm
+from .glu import swiglu
+
+
+def run(
+    experts: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    num_experts: int,
+    *,
+    group: Any = None,
+    max_tokens: int | None = None,
+    payload: str | None = None,
+    num_chunks: int = 1,
+    shared: Callable[[Tensor], Tensor] | None = None,
+    requires_grad: bool = False,
+) -> Tensor:
+    """A layer of any experts: dispatch, experts(rows, offsets), combine, in an order that keeps the network in use.
+
+    Args:
+        experts: called as experts(rows [rows, hidden], offsets [local experts] int32) -> [rows, out]: the rows of the
+            local experts, one expert after another, and where they end, as `moe.grouped_mm` takes them.
+        x: [num_tokens, hidden], as of `dispatch`.
+        topk_weights: [num_tokens, num_topk], float32, last dimension contiguous.
+        topk_idx: [num_tokens, num_topk], int32 or int64, -1 for none.
+        num_experts: on all ranks together.
+        group, max_tokens, payload: as of `dispatch`.
+        num_chunks: the tokens go in so many parts of equal size, 1 to 16: the experts of one compute while the next
+            travels. For all parts the host waits once.
+        shared: called as shared(x) while the first tokens travel; its result is added to that of the experts.
+        requires_grad: whether `experts` has parameters that need a gradient.
+
+    Returns:
+        [num_tokens, out]. The bits depend neither on num_chunks nor on the number of ranks.
+
+    Raises:
+        ValueError, TypeError: as `dispatch` and `combine`.
+
+    Deterministic. Differentiable once in x, topk_weights and what `experts` and `shared` hold. Of x a gradient comes
+    back for each slot. Gradients of x and topk_weights have the bits of one process; those of the experts too, where
+    num_chunks is 1 and the ranks have the tokens of one process in its order. With more chunks they are sums of sums.
+    """
+    out, extra = _run(
+        "expert_parallel.run",
+        _step(experts),
+        x,
+        topk_weights,
+        topk_idx,
+        num_experts,
+        shared=None if shared is None else lambda: shared(x),
+        requires_grad=requires_grad,
+        check_more=lambda: None,
+        group=group,
+        max_tokens=max_tokens,
+        payload=payload,
+        num_chunks=num_chunks,
+    )
+    return out if extra is None else out + extra
+
+
+def moe_mlp(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    *,
+    group: Any = None,
+    max_tokens: int | None = None,
+    payload: str | None = None,
+    num_chunks: int = 1,
+    shared: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`moe.moe_mlp` over a group: every rank has its own tokens and num_experts / ranks of the experts.
+
+    Args:
+        x: [num_tokens, hidden], as of `moe.moe_mlp`; num_tokens is each rank's own.
+        w_gate_up: [local experts, 2 * width, hidden], gate then up, dtype of x.
+        w_down: [local experts, hidden, width], dtype of x.
+        topk_weights: [num_tokens, num_topk], float32.
+        topk_idx: [num_tokens, num_topk], int32 or int64: counted over all ranks, -1 for none.
+        group, max_tokens, payload, num_chunks, shared: as of `run`.
+
+    Returns:
+        [num_tokens, hidden], dtype of x. Without a payload the bits of `moe.moe_mlp` with all experts.
+
+    Raises:
+        ValueError, TypeError: one sentence with the argument, its rule and what came.
+
+    Deterministic. Differentiable once in x, both weights and topk_weights, as `run` says. Under autocast x and both
+    weights take the autocast dtype, and travel in it.
+    """
+    x, w_gate_up, w_down = autocast(3, x, w_gate_up, w_down)
+    out, extra = moe_mlp_parts(
+        x,
+        w_gate_up,
+        w_down,
+        topk_weights,
+        topk_idx,
+        group=group,
+        max_tokens=max_tokens,
+        payload=payload,
+        num_chunks=num_chunks,
+        shared=None if shared is None else lambda: shared(x),
+    )
+    return out if extra is None else out + extra
+
+
+def moe_mlp_parts(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_idx: Tensor, *, group: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(what the experts give, what `shared` gives)."""
+    op = "expert_parallel.moe_mlp"
+    groups = groups_of(op, group)
+    check.is_tensor(op, "w_gate_up", w_gate_up)
+    check.rank(op, "w_gate_up", w_gate_up, 3, "[local experts, 2 * width, hidden]")
+
+    def experts(rows: Tensor, offsets: Tensor) -> Tensor:
+        inner = swiglu(grouped_mm(rows, w_gate_up, offsets, trans_b=True))
+        return grouped_mm(inner, w_down, offsets, trans_b=True)
+
+    return _run(
+        op,
+        _step(experts),
+        x,
+        topk_weights,
+        topk_idx,
+        w_gate_up.shape[0] * math.prod(dist.get_world_size(member) for member in groups),
+        requires_grad=needs_grad(w_gate_up, w_down),
+        check_more=lambda: _check_experts(op, x, w_gate_up, w_down),
+        group=groups,
+        **options,
+    )
+
+
+def _check_experts(op: str, x: Tensor, w_gate_up: Tensor, w_down: Any) -> None:
+    check.is_tensor(op, "w_down", w_down)
+    for name, t in (("w_gate_up", w_gate_up), ("w_down", w_down)):
+        check.same_dtype(op, name, t, "x", x)
+        check.same_device(op, name, t, "x", x)
+    num_local, two_widths, hidden = w_gate_up.shape
+    check.size(op, "w_gate_up", w_gate_up, 2, "for this x hidden =", x.shape[1])
+    if two_widths % 2:
+        raise ValueError(f"{op}: w_gate_up must have an even number of rows an expert, got {two_widths}.")
+    if tuple(w_down.shape) != (num_local, hidden, two_widths // 2):
+        expected = [num_local, hidden, two_widths // 2]
+        raise ValueError(f"{op}: w_down must be {expected} for this w_gate_up, got {list(w_down.shape)}.")
+
+
+Step = Callable[[Tensor, Crossing, Tensor, Crossing], Tensor]
+
+
+def _step(experts: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """From tokens that travel to results that travel."""
+
+    def step(ticket: Tensor, there: Crossing, topk_weights: Tensor, back: Crossing) -> Tensor:
+        rows = Receive.apply(ticket, there)
+        y = experts(rows, there.handle.mapping.expert_offsets[0])
+        return Return.apply(y, topk_weights, back)
+
+    return step
+
+
+def _run(
+    op: str,
+    step: Step,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_idx: Tensor,
+    num_experts: int,
+    *,
+    num_chunks: int,
+    shared: Callable[[], Tensor] | None,
+    requires_grad: bool,
+    check_more: Callable[[], None],
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The order is that of one direction of the network after another: send a part, then compute the one before it.
+
+    Autograd walks back by it: the gradients of a part travel while those of the one before it are computed.
+    """
+
+    def check_all() -> None:
+        check_weights(op, topk_weights, topk_idx, x)
+        check_more()
+
+    requires_grad = (requires_grad and torch.is_grad_enabled()) or needs_grad(x, topk_weights)
+    options |= {"num_chunks": num_chunks, "requires_grad": requires_grad, "check_more": check_all}
+    parts = plan(op, x, topk_idx, num_experts, **options)
+    weights = topk_weights.split([rows.shape[0] for rows, _ in parts])
+    crossings = [Crossing(handle, by_slot=True) for _, handle in parts]
+    returns = [Crossing(handle) for _, handle in parts]
+    leaving = Send.apply(parts[0][0], crossings[0])
+    extra = None if shared is None else shared()
+    tickets = []
+    for i, crossing in enumerate(crossings):
+        arriving = leaving
+        if i + 1 < len(parts):
+            leaving = Send.apply(parts[i + 1][0], crossings[i + 1])
+        tickets.append(step(arriving, crossing, weights[i], returns[i]))
+    outs = [Collect.apply(*part) for part in zip(tickets, (w.detach() for w in weights), returns, strict=True)]
+    return outs[0] if len(outs) == 1 else torch.cat(outs), extra
