@@ -89,7 +89,7 @@ class Experts(DeferredWeightGrad, nn.Module):
     def _stacked(
         self, state: dict[str, Any], prefix: str, form: tuple[str, str, str], missing: list[str], errors: list[str]
     ) -> dict[str, Any]:
-        """The state dict with two stacks in the place of the tensors of the experts; what is missing stays as it was."""
+        """The state dict with two stacks for the tensors of the experts; what is missing stays as it was."""
         names = ("gate_up_proj", "down_proj")
         ours = [getattr(self, name).detach() for name in names]
         given = {key: state.pop(prefix + key, None) for key in expert_places(*ours, form)}
