@@ -7,6 +7,7 @@ come back once for each slot: the sum over a token's slots is taken at home, in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,22 +123,27 @@ class Leg:
 
 def pack(*columns: Tensor) -> Tensor:
     """Tensors [rows, ...] of any dtypes, side by side in rows of whole 16 bytes, as a float32 that nothing reads."""
-    parts: list[Tensor] = []
-    num_bytes = 0
-    for column in columns:
-        part = column.contiguous().view(torch.uint8)
-        num_bytes += part.shape[1] + -part.shape[1] % 4
-        parts += [part, part.new_zeros(part.shape[0], -part.shape[1] % 4)]
-    parts.append(parts[0].new_zeros(parts[0].shape[0], -num_bytes % ROW_BYTES))
-    return torch.cat(parts, 1).view(torch.float32)
+    places = _places((column.shape[1], column.dtype) for column in columns)
+    num_bytes = places[-1][1] + -places[-1][1] % ROW_BYTES
+    rows = columns[0].new_empty((columns[0].shape[0], num_bytes), dtype=torch.uint8)
+    ends = [*(begin for begin, _ in places[1:]), num_bytes]
+    for column, (begin, end), next_begin in zip(columns, places, ends, strict=True):
+        rows[:, begin:end].view(column.dtype).copy_(column)
+        rows[:, end:next_begin].zero_()
+    return rows.view(torch.float32)
 
 
 def unpack(rows: Tensor, *columns: tuple[int, torch.dtype]) -> list[Tensor]:
     """What `pack` was given, as views; `columns` are the numbers of columns and their dtypes."""
-    result, begin = [], 0
     row_bytes = rows.view(torch.uint8)
+    places = zip(columns, _places(columns), strict=True)
+    return [row_bytes[:, begin:end].view(dtype) for (_, dtype), (begin, end) in places]
+
+
+def _places(columns: Iterable[tuple[int, torch.dtype]]) -> list[tuple[int, int]]:
+    """Where each begins, at a multiple of 4 bytes, and ends."""
+    places, begin = [], 0
     for count, dtype in columns:
-        num_bytes = count * dtype.itemsize
-        result.append(row_bytes[:, begin : begin + num_bytes].view(dtype))
-        begin += num_bytes + -num_bytes % 4
-    return result
+        places.append((begin, begin + count * dtype.itemsize))
+        begin = places[-1][1] + -places[-1][1] % 4
+    return places

@@ -112,8 +112,9 @@ def _check(
     check_ids(op, topk_idx, num_experts)
     check.same_device(op, "topk_idx", topk_idx, "x", x)
     check.size(op, "topk_idx", topk_idx, 0, "the tokens of x,", x.shape[0])
-    if topk_idx.shape[1] < 1:
-        raise ValueError(f"{op}: topk_idx must have a column or more, got 0.")
+    for name, t in (("x", x), ("topk_idx", topk_idx)):
+        if t.shape[1] < 1:
+            raise ValueError(f"{op}: {name} must have a column or more, got {list(t.shape)}.")
     check_options(op, max_tokens, payload, num_chunks)
     if max_tokens is not None and x.shape[0] > max_tokens:
         raise ValueError(f"{op}: x must have at most max_tokens = {max_tokens} tokens, got {x.shape[0]}.")

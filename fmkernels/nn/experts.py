@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -67,11 +67,22 @@ class Experts(DeferredWeightGrad, nn.Module):
             bound = 1 / math.sqrt(weight.shape[2])
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_idx: Tensor) -> Tensor:
-        """x and the result are [num_tokens, hidden]; the choices [num_tokens, num_topk] as `moe.route` gives them."""
+    def forward(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_idx: Tensor,
+        shared: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """x and the result are [num_tokens, hidden]; the choices [num_tokens, num_topk] as `moe.route` gives them.
+
+        shared(x), if given, is added; under `expert_parallel.ExpertParallel` it is computed while the tokens travel.
+        """
         if self.weight_grad_store is not None and needs_grad(self.gate_up_proj, self.down_proj):
-            return self._deferred(x, topk_weights, topk_idx, self.weight_grad_store)
-        return moe_mlp(x, self.gate_up_proj, self.down_proj, topk_weights, topk_idx)
+            out = self._deferred(x, topk_weights, topk_idx, self.weight_grad_store)
+        else:
+            out = moe_mlp(x, self.gate_up_proj, self.down_proj, topk_weights, topk_idx)
+        return out if shared is None else out + shared(x)
 
     def _deferred(self, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, store: WeightGradStore) -> Tensor:
         mapping = build_mapping(topk_idx, self.num_experts)

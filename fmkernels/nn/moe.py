@@ -188,11 +188,9 @@ class MoE(nn.Module):
             raise ValueError(f"{_OP}: x must be [..., {self.hidden}], got {list(x.shape)}.")
         rows = as_rows(x)
         topk_weights, topk_idx, losses = self.route(rows)
-        out = self.experts(rows, topk_weights, topk_idx)
+        out = self.experts(rows, topk_weights, topk_idx, self.shared_experts)
         if x.dim() != 2:
             out = no_view(out, x.shape)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
         return out if losses is None else (out, losses)
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor, MoELosses | None]:
