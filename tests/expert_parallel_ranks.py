@@ -2,6 +2,7 @@
 """Processes that are the ranks of a group, and a layer of experts whose tokens and weights they share."""
 
 import datetime
+import multiprocessing
 import os
 
 import torch
@@ -9,10 +10,16 @@ import torch.distributed as dist
 
 from fmkernels import moe
 
+# What the first process imports of which the ranks are forks; it has no threads, as a process of tests has.
+IMPORTED_ONCE = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.testing", "fmkernels.expert_parallel")
+
 
 def spawn(body, folder, num_ranks, *args, seconds=60):
     """Runs body(rank, *args) in so many processes; a failure of one is raised here."""
-    torch.multiprocessing.spawn(_rank, (body, folder / "store", num_ranks, seconds, args), nprocs=num_ranks)
+    multiprocessing.set_forkserver_preload(list(IMPORTED_ONCE))
+    torch.multiprocessing.start_processes(
+        _rank, (body, folder / "store", num_ranks, seconds, args), nprocs=num_ranks, start_method="forkserver"
+    )
 
 
 def _rank(rank, body, store, num_ranks, seconds, args):
