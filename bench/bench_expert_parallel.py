@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""There and back between ranks, beside one all-to-all of slots: `torchrun --nproc-per-node 2 bench/bench_expert_parallel.py`.
+
+The peer is what is written with torch alone: every slot is a row that goes to the rank of its expert, and comes back.
+The experts of both do nothing, and do it to rows that lie by expert. Contenders take turns; a row is the median time of
+the slowest rank in each round, and the bytes that a rank sends to others, counted at the collectives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmkernels import expert_parallel, moe
+
+NUM_EXPERTS = 64
+
+
+def slot_by_slot(x: Tensor, topk_weights: Tensor, topk_idx: Tensor) -> Tensor:
+    num_ranks, num_topk = dist.get_world_size(), topk_idx.shape[1]
+    num_local = NUM_EXPERTS // num_ranks
+    experts, order = topk_idx.flatten().sort(stable=True)
+    sent = torch.bincount(experts // num_local, minlength=num_ranks)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    sent, received = torch.stack((sent, received)).tolist()
+    rows, ids = x.new_empty(sum(received), x.shape[1]), experts.new_empty(sum(received))
+    dist.all_to_all_single(rows, x.index_select(0, order // num_topk), received, sent)
+    dist.all_to_all_single(ids, experts, received, sent)
+    by_expert = ids.sort(stable=True).indices
+    y = rows.index_select(0, by_expert)  # here the experts would be
+    rows = torch.empty_like(y).index_copy_(0, by_expert, y)
+    y = x.new_empty(len(order), x.shape[1])
+    dist.all_to_all_single(y, rows, sent, received)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return (y.index_select(0, back).view(*topk_idx.shape, -1) * topk_weights.unsqueeze(-1).to(x.dtype)).sum(1)
+
+
+def ours(x: Tensor, topk_weights: Tensor, topk_idx: Tensor, **options: object) -> Tensor:
+    recv_x, _, handle = expert_parallel.dispatch(x, topk_idx, NUM_EXPERTS, **options)
+    return expert_parallel.combine(moe.permute(recv_x, handle.mapping), handle, topk_weights)
+
+
+def bytes_sent(function: Callable[[], object]) -> int:
+    """What this rank hands to the collectives for others."""
+    total, original = 0, dist.all_to_all_single
+
+    def counting(output, input, output_splits=None, input_splits=None, group=None, async_op=False):
+        nonlocal total
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        own = input.shape[0] // num_ranks if input_splits is None else input_splits[rank]
+        total += (input.shape[0] - own) * (input.nbytes // max(input.shape[0], 1))
+        return original(output, input, output_splits, input_splits, group=group, async_op=async_op)
+
+    dist.all_to_all_single = counting
+    try:
+        function()
+    finally:
+        dist.all_to_all_single = original
+    return total
+
+
+def seconds(function: Callable[[], object]) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    function()
+    took = torch.tensor(time.perf_counter() - begin)
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    return took.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1024, help="of a rank")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args()
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    generator = torch.Generator().manual_seed(rank)
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_topk in (2, 8):
+            x = torch.randn(options.tokens, options.hidden, generator=generator).to(dtype)
+            idx = torch.rand(options.tokens, NUM_EXPERTS, generator=generator).topk(num_topk).indices.int()
+            weights = torch.rand(options.tokens, num_topk, generator=generator)
+            contenders = {
+                "slot by slot": lambda a=(x, weights, idx): slot_by_slot(*a),
+                "dispatch, combine": lambda a=(x, weights, idx): ours(*a),
+                "payload int8": lambda a=(x, weights, idx): ours(*a, payload="int8"),
+                "max_tokens": lambda a=(x, weights, idx): ours(*a, max_tokens=options.tokens),
+            }
+            torch.testing.assert_close(
+                contenders["dispatch, combine"](), contenders["slot by slot"](), atol=0.1, rtol=0.1
+            )
+            times = {name: [] for name in contenders}
+            for _ in range(options.rounds):
+                for name, function in contenders.items():
+                    times[name].append(seconds(function))
+            sent = {name: bytes_sent(function) for name, function in contenders.items()}
+            if rank == 0:
+                print(f"{options.tokens} x {options.hidden} {dtype}, top {num_topk}")
+                for name, list_of in times.items():
+                    ratios = sorted(a / b for a, b in zip(times["slot by slot"], list_of, strict=True))
+                    quartiles = f"{ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f}"
+                    print(
+                        f"  {name:20} {statistics.median(list_of) * 1e3:7.1f} ms   {sent[name] / 2**20:6.1f} MiB sent   "
+                        f"x peer {statistics.median(ratios):.2f} ({quartiles})",
+                        flush=True,
+                    )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
