@@ -114,6 +114,15 @@ class Handle:
             rows = ops.moe_combine(leg.back_by_token(rows).wait(), leg.token_to_row, None)
         return self.legs[0].back_by_token(rows)
 
+    def weights_back(self, weights: Tensor) -> Tensor:
+        """[received, num_topk] -> [num_tokens, num_topk]: a number for each slot, 0 for one without an expert."""
+        slot_to_pos = self.mapping.token_topk_to_pos
+        slots = torch.arange(slot_to_pos.numel(), dtype=torch.int32, device=slot_to_pos.device).view_as(slot_to_pos)
+        rows, places = weights.reshape(-1, 1), torch.where(slot_to_pos >= 0, slots, -1)
+        for leg in self.legs[::-1]:
+            rows, places = leg.back(rows, places).wait(), leg.slot_to_row
+        return ops.moe_permute(rows, places.flatten()).view(places.shape)
+
     def there(self, flight: InFlight) -> Tensor:
         rows = flight.wait()
         for leg in self.legs[1:]:
@@ -200,17 +209,7 @@ class Return(torch.autograd.Function):
         grad_y, grad_weights = ops.moe_combine_backward(grad, y, pos_to_token, slot_to_pos, weights)
         if not ctx.needs_input_grad[1]:
             return grad_y, None, None
-        return grad_y, _weights_back(handle, grad_weights), None
-
-
-def _weights_back(handle: Handle, grad_weights: Tensor) -> Tensor:
-    """[received, num_topk] -> [num_tokens, num_topk]: a number for each slot instead of a row."""
-    slot_to_pos = handle.mapping.token_topk_to_pos
-    slots = torch.arange(slot_to_pos.numel(), dtype=torch.int32, device=slot_to_pos.device).view_as(slot_to_pos)
-    rows, places = grad_weights.reshape(-1, 1), torch.where(slot_to_pos >= 0, slots, -1)
-    for leg in handle.legs[::-1]:
-        rows, places = leg.back(rows, places).wait(), leg.slot_to_row
-    return ops.moe_permute(rows, places.flatten()).view(places.shape)
+        return grad_y, handle.weights_back(grad_weights), None
 
 
 class Collect(torch.autograd.Function):

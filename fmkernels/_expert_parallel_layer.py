@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer of experts on several ranks, whole: `run` and `moe_mlp` of `expert_parallel`."""
+"""A layer of any experts on several ranks, whole: `run` of `expert_parallel`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from . import _check as check
 from ._expert_parallel_calls import check_weights
 from ._expert_parallel_handle import Collect, Crossing, Receive, Return, Send
-from ._expert_parallel_plan import groups_of, plan
-from ._library import autocast, needs_grad
-from ._moe_grouped import grouped_mm
-from .glu import swiglu
+from ._expert_parallel_plan import plan
+from ._library import needs_grad
 
 
 def run(
@@ -59,7 +54,7 @@ def run(
     back for each slot. Gradients of x and topk_weights have the bits of one process; those of the experts too, where
     num_chunks is 1 and the ranks have the tokens of one process in its order. With more chunks they are sums of sums.
     """
-    out, extra = _run(
+    out, extra = run_steps(
         "expert_parallel.run",
         _step(experts),
         x,
@@ -77,95 +72,6 @@ def run(
     return out if extra is None else out + extra
 
 
-def moe_mlp(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    topk_idx: Tensor,
-    *,
-    group: Any = None,
-    max_tokens: int | None = None,
-    payload: str | None = None,
-    num_chunks: int = 1,
-    shared: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """`moe.moe_mlp` over a group: every rank has its own tokens and num_experts / ranks of the experts.
-
-    Args:
-        x: [num_tokens, hidden], as of `moe.moe_mlp`; num_tokens is each rank's own.
-        w_gate_up: [local experts, 2 * width, hidden], gate then up, dtype of x.
-        w_down: [local experts, hidden, width], dtype of x.
-        topk_weights: [num_tokens, num_topk], float32.
-        topk_idx: [num_tokens, num_topk], int32 or int64: counted over all ranks, -1 for none.
-        group, max_tokens, payload, num_chunks, shared: as of `run`.
-
-    Returns:
-        [num_tokens, hidden], dtype of x. Without a payload the bits of `moe.moe_mlp` with all experts.
-
-    Raises:
-        ValueError, TypeError: one sentence with the argument, its rule and what came.
-
-    Deterministic. Differentiable once in x, both weights and topk_weights, as `run` says. Under autocast x and both
-    weights take the autocast dtype, and travel in it.
-    """
-    x, w_gate_up, w_down = autocast(3, x, w_gate_up, w_down)
-    out, extra = moe_mlp_parts(
-        x,
-        w_gate_up,
-        w_down,
-        topk_weights,
-        topk_idx,
-        group=group,
-        max_tokens=max_tokens,
-        payload=payload,
-        num_chunks=num_chunks,
-        shared=None if shared is None else lambda: shared(x),
-    )
-    return out if extra is None else out + extra
-
-
-def moe_mlp_parts(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_idx: Tensor, *, group: Any, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """(what the experts give, what `shared` gives)."""
-    op = "expert_parallel.moe_mlp"
-    groups = groups_of(op, group)
-    check.is_tensor(op, "w_gate_up", w_gate_up)
-    check.rank(op, "w_gate_up", w_gate_up, 3, "[local experts, 2 * width, hidden]")
-
-    def experts(rows: Tensor, offsets: Tensor) -> Tensor:
-        inner = swiglu(grouped_mm(rows, w_gate_up, offsets, trans_b=True))
-        return grouped_mm(inner, w_down, offsets, trans_b=True)
-
-    return _run(
-        op,
-        _step(experts),
-        x,
-        topk_weights,
-        topk_idx,
-        w_gate_up.shape[0] * math.prod(dist.get_world_size(member) for member in groups),
-        requires_grad=needs_grad(w_gate_up, w_down),
-        check_more=lambda: _check_experts(op, x, w_gate_up, w_down),
-        group=groups,
-        **options,
-    )
-
-
-def _check_experts(op: str, x: Tensor, w_gate_up: Tensor, w_down: Any) -> None:
-    check.is_tensor(op, "w_down", w_down)
-    for name, t in (("w_gate_up", w_gate_up), ("w_down", w_down)):
-        check.same_dtype(op, name, t, "x", x)
-        check.same_device(op, name, t, "x", x)
-    num_local, two_widths, hidden = w_gate_up.shape
-    check.size(op, "w_gate_up", w_gate_up, 2, "for this x hidden =", x.shape[1])
-    if two_widths % 2:
-        raise ValueError(f"{op}: w_gate_up must have an even number of rows an expert, got {two_widths}.")
-    if tuple(w_down.shape) != (num_local, hidden, two_widths // 2):
-        expected = [num_local, hidden, two_widths // 2]
-        raise ValueError(f"{op}: w_down must be {expected} for this w_gate_up, got {list(w_down.shape)}.")
-
-
 Step = Callable[[Tensor, Crossing, Tensor, Crossing], Tensor]
 
 
@@ -180,7 +86,7 @@ def _step(experts: Callable[[Tensor, Tensor], Tensor]) -> Step:
     return step
 
 
-def _run(
+def run_steps(
     op: str,
     step: Step,
     x: Tensor,

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from ._expert_parallel_layer import moe_mlp_parts
+from ._expert_parallel_mlp import moe_mlp_parts
 from ._expert_parallel_plan import check_options
 from ._library import autocast
 

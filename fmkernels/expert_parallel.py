@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from ._expert_parallel_calls import Pending, combine, dispatch
 from ._expert_parallel_handle import Handle
-from ._expert_parallel_layer import moe_mlp, run
+from ._expert_parallel_layer import run
+from ._expert_parallel_mlp import moe_mlp
 from ._expert_parallel_style import ExpertParallel
 
 __all__ = ["ExpertParallel", "Handle", "Pending", "combine", "dispatch", "moe_mlp", "run"]

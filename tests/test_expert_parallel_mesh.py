@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
 from fmkernels.expert_parallel import ExpertParallel
-from fmkernels.nn import MoE, RMSNorm
+from fmkernels.nn import MoE
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -24,7 +24,7 @@ HIDDEN, TOKENS = 32, 10  # TOKENS a rank
 class Block(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
-        self.norm = RMSNorm(HIDDEN)
+        self.norm = torch.nn.RMSNorm(HIDDEN)
         self.moe = MoE(HIDDEN, 16, 8, 3, shared_width=24, return_losses=False, **options)
 
     def forward(self, x):
