@@ -18,7 +18,7 @@ from ._expert_parallel_handle import Crossing
 from ._expert_parallel_layer import run_steps
 from ._expert_parallel_plan import groups_of
 from ._library import autocast, needs_grad, ops
-from ._moe_grouped import check_either_way, check_extents
+from ._moe_grouped import check_either_way, check_extents, dtypes_of_products
 
 
 def moe_mlp(
@@ -98,6 +98,8 @@ def moe_mlp_parts(
 
 
 def _check_experts(op: str, x: Tensor, w_gate_up: Tensor, w_down: Any) -> None:
+    check.dtype(op, "x", x, dtypes_of_products(x))
+    check.kernel_exists(op, "moe_gated_mm", x)
     check.is_tensor(op, "w_down", w_down)
     for name, t in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         check.same_dtype(op, name, t, "x", x)
