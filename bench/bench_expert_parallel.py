@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""There and back between ranks, beside one all-to-all of slots: `torchrun --nproc-per-node 2 bench/bench_expert_parallel.py`.
+"""There and back between ranks, beside one of slots: torchrun --nproc-per-node 2 bench/bench_expert_parallel.py
 
 The peer is what is written with torch alone: every slot is a row that goes to the rank of its expert, and comes back.
 The experts of both do nothing, and do it to rows that lie by expert. Contenders take turns; a row is the median time of
@@ -114,11 +114,9 @@ def main() -> None:
                 for name, list_of in times.items():
                     ratios = sorted(a / b for a, b in zip(times["slot by slot"], list_of, strict=True))
                     quartiles = f"{ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f}"
-                    print(
-                        f"  {name:20} {statistics.median(list_of) * 1e3:7.1f} ms   {sent[name] / 2**20:6.1f} MiB sent   "
-                        f"x peer {statistics.median(ratios):.2f} ({quartiles})",
-                        flush=True,
-                    )
+                    took, mebibytes = statistics.median(list_of) * 1e3, sent[name] / 2**20
+                    against = f"x peer {statistics.median(ratios):.2f} ({quartiles})"
+                    print(f"  {name:20} {took:7.1f} ms   {mebibytes:6.1f} MiB sent   {against}", flush=True)
     dist.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._expert_parallel_exchange import not_traced
 from ._expert_parallel_handle import Collect, Crossing, Handle, Receive, Return, Send
 from ._expert_parallel_plan import plan
 from ._library import needs_grad
@@ -21,6 +22,7 @@ class Pending:
     def __init__(self, finish: Callable[[], Any]) -> None:
         self._finish: Callable[[], Any] | None = finish
 
+    @not_traced
     def wait(self) -> Any:
         """What the call would have returned. Once; on CUDA the current stream waits, and not the host."""
         if self._finish is None:
@@ -29,6 +31,7 @@ class Pending:
         return finish()
 
 
+@not_traced
 def dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -71,7 +74,7 @@ def dispatch(
     has the bits of one process.
     """
     check.flag("expert_parallel.dispatch", "async_op", async_op)
-    options = {"max_tokens": max_tokens, "payload": payload, "requires_grad": needs_grad(x)}
+    options = {"max_tokens": max_tokens, "payload": payload, "requires_grad": (needs_grad(x),)}
     ((x, handle),) = plan("expert_parallel.dispatch", x, topk_idx, num_experts, group, **options)
     crossing = Crossing(handle)
     ticket = Send.apply(x, crossing)
@@ -83,6 +86,7 @@ def dispatch(
     return Pending(finish) if async_op else finish()
 
 
+@not_traced
 def combine(y: Tensor, handle: Handle, topk_weights: Tensor, *, async_op: bool = False) -> Any:
     """The weighted sum of each token's rows: out[t] = sum_k topk_weights[t, k] * y of slot (t, k), wherever that is.
 

@@ -7,7 +7,8 @@ come back once for each slot: the sum over a token's slots is taken at home, in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,18 @@ class InFlight(NamedTuple):
     def wait(self) -> Tensor:
         self.work.wait()
         return self.buffer
+
+
+def not_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: a compiled caller calls it as it is. torch._dynamo, which takes a second, is imported by then."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ._expert_parallel_calls import check_weights
+from ._expert_parallel_exchange import not_traced
 from ._expert_parallel_handle import Collect, Crossing, Receive, Return, Send
 from ._expert_parallel_plan import plan
 from ._library import needs_grad
 
 
+@not_traced
 def run(
     experts: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
@@ -109,8 +111,8 @@ def run_steps(
         check_weights(op, topk_weights, topk_idx, x)
         check_more()
 
-    requires_grad = (requires_grad and torch.is_grad_enabled()) or needs_grad(x, topk_weights)
-    options |= {"num_chunks": num_chunks, "requires_grad": requires_grad, "check_more": check_all}
+    needs = (needs_grad(x), needs_grad(topk_weights), requires_grad and torch.is_grad_enabled())
+    options |= {"num_chunks": num_chunks, "requires_grad": needs, "check_more": check_all}
     parts = plan(op, x, topk_idx, num_experts, **options)
     weights = topk_weights.split([rows.shape[0] for rows, _ in parts])
     crossings = [Crossing(handle, by_slot=True) for _, handle in parts]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _check as check
-from ._expert_parallel_exchange import unpack
+from ._expert_parallel_exchange import not_traced, unpack
 from ._expert_parallel_handle import Crossing
 from ._expert_parallel_layer import run_steps
 from ._expert_parallel_plan import groups_of
@@ -21,6 +21,7 @@ from ._library import autocast, needs_grad, ops
 from ._moe_grouped import check_either_way, check_extents, dtypes_of_products
 
 
+@not_traced
 def moe_mlp(
     x: Tensor,
     w_gate_up: Tensor,

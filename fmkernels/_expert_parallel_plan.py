@@ -19,6 +19,8 @@ from ._moe_mapping import MAX_EXPERTS, check_ids
 MAX_CHUNKS = 16  # the message has room for so many counts, so that its size agrees where the arguments do not
 NAMES = ("hidden", "num_topk", "num_experts", "dtype", "payload", "max_tokens", "num_chunks", "requires_grad")
 
+HAVE_GRADIENTS = ("x", "topk_weights", "the experts")
+
 
 def groups_of(op: str, group: Any) -> tuple[Any, ...]:
     """One group, or two: across the nodes, and within this one."""
@@ -44,7 +46,7 @@ def plan(
     max_tokens: int | None,
     payload: str | None,
     num_chunks: int = 1,
-    requires_grad: bool,
+    requires_grad: tuple[bool, ...],
     check_more: Callable[[], None] = lambda: None,
 ) -> list[tuple[Tensor, Handle]]:
     """The tokens of each chunk, and where they go; all ranks raise where one refuses its arguments or others differ.
@@ -68,13 +70,13 @@ def plan(
             -1 if payload is None else list(PAYLOADS).index(payload),
             -1 if max_tokens is None else max_tokens,
             num_chunks,
-            int(requires_grad),
+            sum(needs << i for i, needs in enumerate(requires_grad)),
         ]
-        size = -(-(x.shape[0] if max_tokens is None else max_tokens) // num_chunks)
-        for i in range(num_chunks):
-            rows = slice(i * size, (i + 1) * size)
-            options = (num_experts, x.shape[1], x.dtype, payload, None if max_tokens is None else size)
-            chunks.append((x[rows], Handle(groups, topk_idx[rows], *options)))
+        most = -(-(x.shape[0] if max_tokens is None else max_tokens) // num_chunks)
+        sizes = [min(most, max(x.shape[0] - i * most, 0)) for i in range(num_chunks)]
+        options = (num_experts, x.shape[1], x.dtype, payload, None if max_tokens is None else most)
+        handles = [Handle(groups, part, *options) for part in topk_idx.split(sizes)]
+        chunks = list(zip(x.split(sizes), handles, strict=True))
     except (TypeError, ValueError) as error:
         failure = error
     if max_tokens is None or failure is not None or check.sees_values(x):
@@ -182,4 +184,6 @@ def _shown(name: str, value: int) -> Any:
         return check.dtype_names((check.FLOAT_DTYPES[value],))
     if name == "payload":
         return None if value < 0 else list(PAYLOADS)[value]
-    return bool(value) if name == "requires_grad" else None if value < 0 else value
+    if name == "requires_grad":
+        return " and ".join(part for i, part in enumerate(HAVE_GRADIENTS) if value >> i & 1) or "nothing"
+    return None if value < 0 else value

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from ._expert_parallel_exchange import not_traced
 from ._expert_parallel_mlp import moe_mlp_parts
 from ._expert_parallel_plan import check_options
 from ._library import autocast
@@ -90,7 +91,7 @@ class _Forward:
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Forward:
         return self  # a mesh is a place, and not state
 
-    @torch.compiler.disable
+    @not_traced
     def __call__(
         self,
         module: nn.Module,

@@ -205,7 +205,7 @@ def check_run(rank):
 
 
 def check_again(rank):
-    """Backward twice, and with the layer computed again in backward."""
+    """Backward twice, of some inputs alone, and with the layer computed again in backward."""
     layer = Layer(ENDS[4])
     wanted = layer.parts(layer.alone(), rank)
 
@@ -218,6 +218,10 @@ def check_again(rank):
     for _ in range(2):
         grads = torch.autograd.grad(out, leaves, layer.part("grad", layer.grad, rank), retain_graph=True)
         assert all(same(grads, wanted[1:]))
+    for i in range(4):
+        leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate(layer.leaves(rank))]
+        out = expert_parallel.moe_mlp(*leaves, layer.part("topk_idx", layer.topk_idx, rank), num_chunks=1 + i // 3)
+        assert all(same(torch.autograd.grad(out, leaves[i], layer.part("grad", layer.grad, rank)), [wanted[1 + i]]))
 
 
 def check_rows(rank, mesh):
