@@ -69,12 +69,8 @@ def definition(layer):
         weights, idx = reference.moe.route(
             rows @ state["gate.weight"].t(),
             layer.num_topk,
-            scoring=layer.scoring,
-            renormalize=layer.renormalize,
             bias=state.get("gate.e_score_correction_bias"),
-            num_groups=layer.num_groups,
-            topk_groups=layer.topk_groups,
-            group_score=layer.group_score,
+            **layer.options,
         )
         stacks = state["experts.gate_up_proj"], state["experts.down_proj"]
         out = reference.moe.moe_mlp(rows, *stacks, weights * layer.routed_scale, idx)
