@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 from torch.nn.parallel import DistributedDataParallel
@@ -246,6 +247,20 @@ def check_ddp(rank):
     assert_same_bits(*results)
 
 
+def check_fsdp(rank):
+    """Sharded parameters, among them stacks that do not divide by the ranks, give the gradients of whole ones."""
+    torch.manual_seed(1)
+    batch = torch.randn(WORLD_SIZE, 7, HIDDEN)
+    whole, sharded = ((torch.manual_seed(0), MoE(HIDDEN, WIDTH, 3, NUM_TOPK, shared_width=8))[1] for _ in range(2))
+    fully_shard(sharded)
+    for module, parts in ((whole, batch), (sharded, batch[rank : rank + 1])):
+        for x in parts:
+            out, losses = module(x)
+            (out.square().mean() + losses.load_balance).backward()
+    for (name, p), ours in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(ours.grad.full_tensor(), p.grad / WORLD_SIZE), name  # halves are exact
+
+
 def check_update_bias(rank):
     module = MoE(HIDDEN, WIDTH, 4, 2, selection_bias=True)
     load = torch.tensor([[9, 1, 3, 5], [0, 1, 9, 5]][rank])
@@ -259,7 +274,7 @@ def run_rank(rank, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
     try:
-        for check in (check_pipeline, check_ddp, check_update_bias):
+        for check in (check_pipeline, check_ddp, check_fsdp, check_update_bias):
             check(rank)
         dist.barrier()
     finally:
