@@ -72,7 +72,7 @@ def test_both_attentions_learn_the_same(demo, capsys, tmp_path, precision):
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     else:
-        assert "The losses are not drawn, matplotlib is not installed." in shown
+        assert "Nothing is drawn, matplotlib is not installed." in shown
 
 
 def test_wrong_attention_is_noticed(demo, capsys, tmp_path, monkeypatch):
