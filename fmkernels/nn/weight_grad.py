@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightGradStore:
@@ -67,3 +67,34 @@ class DeferredWeightGrad:
         """Computes the weight gradients that wait in the store of this module, and of others that share it."""
         if self.weight_grad_store is not None:
             self.weight_grad_store.pop()()
+
+
+def stand_in(
+    store: WeightGradStore, module: nn.Module, names: tuple[str, ...], left: list[Callable[[], Tensor]]
+) -> Tensor:
+    """An input of an autograd.Function in the place of a parameter, names[0], whose gradient goes to the store.
+
+    The parameter itself is no input: its hooks would run at the end of backward, without a gradient. This empty tensor
+    stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it asks for those of
+    inputs alone, as a pipeline does of made-up inputs when it infers shapes. Backward leaves in `left` how the gradient
+    is computed. Until it is, what the module has by these names must not be replaced.
+    """
+    held = [getattr(module, name) for name in names]
+    parameter = held[0]
+
+    def put(_grad: Tensor) -> None:
+        compute = left.pop()
+
+        def gradient() -> Tensor:
+            if any(getattr(module, name) is not value for name, value in zip(names, held, strict=True)):
+                raise RuntimeError(
+                    f"nn.{type(module).__name__}: the {names[0]} must stay until its gradient is computed, "
+                    "it was replaced."
+                )
+            return compute().to(parameter.dtype)
+
+        store.put(parameter, gradient)
+
+    result = torch.empty(0, requires_grad=True)
+    result.register_hook(put)
+    return result

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts of a mixture, one stack of weights each for their two products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check as check
+from .._library import needs_grad
+from ..glu import swiglu
+from ..moe import build_mapping, combine, moe_mlp, permute
+from .grouped_linear import grouped_mm_deferred
+from .weight_grad import DeferredWeightGrad, WeightGradStore
+
+_OP = "nn.Experts"
+HUB_FORMS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""Names of gate, up and down in checkpoints with a tensor an expert: those of DeepSeek and Qwen, and of Mixtral."""
+
+
+class Experts(DeferredWeightGrad, nn.Module):
+    """w_down[e] (silu(g) * u) of the experts e of each token, summed by their weights: `fmkernels.moe.moe_mlp`.
+
+    The parameters are `gate_up_proj` [num_experts, 2 * width, hidden], gate then up, and `down_proj` [num_experts,
+    hidden, width], as transformers 5 has them. State dicts with a tensor an expert, as hubs store them, load too:
+    `0.gate_proj.weight`, `0.up_proj.weight`, `0.down_proj.weight`, or `0.w1.weight`, `0.w3.weight`, `0.w2.weight`.
+
+    Args:
+        num_experts: from 1 to 1024.
+        hidden: width of the input and of the output.
+        width: of the gate of an expert.
+        weight_grad_store: where backward leaves the gradients of the weights for later; None: in backward.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: one sentence with the argument, its rule and what came.
+
+    A new expert is uniform as torch.nn.Linear is. Devices, dtypes, determinism, autocast: as `fmkernels.moe.moe_mlp`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        width: int,
+        *,
+        weight_grad_store: WeightGradStore | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, number in (("num_experts", num_experts), ("hidden", hidden), ("width", width)):
+            check.integer(_OP, name, number, 1)
+        self._set_store(_OP, weight_grad_store)
+        self.num_experts, self.hidden, self.width = num_experts, hidden, width
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden, device=device, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New values, as new experts have."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_idx: Tensor) -> Tensor:
+        """x and the result are [num_tokens, hidden]; the choices [num_tokens, num_topk] as `moe.route` gives them."""
+        if self.weight_grad_store is not None and needs_grad(self.gate_up_proj, self.down_proj):
+            return self._deferred(x, topk_weights, topk_idx, self.weight_grad_store)
+        return moe_mlp(x, self.gate_up_proj, self.down_proj, topk_weights, topk_idx)
+
+    def _deferred(self, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, store: WeightGradStore) -> Tensor:
+        mapping = build_mapping(topk_idx, self.num_experts)
+        offsets = mapping.expert_offsets[0]
+        rows = permute(x, mapping)
+        inner = swiglu(grouped_mm_deferred(self, "gate_up_proj", rows, offsets, None, store))
+        return combine(grouped_mm_deferred(self, "down_proj", inner, offsets, None, store), mapping, topk_weights)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
+        form = None if prefix + "gate_up_proj" in state_dict else hub_form(state_dict, prefix, self.num_experts)
+        if form is not None:
+            state_dict = self._stacked(dict(state_dict), prefix, form, missing_keys, errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
+
+    def _stacked(
+        self, state: dict[str, Any], prefix: str, form: tuple[str, str, str], missing: list[str], errors: list[str]
+    ) -> dict[str, Any]:
+        """The state dict with two stacks in the place of the tensors of the experts; what is missing stays as it was."""
+        names = ("gate_up_proj", "down_proj")
+        ours = [getattr(self, name).detach() for name in names]
+        given = {key: state.pop(prefix + key, None) for key in expert_places(*ours, form)}
+        like = next(t for t in given.values() if t is not None)
+        stacks = [torch.empty_like(t, dtype=like.dtype, device=like.device) for t in ours]
+        is_whole = True
+        for (key, place), own in zip(
+            expert_places(*stacks, form).items(), expert_places(*ours, form).values(), strict=True
+        ):
+            tensor = given[key]
+            if tensor is not None and tensor.shape != place.shape:
+                errors.append(f"{prefix}{key} must be {list(place.shape)}, got {list(tensor.shape)}.")
+                is_whole = False
+            elif tensor is None:
+                missing.append(prefix + key)
+                is_whole = is_whole and not own.is_meta
+            if is_whole:
+                place.copy_(own if tensor is None else tensor)
+        return state | {prefix + name: t for name, t in zip(names, stacks if is_whole else ours, strict=True)}
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, hidden={self.hidden}, width={self.width}"
+
+
+def hub_form(names: Container[str], prefix: str, num_experts: int) -> tuple[str, str, str] | None:
+    """What gate, up and down of an expert are called among these names; None: no expert has a tensor of its own."""
+    for form in HUB_FORMS:
+        if any(f"{prefix}{e}.{name}.weight" in names for e in range(num_experts) for name in form):
+            return form
+    return None
+
+
+def expert_places(gate_up: Tensor, down: Tensor, form: tuple[str, str, str]) -> dict[str, Tensor]:
+    """By the names of hubs, the parts of both stacks that are the tensors of the experts."""
+    width = down.shape[2]
+    places = {}
+    for expert, (both, last) in enumerate(zip(gate_up, down, strict=True)):
+        for name, part in zip(form, (both[:width], both[width:], last), strict=True):
+            places[f"{expert}.{name}.weight"] = part
+    return places
