@@ -55,7 +55,7 @@ def apart(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, floa
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> Table:
     result = Table(title="loss, in nats a byte", title_justify="left")
-    for heading in ("attention", "steps", "last training", "validation", "ms a step (median)", "tokens/s"):
+    for heading in ("attention", "steps", "last training", "validation", "ms a step", "tokens/s"):
         result.add_column(heading, justify="left" if heading == "attention" else "right")
     for name, lines in runs.items():
         seconds = statistics.median(line["seconds"] for line in lines)
