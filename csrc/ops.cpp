@@ -153,4 +153,12 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def("moe_grouped_mm(Tensor a, Tensor b, Tensor offsets, Tensor? bias) -> Tensor");
   m.def("moe_grouped_mm_inner(Tensor a, Tensor b, Tensor offsets) -> Tensor");
   m.def("moe_grouped_sum(Tensor x, Tensor offsets) -> Tensor");
+  // a [tokens, inner] where pos_to_token [rows] is given, else [rows, inner]; b [experts, inner, 2 width]; gate_up [0] unless
+  // kept; inner and grad_weights [0] without topk_weights
+  m.def(
+      "moe_gated_mm(Tensor a, Tensor b, Tensor offsets, Tensor? pos_to_token, bool interleaved, bool keeps) -> "
+      "(Tensor out, Tensor gate_up)");
+  m.def(
+      "moe_gated_backward(Tensor grad_inner, Tensor gate_up, Tensor? pos_to_token, Tensor? token_topk_to_pos, "
+      "Tensor? topk_weights, bool interleaved) -> (Tensor grad_gate_up, Tensor inner, Tensor grad_weights)");
 }

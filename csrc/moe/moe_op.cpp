@@ -104,16 +104,6 @@ Tensor moe_permute(const Tensor& x, const Tensor& pos_to_token) {
   return y;
 }
 
-// The weights [tokens, topk] of the slots.
-const float* view_weights(const Tensor& weights, const Tensor& token_topk_to_pos, const Tensor& like) {
-  check_rank("topk_weights", weights, 2);
-  check_scalar_type("topk_weights", weights, ScalarType::Float, "float32");
-  check_same_device("topk_weights", weights, like);
-  check_last_dim_contiguous("topk_weights", weights);
-  for (int64_t dim = 0; dim < 2; ++dim) check_size("topk_weights", weights, dim, token_topk_to_pos.size(dim));
-  return static_cast<const float*>(data_of(weights));
-}
-
 template <class Params>
 void view_combined(Params& p, const Tensor& y, const Tensor& token_topk_to_pos) {
   p.dtype = dtype_of("y", y);

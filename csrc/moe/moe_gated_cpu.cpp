@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// moe_gated_cpu.cpp: a product by groups of rows over gathered tokens, and the gated unit of its columns; and its gradients.
+//
+// Work       A task has at most kBlockRows rows of one expert and, where those tasks are few for the workers, a part of the
+//            width. Its tokens are packed where the gather finds them. A panel of b has kLanes columns of the gate and the
+//            same ones of the other half (or 2 kLanes neighbours where they come in turns), so that a tile holds both.
+// Numerics   The chains of moe_product_cpu.h. Gate and up are not rounded before the unit.
+// Cost       4 * rows * inner * width flops.
+
+#include "moe_gated.h"
+#include "moe_product_cpu.h"
+
+#include "../common/vec_pair.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int64_t kMinPartPanels = 8;
+
+int64_t begin_of(const int32_t* offsets, int64_t group) { return group == 0 ? 0 : offsets[group - 1]; }
+
+// g / (1 + exp(-g)) * u: as glu_cpu.cpp has it.
+FM_INLINE VecF gated_unit(VecF g, VecF u) { return g / (1.0f + exp(-g)) * u; }
+
+// `count` inner indices of the rows, null for one of zeros, to out[inner][row].
+template <class T>
+void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count, float* out) {
+  int64_t k = 0;
+  if constexpr (kLanes == 8) {
+    for (; k + kLanes <= count; k += kLanes) {
+      VecF lines[kLanes];
+      for (int r = 0; r < kLanes; ++r) lines[r] = r < rows && from[r] != nullptr ? load(from[r] + first + k) : VecF{};
+      transpose_to(lines, out + k * rows, rows);
+    }
+  }
+  for (; k < count; ++k) {
+    for (int r = 0; r < rows; ++r) out[k * rows + r] = from[r] == nullptr ? 0.0f : to_float(from[r][first + k]);
+  }
+}
+
+struct GatedScratch {
+  float *left, *panel, *sums;
+
+  static int64_t sum_floats(int64_t panels) { return kBlockRows * panels * kPanel; }
+  static int64_t bytes(int64_t panels) {
+    return Arena::array_bytes<float>(kBlockRows * kLongestSum + kLanes) +
+           Arena::array_bytes<float>(kLongestSum * kPanel) + Arena::array_bytes<float>(sum_floats(panels));
+  }
+  GatedScratch(char* memory, int64_t panels) {
+    Arena arena(memory);
+    left = arena.take<float>(kBlockRows * kLongestSum + kLanes);
+    panel = arena.take<float>(kLongestSum * kPanel);
+    sums = arena.take<float>(sum_floats(panels));
+  }
+};
+
+// Rows [first, last) of a group, panels [panel_begin, panel_end) of its width.
+template <class T>
+void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_t last, int64_t panel_begin,
+                 int64_t panel_end, const GatedScratch& s) {
+  const int64_t num_rows = last - first, inner = p.a.columns, width = p.out.columns;
+  const int64_t stride = (panel_end - panel_begin) * kPanel;
+  const T* rows[kBlockRows];
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const int64_t token = p.pos_to_token == nullptr ? first + r : p.pos_to_token[first + r];
+    rows[r] = token < 0 ? nullptr : static_cast<const T*>(p.a.data) + token * p.a.row_stride;
+  }
+  for (int64_t k = 0; k < inner; k += kLongestSum) {
+    const int64_t count = min(kLongestSum, inner - k);
+    for (int64_t row = 0, tile; row < num_rows; row += tile) {
+      tile = rows_of_tile(num_rows - row);
+      pack_gathered(rows + row, static_cast<int>(tile), k, count, s.left + row * count);
+    }
+    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride + k * p.b.row_stride;
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t column = panel * kLanes, columns = min(kLanes, width - column);
+      if (p.is_interleaved) {
+        pack_panel(b + 2 * column * p.b.column_stride, p.b.row_stride, p.b.column_stride, count, 2 * columns, s.panel);
+      } else {
+        pack_panel(b + column * p.b.column_stride, p.b.row_stride, p.b.column_stride, count, columns, s.panel);
+        const T* up = b + (width + column) * p.b.column_stride;
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t c = 0; c < columns; ++c) {
+            s.panel[i * kPanel + kLanes + c] = to_float(up[i * p.b.row_stride + c * p.b.column_stride]);
+          }
+        }
+      }
+      float* c = s.sums + (panel - panel_begin) * kPanel;
+      for (int64_t row = 0, tile; row < num_rows; row += tile) {
+        tile = rows_of_tile(num_rows - row);
+        dispatch_rows(tile, [&]<int kRows>() {
+          multiply_tile<kRows, float, false>(s.left + row * count, s.panel, kPanel, count, c + row * stride, stride,
+                                             k == 0 ? Chain::kFirst : Chain::kNext, {});
+        });
+      }
+    }
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    T* out = static_cast<T*>(p.out.data) + (first + r) * width;
+    T* gate_up = p.gate_up == nullptr ? nullptr : static_cast<T*>(p.gate_up) + (first + r) * 2 * width;
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t column = panel * kLanes;
+      const int columns = static_cast<int>(min(kLanes, width - column));
+      VecPair sums{load(s.sums + r * stride + (panel - panel_begin) * kPanel),
+                   load(s.sums + r * stride + (panel - panel_begin) * kPanel + kLanes)};
+      if (rows[r] == nullptr || inner == 0) sums = VecPair{};
+      if (gate_up != nullptr) {
+        if (p.is_interleaved) {
+          store_lanes(gate_up + 2 * column, sums.a, static_cast<int>(min(kLanes, 2 * columns)));
+          if (2 * columns > kLanes) store_lanes(gate_up + 2 * column + kLanes, sums.b, 2 * columns - kLanes);
+        } else {
+          store_lanes(gate_up + column, sums.a, columns);
+          store_lanes(gate_up + width + column, sums.b, columns);
+        }
+      }
+      if (p.is_interleaved) sums = evens_and_odds(sums);
+      store_lanes(out + column, gated_unit(sums.a, sums.b), columns);
+    }
+  }
+}
+
+template <class T>
+void gated_mm(const MoeGatedMmParams& p) {
+  const int64_t num_rows = p.out.rows, width = p.out.columns, inner = p.a.columns;
+  const int64_t end = p.num_groups == 0 ? 0 : p.offsets[p.num_groups - 1];
+  const size_t left_over = static_cast<size_t>((num_rows - end) * width) * sizeof(T);
+  memset(static_cast<void*>(static_cast<T*>(p.out.data) + end * width), 0, left_over);
+  if (p.gate_up != nullptr) {
+    memset(static_cast<void*>(static_cast<T*>(p.gate_up) + end * 2 * width), 0, 2 * left_over);
+  }
+  const int workers = workers_for(4 * end * max(1, inner) * width);
+  int64_t num_blocks = 0;
+  for (int64_t g = 0; g < p.num_groups; ++g) {
+    num_blocks += ceil_div(p.offsets[g] - begin_of(p.offsets, g), kBlockRows);
+  }
+  const int64_t panels = ceil_div(width, kLanes);
+  const int64_t parts =
+      workers == 1 || num_blocks == 0 ? 1 : max(1, min(ceil_div(4 * workers, num_blocks), panels / kMinPartPanels));
+  const int64_t worker_bytes = GatedScratch::bytes(panels);
+  const Workspace workspace(workers * worker_bytes);
+  parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
+    const GatedScratch scratch(workspace.data() + worker * worker_bytes, panels);
+    int64_t group = 0, block = task / parts;
+    for (int64_t blocks;; block -= blocks, ++group) {
+      blocks = ceil_div(p.offsets[group] - begin_of(p.offsets, group), kBlockRows);
+      if (block < blocks) break;
+    }
+    const int64_t first = begin_of(p.offsets, group) + block * kBlockRows;
+    gated_block<T>(p, group, first, min(p.offsets[group], first + kBlockRows), panels * (task % parts) / parts,
+                   panels * (task % parts + 1) / parts, scratch);
+  });
+}
+
+// ---- gradients -------------------------------------------------------------------------------------------------------
+
+template <class T>
+void gated_row_backward(const MoeGatedBackwardParams& p, int64_t row) {
+  const int64_t width = p.width;
+  T* grad_gate_up = static_cast<T*>(p.grad_gate_up) + row * 2 * width;
+  T* inner = p.inner == nullptr ? nullptr : static_cast<T*>(p.inner) + row * width;
+  const int64_t token = p.pos_to_token == nullptr ? 0 : p.pos_to_token[row];
+  int64_t slot = 0;
+  bool is_there = token >= 0;
+  if (is_there && p.weights != nullptr) {
+    int64_t k = 0;
+    while (k < p.num_topk && p.token_topk_to_pos[token * p.num_topk + k] != row) ++k;
+    is_there = k < p.num_topk;
+    slot = token * p.num_topk + k;
+  }
+  if (!is_there) {
+    memset(static_cast<void*>(grad_gate_up), 0, static_cast<size_t>(2 * width) * sizeof(T));
+    if (inner != nullptr) memset(static_cast<void*>(inner), 0, static_cast<size_t>(width) * sizeof(T));
+    return;
+  }
+  const float weight = p.weights == nullptr ? 1.0f : p.weights[token * p.weights_stride + slot - token * p.num_topk];
+  const T* grad = static_cast<const T*>(p.grad_inner) + row * p.grad_stride;
+  const T* gate_up = static_cast<const T*>(p.gate_up) + row * 2 * width;
+  VecF dots[4] = {};  // short chains of additions: less rounding than one long one
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const int count = static_cast<int>(min(kLanes, width - c));
+    const VecF d = load_lanes(grad + c, count);
+    VecPair gu;
+    if (p.is_interleaved) {
+      gu = evens_and_odds({load_lanes(gate_up + 2 * c, static_cast<int>(min(kLanes, 2 * count))),
+                           2 * count > kLanes ? load_lanes(gate_up + 2 * c + kLanes, 2 * count - kLanes) : VecF{}});
+    } else {
+      gu = {load_lanes(gate_up + c, count), load_lanes(gate_up + width + c, count)};
+    }
+    const VecF e = exp(-absolute(gu.a)), large = 1.0f / (1.0f + e), small = e * large;
+    const VecI is_positive = gu.a > 0.0f;
+    const VecF sigmoid = is_positive ? large : small, rest = is_positive ? small : large;
+    const VecF active = gu.a * sigmoid, unit = active * gu.b, dw = d * weight;
+    VecPair result{dw * gu.b * (sigmoid * (1.0f + gu.a * rest)), dw * active};
+    if (inner != nullptr) store_lanes(inner + c, unit * weight, count);
+    dots[c / kLanes % 4] += d * unit;
+    if (p.is_interleaved) {
+      result = interleaved(result);
+      store_lanes(grad_gate_up + 2 * c, result.a, static_cast<int>(min(kLanes, 2 * count)));
+      if (2 * count > kLanes) store_lanes(grad_gate_up + 2 * c + kLanes, result.b, 2 * count - kLanes);
+    } else {
+      store_lanes(grad_gate_up + c, result.a, count);
+      store_lanes(grad_gate_up + width + c, result.b, count);
+    }
+  }
+  if (p.grad_weights != nullptr) p.grad_weights[slot] = horizontal_sum((dots[0] + dots[1]) + (dots[2] + dots[3]));
+}
+
+}  // namespace
+
+template <>
+void run_moe_gated_mm<kIsa>(const MoeGatedMmParams& p) {
+  dispatch_dtype(p.dtype, [&]<class T>() { gated_mm<T>(p); });
+}
+
+template <>
+void run_moe_gated_backward<kIsa>(const MoeGatedBackwardParams& p) {
+  constexpr int64_t kTaskRows = 16;
+  dispatch_dtype(p.dtype, [&]<class T>() {
+    parallel_for(ceil_div(p.num_rows, kTaskRows), workers_for(p.num_rows * p.width * 24), [&](int64_t task, int) {
+      const int64_t end = min(p.num_rows, (task + 1) * kTaskRows);
+      for (int64_t row = task * kTaskRows; row < end; ++row) gated_row_backward<T>(p, row);
+    });
+  });
+}
+
+}  // namespace fmkernels
