@@ -113,6 +113,19 @@ __device__ __forceinline__ uint4 convert_bytes(uint2 bytes, float scale) {
           two(second, 0x7442, 0x7443)};
 }
 
+// Stores the first `count` elements from `from` on, and zeros behind them, as a chunk of shared memory; at once.
+template <class Element>
+__device__ __forceinline__ void copy_elements(uint32_t to, const Element* from, int count) {
+  Vector<Element, kChunk> chunk{};
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i < count) chunk.lane[i] = from[i];
+  }
+  uint4 words;
+  memcpy(&words, &chunk, sizeof words);
+  *static_cast<uint4*>(__cvta_shared_to_generic(to)) = words;
+}
+
 // What a thread copies of an operand. kIsFast: chunks that exist are whole, and as in is_fast(). kIsWhole: the operand has
 // all kExtent rows of a, or columns of b. kIsPaired: the second 16 inner indices of a stage are those of another piece.
 // Copies that are not fast are asynchronous where the operand is aligned, else by elements, and at once. Stored is Element, or
@@ -221,14 +234,7 @@ class Copies {
       } else if (is_aligned_) {
         ptx::cp_async_16_padded(to, from, line < lines_left ? 2 * count : 0);
       } else {
-        Vector<Element, kChunk> chunk{};
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          if (line < lines_left && i < count) chunk.lane[i] = from[i];
-        }
-        uint4 words;
-        memcpy(&words, &chunk, sizeof words);
-        *static_cast<uint4*>(__cvta_shared_to_generic(to)) = words;
+        copy_elements(to, from, line < lines_left ? count : 0);
       }
     }
   }

@@ -115,23 +115,6 @@ class TileGrid {
   dim3 blocks_;
 };
 
-// Zeros in the first rows and columns of a tile at `out`, whose rows are `stride` apart.
-template <class T>
-__device__ __forceinline__ void store_zeros(typename T::Element* out, int64_t stride, int num_rows, int num_columns,
-                                            bool is_aligned) {
-  using Element = typename T::Element;
-  constexpr int kLineChunks = T::kColumns / kChunk;
-  const int along = threadIdx.x % kLineChunks * kChunk;
-  for (int line = threadIdx.x / kLineChunks; line < num_rows; line += T::kThreads / kLineChunks) {
-    Element* to = out + line * stride + along;
-    if (is_aligned && along + kChunk <= num_columns) {
-      store_vector<Element, kChunk>(to, {});
-      continue;
-    }
-    for (int i = 0; i < kChunk && along + i < num_columns; ++i) to[i] = {};
-  }
-}
-
 // ---- operands and results --------------------------------------------------------------------------------------------
 
 // The copies of both operands, a stage after another, over inner indices from 0 to `end`.

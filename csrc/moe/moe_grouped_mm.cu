@@ -24,6 +24,23 @@ struct MmArgs {
   bool b_is_row_major, a_is_aligned, b_is_aligned, out_is_aligned;
 };
 
+// Zeros in the first rows and columns of a tile at `out`, whose rows are `stride` apart.
+template <class T>
+__device__ __forceinline__ void store_zeros(typename T::Element* out, int64_t stride, int num_rows, int num_columns,
+                                            bool is_aligned) {
+  using Element = typename T::Element;
+  constexpr int kLineChunks = T::kColumns / kChunk;
+  const int along = threadIdx.x % kLineChunks * kChunk;
+  for (int line = threadIdx.x / kLineChunks; line < num_rows; line += T::kThreads / kLineChunks) {
+    Element* to = out + line * stride + along;
+    if (is_aligned && along + kChunk <= num_columns) {
+      store_vector<Element, kChunk>(to, {});
+      continue;
+    }
+    for (int i = 0; i < kChunk && along + i < num_columns; ++i) to[i] = {};
+  }
+}
+
 template <class T, bool kIsFast>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     moe_grouped_mm_kernel(const __grid_constant__ MmArgs args) {
