@@ -8,6 +8,7 @@ gives every slot a row, the rows of an expert one after another, so that the exp
 from __future__ import annotations
 
 from ._moe_choice import apply_capacity, route_expert_choice
+from ._moe_gated import grouped_mm_gated
 from ._moe_grouped import grouped_mm
 from ._moe_losses import load_balance_loss, z_loss
 from ._moe_mapping import Mapping, build_mapping
@@ -21,6 +22,7 @@ __all__ = [
     "build_mapping",
     "combine",
     "grouped_mm",
+    "grouped_mm_gated",
     "load_balance_loss",
     "moe_mlp",
     "permute",
