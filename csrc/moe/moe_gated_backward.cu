@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // moe_gated_backward.cu: from the gradient of silu(g) u to those of g, of u and of the weights of the slots.
 //
-// Contract   see moe_gated.h. kVec elements are read at a time where every row begins on a 16-byte boundary, else one. Entries of
-//            a mapping that lie outside the tensors are taken for -1.
+// Contract   see moe_gated.h. kVec elements are read at a time where every row begins on a 16-byte boundary, else one. Entries
+//            of a mapping that lie outside the tensors are taken for -1.
 // Work       a warp owns a row whole, because the gradient of its weight is a sum over it; the slot of a row is the k at which
 //            its token names it.
 // Shared     none.

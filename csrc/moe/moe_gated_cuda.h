@@ -2,9 +2,9 @@
 // What moe_gated_mm.cu copies: rows of a that stand anywhere, and columns of b so that those of a gate and of its up are in one
 // tile; and what it makes of the sums of such a tile.
 //
-// Columns   Of 16 columns of a tile, which two fragments of the tensor cores have, 8 are those of the gate and 8 those of their
-//           up where b has all gates before all ups; where they are in turns, a tile has the columns as b has them. Either way a
-//           tile of kColumns gives kColumns / 2 elements of a row, and the 8 sums of a chunk, with those of the neighbour, 4.
+// Columns   Where b has all gates before all ups, 8 of 16 columns of a tile are gates and 8 their ups; where they are in
+//           turns, a tile has the columns as b has them. Either way a tile of kColumns gives kColumns / 2 elements of a row,
+//           and the 8 sums of a chunk, with those of its neighbour, give 4.
 #pragma once
 
 #include "../common/sigmoid_cuda.h"

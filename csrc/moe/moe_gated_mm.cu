@@ -5,8 +5,8 @@
 //            boundaries another kernel copies them, which is slow. Tokens that are none are rows of zeros.
 // Work       that of moe_grouped_mm.cu, with the tiles of columns of moe_gated_cuda.h. A thread reads the token of each row that
 //            it copies once a tile.
-// Tiles      likewise: 128 x 128, and 16, 32, 64 x 256; half as many elements of a row.
-// Shared     union Smem, tile_cuda.h.                          128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
+// Tiles      likewise: 128 x 128, 16, 32, 64 x 256 and 16 x 64; half as many elements of a row.
+// Shared     union Smem, tile_cuda.h.    128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68, 16 x 64: 40
 // Pipeline   that of tile_cuda.h, over the inner dimension.
 // Numerics   float32 accumulation in the order of the inner dimension; the sums are not rounded before the unit. Deterministic.
 // Cost       4 * rows * inner * width flops, and up to a tile more a group. Rows of a are read once a tile of columns, from L2.
@@ -96,8 +96,8 @@ void launch_moe_gated_mm(const MoeGatedMmParams& p, cudaStream_t stream) {
   const bool is_whole = is_fast(p.a) && is_fast(p.b) && ups_are_aligned;
   dispatch_half(p.dtype, [&]<class Element>() {
     if (!is_whole) return launch_tiles<MmTraits<Element, 64>, false>(p, is_aligned(p.b) && ups_are_aligned, stream);
-    dispatch_int<16, 32, 64, 128>("rows of a tile", tile_rows_of(p.out.rows, p.num_groups),
-                                  [&]<int kRows>() { launch_tiles<MmTraits<Element, kRows>, true>(p, true, stream); });
+    dispatch_tile<Element>(p.out.rows, p.num_groups, 2 * p.out.columns,
+                           [&]<class T>() { launch_tiles<T, true>(p, true, stream); });
   });
 }
 

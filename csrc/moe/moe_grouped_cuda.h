@@ -80,16 +80,29 @@ struct MmTraits : TileTraits<Element, kRows, 256, kRows, 64> {};
 template <class Element>
 struct MmTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
 
-// Rows of a tile of MmTraits for groups of so many rows on average: a bound, which the host knows.
-inline int tile_rows_of(int64_t num_rows, int64_t num_groups) {
-  const int64_t average = num_groups == 0 ? 0 : (num_rows + num_groups - 1) / num_groups;
-  return average <= 16 ? 16 : average <= 32 ? 32 : average <= 64 ? 64 : 128;
-}
+// Of few rows, where b is what there is to read: four times the blocks of MmTraits<Element, 16>, each with 28 KiB of it on
+// its way.
+template <class Element>
+struct FewTraits : TileTraits<Element, 16, 64, 16, 16, 1, 8> {};
+constexpr int64_t kFewBlocks = 512;  // about four for each multiprocessor of a large GPU
 
 // Tiles that any offsets may need: each group, and the rows of none, ends with one that may hold a single row.
 inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t tile_rows) {
   const int64_t ends = num_rows < num_groups + 1 ? num_rows : num_groups + 1;
   return (num_rows + ends * (tile_rows - 1)) / tile_rows;
+}
+
+// Calls f.template operator()<T>() with the tile for so many rows a group on average, which is all that the host knows. The
+// tile changes no bits.
+template <class Element, class F>
+void dispatch_tile(int64_t num_rows, int64_t num_groups, int64_t columns, F&& f) {
+  const int64_t average = num_groups == 0 ? 0 : (num_rows + num_groups - 1) / num_groups;
+  using Wide = MmTraits<Element, 16>;
+  const int64_t wide_blocks = most_tiles(num_rows, num_groups, Wide::kRows) * ((columns - 1) / Wide::kColumns + 1);
+  if (average <= Wide::kRows && wide_blocks < kFewBlocks) return f.template operator()<FewTraits<Element>>();
+  const int tile_rows = average <= 16 ? 16 : average <= 32 ? 32 : average <= 64 ? 64 : 128;
+  dispatch_int<16, 32, 64, 128>("rows of a tile", tile_rows,
+                                [&]<int kRows>() { f.template operator()<MmTraits<Element, kRows>>(); });
 }
 
 // The blocks of a product: of kStrip tiles of rows, which mostly have their b in common, all columns before the next ones.

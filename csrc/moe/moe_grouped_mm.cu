@@ -6,8 +6,9 @@
 // Work       grid: a bound of the tiles of rows, which the host knows from the rows and groups alone, times tiles of columns. A
 //            block walks the offsets to the group of its tile; blocks behind the last tile leave. Rows of no group are tiles of
 //            zeros. Of kStrip tiles of rows, which mostly have their b in common, all columns come before the next ones.
-// Tiles      128 x 128, and 16, 32, 64 x 256 where the groups have so few rows on average, of the bounds that is.
-// Shared     union Smem, tile_cuda.h.                          128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
+// Tiles      128 x 128, and 16, 32, 64 x 256 where the groups have so few rows on average, of the bounds that is; 16 x 64 where
+//            those of 16 x 256 would be too few to fill a GPU.
+// Shared     union Smem, tile_cuda.h.    128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68, 16 x 64: 40
 // Pipeline   that of tile_cuda.h, over the inner dimension.
 // Numerics   float32 accumulation in the order of the inner dimension, one rounding. Deterministic.
 // Cost       2 * rows * inner * columns flops, and up to a tile more a group.
@@ -110,8 +111,8 @@ void launch_tiles(const MoeGroupedMmParams& p, cudaStream_t stream) {
 void launch_moe_grouped_mm(const MoeGroupedMmParams& p, cudaStream_t stream) {
   dispatch_half(p.dtype, [&]<class Element>() {
     if (!is_fast(p.a) || !is_fast(p.b)) return launch_tiles<MmTraits<Element, 64>, false>(p, stream);
-    dispatch_int<16, 32, 64, 128>("rows of a tile", tile_rows_of(p.out.rows, p.num_groups),
-                                  [&]<int kRows>() { launch_tiles<MmTraits<Element, kRows>, true>(p, stream); });
+    dispatch_tile<Element>(p.out.rows, p.num_groups, p.out.columns,
+                           [&]<class T>() { launch_tiles<T, true>(p, stream); });
   });
 }
 
