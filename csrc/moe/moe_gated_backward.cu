@@ -36,27 +36,41 @@ __device__ __forceinline__ Slot slot_of(const MoeGatedBackwardParams& p, int row
   return {token, choice_of(p.token_topk_to_pos + token * p.num_topk, static_cast<int>(p.num_topk), row)};
 }
 
-// kVec gates and as many ups of a row: two vectors of each or, in turns, two of both.
+// kOwn gates and as many ups of a row: two vectors or, in turns, one.
 template <class T, int kVec, bool kIsInterleaved>
-struct GateUp {
-  Vector<T, kVec> vectors[2];
+class GateUp {
+ public:
+  // Neighbours in a row are neighbours in a warp, whichever way they lie.
+  static constexpr int kOwn = kIsInterleaved && kVec > 1 ? kVec / 2 : kVec;
 
-  static __device__ __forceinline__ int64_t column_of(int vector, int64_t v, int64_t width) {
-    return kIsInterleaved ? (2 * v + vector) * kVec : vector * width + v * kVec;
-  }
   __device__ __forceinline__ T& gate(int i) { return at(0, i); }
   __device__ __forceinline__ T& up(int i) { return at(1, i); }
+  __device__ __forceinline__ void load(const T* row, int64_t v, int64_t width) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) vectors_[i] = load_vector<T, kVec>(row + column_of(i, v, width));
+  }
+  __device__ __forceinline__ void store(T* row, int64_t v, int64_t width) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) store_vector<T, kVec>(row + column_of(i, v, width), vectors_[i]);
+  }
 
  private:
-  __device__ __forceinline__ T& at(int which, int i) {
-    const int place = 2 * i + which;
-    return kIsInterleaved ? vectors[place / kVec].lane[place % kVec] : vectors[which].lane[i];
+  static constexpr int kVectors = 2 * kOwn / kVec;
+
+  static __device__ __forceinline__ int64_t column_of(int vector, int64_t v, int64_t width) {
+    return kIsInterleaved ? 2 * v * kOwn + vector * kVec : vector * width + v * kVec;
   }
+  __device__ __forceinline__ T& at(int which, int i) {
+    const int place = kIsInterleaved ? 2 * i + which : which * kVec + i;
+    return vectors_[place / kVec].lane[place % kVec];
+  }
+
+  Vector<T, kVec> vectors_[kVectors];
 };
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) moe_gated_backward_kernel(MoeGatedBackwardParams p) {
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp, num_vectors = p.width / kVec;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (row >= p.num_rows) return;  // whole warps: the votes and sums below need all lanes of one
   const int lane = threadIdx.x % kWarp;
   const Slot slot = slot_of(p, static_cast<int>(row));
@@ -66,23 +80,25 @@ __global__ void __launch_bounds__(kThreads) moe_gated_backward_kernel(MoeGatedBa
   T* inner = p.inner == nullptr ? nullptr : static_cast<T*>(p.inner) + row * p.width;
 
   if (slot.k < 0) {
-    for (int64_t v = lane; v < 2 * num_vectors; v += kWarp) store_vector<T, kVec>(grad_gate_up + v * kVec, {});
-    for (int64_t v = lane; inner != nullptr && v < num_vectors; v += kWarp) store_vector<T, kVec>(inner + v * kVec, {});
+    for (int64_t at = lane * kVec; at < 2 * p.width; at += kWarp * kVec) store_vector<T, kVec>(grad_gate_up + at, {});
+    for (int64_t at = lane * kVec; inner != nullptr && at < p.width; at += kWarp * kVec) {
+      store_vector<T, kVec>(inner + at, {});
+    }
     return;
   }
   const float weight = p.weights == nullptr ? 1.0f : p.weights[slot.token * p.weights_stride + slot.k];
   float sum = 0.0f;
   auto run = [&]<bool kIsInterleaved>() {
     using Both = GateUp<T, kVec, kIsInterleaved>;
+    constexpr int kOwn = Both::kOwn;
 #pragma unroll 1
-    for (int64_t v = lane; v < num_vectors; v += kWarp) {
-      const auto d = load_vector<T, kVec>(grad + v * kVec);
+    for (int64_t v = lane; v * kOwn < p.width; v += kWarp) {
+      const auto d = load_vector<T, kOwn>(grad + v * kOwn);
       Both x, grad_x;
-      Vector<T, kVec> unit;
+      Vector<T, kOwn> unit;
+      x.load(gate_up, v, p.width);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) x.vectors[i] = load_vector<T, kVec>(gate_up + Both::column_of(i, v, p.width));
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
+      for (int i = 0; i < kOwn; ++i) {
         const float g = to_float(x.gate(i)), u = to_float(x.up(i)), dy = to_float(d.lane[i]), scaled = weight * dy;
         const Sigmoid s = sigmoid(g);
         const float silu = g * s.value;
@@ -91,11 +107,8 @@ __global__ void __launch_bounds__(kThreads) moe_gated_backward_kernel(MoeGatedBa
         unit.lane[i] = from_float<T>(weight * (silu * u));
         sum += dy * (silu * u);
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        store_vector<T, kVec>(grad_gate_up + Both::column_of(i, v, p.width), grad_x.vectors[i]);
-      }
-      if (inner != nullptr) store_vector<T, kVec>(inner + v * kVec, unit);
+      grad_x.store(grad_gate_up, v, p.width);
+      if (inner != nullptr) store_vector<T, kOwn>(inner + v * kOwn, unit);
     }
   };
   p.is_interleaved ? run.template operator()<true>() : run.template operator()<false>();

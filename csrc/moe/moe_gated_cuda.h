@@ -123,29 +123,35 @@ __device__ __forceinline__ Copies<L, Element, kIsFast> copies_of_columns(const E
 
 // Stores what the first rows of a tile of sums give: silu(gate) * up at `out`, and at `gate_up`, if that is not null, the sums
 // themselves; both begin at the first of the rows. All threads of a block together.
-template <class T>
+template <class T, bool kIsInterleaved>
 __device__ __forceinline__ void store_gated(float* sums, typename T::Element* out, typename T::Element* gate_up,
                                             const GatedColumns& columns, int num_rows, bool is_aligned) {
   using Element = typename T::Element;
-  for_each_chunk<SumLines<T, false>, T>(sums, threadIdx.x, [&](int line, int along, float (&x)[kChunk]) {
+  const int own_along = threadIdx.x % (T::kColumns / kChunk) * kChunk;  // of every chunk of a thread
+  const bool is_up = own_along / kChunk % 2 != 0;
+  const int64_t column = columns.first + own_along / 2, kept_column = columns.at(own_along);
+  const int count = static_cast<int>(min(columns.width - column, int64_t{4})), left = columns.left_from(own_along);
+  for_each_chunk<SumLines<T, false>, T>(sums, threadIdx.x, [&](int line, int, float (&x)[kChunk]) {
     // Gates and ups of 4 elements: those of a chunk in turns; or a lane's chunk has 8 gates and its neighbour's the ups.
-    float gate[4], up[4];
-    const bool is_up = !columns.is_interleaved && along / kChunk % 2 != 0;
+    float gate[4], unit[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float other = __shfl_xor_sync(ptx::kAllLanes, is_up ? x[i] : x[i + 4], 1);
-      gate[i] = columns.is_interleaved ? x[2 * i] : is_up ? other : x[i];
-      up[i] = columns.is_interleaved ? x[2 * i + 1] : is_up ? x[i + 4] : other;
+      if constexpr (kIsInterleaved) {
+        gate[i] = x[2 * i];
+        unit[i] = x[2 * i + 1];
+      } else {
+        const float other = __shfl_xor_sync(ptx::kAllLanes, is_up ? x[i] : x[i + 4], 1);
+        gate[i] = is_up ? other : x[i];
+        unit[i] = is_up ? x[i + 4] : other;
+      }
     }
-    const int64_t column = columns.first + along / 2;
-    const int count = static_cast<int>(min(columns.width - column, int64_t{4}));
     if (line >= num_rows) return;
     if (gate_up != nullptr) {
       const Vector<Element, kChunk> chunk = pack_chunk<Element>(x);
-      Element* to = gate_up + line * 2 * columns.width + columns.at(along);
-      const int left = columns.left_from(along);
-      if (is_aligned && left >= kChunk) store_vector<Element, kChunk>(to, chunk);
-      else {
+      Element* to = gate_up + line * 2 * columns.width + kept_column;
+      if (is_aligned && left >= kChunk) {
+        store_vector<Element, kChunk>(to, chunk);
+      } else {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           if (i < left) to[i] = chunk.lane[i];
@@ -153,8 +159,8 @@ __device__ __forceinline__ void store_gated(float* sums, typename T::Element* ou
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) up[i] *= gate[i] * sigmoid(gate[i]).value;
-    const uint2 words = {ptx::pack<Element>(up[0], up[1]), ptx::pack<Element>(up[2], up[3])};
+    for (int i = 0; i < 4; ++i) unit[i] *= gate[i] * sigmoid(gate[i]).value;
+    const uint2 words = {ptx::pack<Element>(unit[0], unit[1]), ptx::pack<Element>(unit[2], unit[3])};
     Element* to = out + line * columns.width + column;
     if (is_aligned && count == 4) return __stwb(reinterpret_cast<uint2*>(to), words);
     Vector<Element, 4> chunk;

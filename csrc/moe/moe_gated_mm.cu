@@ -71,7 +71,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   // The result.
   store_sums<T, false>(smem.sums[0], sums, warp_row, warp_column);
   __syncthreads();  // the sums of all warps are there
-  store_gated<T>(smem.sums[0], out, gate_up, columns, rows.count, args.out_is_aligned);
+  auto store = [&]<bool kIsInterleaved>() {
+    store_gated<T, kIsInterleaved>(smem.sums[0], out, gate_up, columns, rows.count, args.out_is_aligned);
+  };
+  if (columns.is_interleaved) store.template operator()<true>();
+  else store.template operator()<false>();
 }
 
 template <class T, bool kIsFast>
