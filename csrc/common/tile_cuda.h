@@ -257,6 +257,8 @@ class Fragments {
     const bool by_column = kIsA != L::kAcross;
     const int line = by_column ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = by_column ? lane / 16 : lane / 8 % 2;
     at_ = operand + (L::kAcross ? L::swizzled(line, first / kChunk + chunk) : L::swizzled(first + line, chunk));
+    at_ = __shfl_sync(ptx::kAllLanes, at_,
+                      lane);  // its own: or the compiler, to save a register, makes it anew every time
   }
   // 16 rows or columns from `first` + 16 * tile on, 16 inner indices from 16 * half on.
   __device__ __forceinline__ void load(uint32_t (&fragment)[4], uint32_t stage, int tile, int half) const {

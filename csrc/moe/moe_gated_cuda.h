@@ -14,18 +14,19 @@
 namespace fmkernels {
 namespace {
 
-// As Copies of tile_cuda.h, of an operand whose line l is row row_of(l) of a matrix with num_rows rows. A row that is none of
-// them is zeros and is not read.
+// As Copies of tile_cuda.h, of an operand whose line l is row row_of(l) of a matrix, with rows that are row_bytes apart. A row
+// that is none of them is zeros and is not read.
 template <class L, class Element, bool kIsFast>
 class GatheredCopies {
  public:
   template <class F>
-  __device__ __forceinline__ GatheredCopies(const DenseView& view, bool is_aligned, int thread, F&& row_of)
+  __device__ __forceinline__ GatheredCopies(const DenseView& view, int64_t row_bytes, bool is_aligned, int thread,
+                                            F&& row_of)
       : line_(thread / L::kChunks),
         chunk_(thread % L::kChunks),
         num_rows_(static_cast<uint32_t>(view.rows)),
         is_aligned_(is_aligned),
-        stride_bytes_(int64_t{sizeof(Element)} * view.row_stride),
+        row_bytes_(row_bytes),
         from_(static_cast<const Element*>(view.data) + chunk_ * kChunk) {
 #pragma unroll
     for (int pass = 0; pass < L::kPasses; ++pass) rows_[pass] = row_of(line_ + pass * L::kPassLines);
@@ -36,7 +37,7 @@ class GatheredCopies {
     // A row is one where, as a number without sign, it is below num_rows; none is where the chunk is behind the end.
     const int left = piece.left - chunk_ * kChunk;
     const uint32_t num_rows = left > 0 ? num_rows_ : 0;
-    const Element* from = from_ + piece.inner;
+    const void* from = ptx::mad_wide(piece.inner, sizeof(Element), from_);
     if constexpr (kIsFast) {
       [&]<int... pass>(std::integer_sequence<int, pass...>) {
         (start_pass<pass>(stage, from, num_rows), ...);
@@ -51,19 +52,18 @@ class GatheredCopies {
                 "a pass further the swizzle is the same");
 
   template <int pass>
-  __device__ __forceinline__ void start_pass(uint32_t stage, const Element* from, uint32_t num_rows) const {
-    const void* row = ptx::mad_wide(rows_[pass], static_cast<int>(stride_bytes_), from);
+  __device__ __forceinline__ void start_pass(uint32_t stage, const void* from, uint32_t num_rows) const {
+    const void* row = ptx::mad_wide(rows_[pass], static_cast<int>(row_bytes_), from);
     ptx::cp_async_16_or_zero<pass * L::kPassLines * L::kLineBytes>(stage + L::swizzled(line_, chunk_), row,
                                                                    static_cast<uint32_t>(rows_[pass]) < num_rows);
   }
 
-  __device__ __forceinline__ void copy(uint32_t stage, const Element* from, uint32_t num_rows, int count) const {
+  __device__ __forceinline__ void copy(uint32_t stage, const void* from, uint32_t num_rows, int count) const {
 #pragma unroll
     for (int pass = 0; pass < L::kPasses; ++pass) {
       const uint32_t to = stage + L::swizzled(line_ + pass * L::kPassLines, chunk_);
       const bool exists = static_cast<uint32_t>(rows_[pass]) < num_rows;
-      const auto* row =
-          reinterpret_cast<const Element*>(reinterpret_cast<const char*>(from) + rows_[pass] * stride_bytes_);
+      const auto* row = reinterpret_cast<const Element*>(static_cast<const char*>(from) + rows_[pass] * row_bytes_);
       if (is_aligned_) {
         ptx::cp_async_16_padded(to, row, exists ? 2 * count : 0);
       } else {
@@ -75,7 +75,7 @@ class GatheredCopies {
   int line_, chunk_;
   uint32_t num_rows_;
   bool is_aligned_;
-  int64_t stride_bytes_;
+  int64_t row_bytes_;
   const Element* from_;
   int rows_[L::kPasses];
 };

@@ -20,6 +20,7 @@ struct GatedArgs {
   MoeGatedMmParams p;
   TileGrid grid;
   Passes passes;
+  int64_t a_row_bytes;
   bool b_is_row_major, a_is_aligned, b_is_aligned, out_is_aligned;
 };
 
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
     using A = GatheredCopies<LinesA, Element, kIsFast>;
     using B = Copies<LinesB, Element, kIsFast>;
     const int thread = threadIdx.x, inner = static_cast<int>(p.a.columns);
-    InnerWalk<A, B> walk{{p.a, args.a_is_aligned, thread,
+    InnerWalk<A, B> walk{{p.a, args.a_row_bytes, args.a_is_aligned, thread,
                           [&](int line) {
                             if (line >= rows.count) return -1;
                             return p.pos_to_token == nullptr ? rows.first + line : p.pos_to_token[rows.first + line];
@@ -84,6 +85,7 @@ void launch_tiles(const MoeGatedMmParams& p, bool b_is_aligned, cudaStream_t str
   const GatedArgs args{p,
                        TileGrid("moe_gated_mm", row_tiles, p.out.columns, T::kColumns / 2),
                        {},
+                       int64_t{sizeof(typename T::Element)} * p.a.row_stride,
                        p.b.is_row_major(),
                        is_aligned(p.a),
                        b_is_aligned,
