@@ -161,4 +161,7 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "moe_gated_backward(Tensor grad_inner, Tensor gate_up, Tensor? pos_to_token, Tensor? token_topk_to_pos, "
       "Tensor? topk_weights, bool interleaved) -> (Tensor grad_gate_up, Tensor inner, Tensor grad_weights)");
+  m.def(
+      "moe_mlp(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_idx, bool keeps) -> "
+      "(Tensor out, Tensor gate_up, Tensor pos_to_token, Tensor token_topk_to_pos, Tensor expert_offsets)");
 }

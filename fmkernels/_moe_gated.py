@@ -137,7 +137,7 @@ class _GatedMm(torch.autograd.Function):
 
 
 def gradient_of_weights(rows: Tensor, grad: Tensor, offsets: Tensor, by_columns: bool) -> Tensor:
-    """[num_experts, columns of rows, columns of grad], which lies by columns or by rows, as the weights do."""
+    """Of b [num_experts, columns of rows, columns of grad], which lies by columns or by rows, as b does."""
     if by_columns:
         return ops.moe_grouped_mm_inner(grad, rows, offsets).transpose(1, 2)
     return ops.moe_grouped_mm_inner(rows, grad, offsets)

@@ -87,7 +87,7 @@ ERRORS = [
     ({"x": X.int()}, ValueError, "x must be float32 or bfloat16 or float16, got int32."),
     ({"w_gate_up": GATE_UP.half()}, ValueError, "w_gate_up must have the dtype of x, float32, got float16."),
     ({"w_gate_up": GATE_UP[:, :, :8]}, ValueError, "w_gate_up must have for this x hidden = 40, got 8."),
-    ({"w_gate_up": GATE_UP[:, :47]}, ValueError, "w_gate_up must have an expert or more and an even number of rows"),
+    ({"w_gate_up": GATE_UP[:, :47]}, ValueError, "w_gate_up must have from 1 to 1024 experts and an even"),
     ({"w_down": DOWN[0]}, ValueError, "w_down must be [num_experts, hidden, width], got 2 dimensions [40, 24]."),
     ({"w_down": DOWN[:4]}, ValueError, "w_down must be [5, 40, 24] for this w_gate_up, got [4, 40, 24]."),
     ({"topk_idx": IDX + 1}, ValueError, "topk_idx must be from -1 to 4, got 5."),

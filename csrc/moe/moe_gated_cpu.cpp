@@ -7,10 +7,8 @@
 // Numerics   The chains of moe_product_cpu.h. Gate and up are not rounded before the unit.
 // Cost       4 * rows * inner * width flops.
 
+#include "moe_expert_cpu.h"
 #include "moe_gated.h"
-#include "moe_product_cpu.h"
-
-#include "../common/vec_pair.h"
 
 namespace fmkernels {
 namespace {
@@ -19,23 +17,11 @@ constexpr int64_t kMinPartPanels = 8;
 
 int64_t begin_of(const int32_t* offsets, int64_t group) { return group == 0 ? 0 : offsets[group - 1]; }
 
-// g / (1 + exp(-g)) * u: as glu_cpu.cpp has it.
-FM_INLINE VecF gated_unit(VecF g, VecF u) { return g / (1.0f + exp(-g)) * u; }
-
-// `count` inner indices of the rows, null for one of zeros, to out[inner][row].
+// Null: zeros.
 template <class T>
-void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count, float* out) {
-  int64_t k = 0;
-  if constexpr (kLanes == 8) {
-    for (; k + kLanes <= count; k += kLanes) {
-      VecF lines[kLanes];
-      for (int r = 0; r < kLanes; ++r) lines[r] = r < rows && from[r] != nullptr ? load(from[r] + first + k) : VecF{};
-      transpose_to(lines, out + k * rows, rows);
-    }
-  }
-  for (; k < count; ++k) {
-    for (int r = 0; r < rows; ++r) out[k * rows + r] = from[r] == nullptr ? 0.0f : to_float(from[r][first + k]);
-  }
+const T* row_of(const MoeGatedMmParams& p, int64_t row) {
+  const int64_t token = p.pos_to_token == nullptr ? row : p.pos_to_token[row];
+  return token < 0 ? nullptr : static_cast<const T*>(p.a.data) + token * p.a.row_stride;
 }
 
 struct GatedScratch {
@@ -61,10 +47,7 @@ void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_
   const int64_t num_rows = last - first, inner = p.a.columns, width = p.out.columns;
   const int64_t stride = (panel_end - panel_begin) * kPanel;
   const T* rows[kBlockRows];
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const int64_t token = p.pos_to_token == nullptr ? first + r : p.pos_to_token[first + r];
-    rows[r] = token < 0 ? nullptr : static_cast<const T*>(p.a.data) + token * p.a.row_stride;
-  }
+  for (int64_t r = 0; r < num_rows; ++r) rows[r] = row_of<T>(p, first + r);
   for (int64_t k = 0; k < inner; k += kLongestSum) {
     const int64_t count = min(kLongestSum, inner - k);
     for (int64_t row = 0, tile; row < num_rows; row += tile) {
@@ -77,12 +60,9 @@ void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_
       if (p.is_interleaved) {
         pack_panel(b + 2 * column * p.b.column_stride, p.b.row_stride, p.b.column_stride, count, 2 * columns, s.panel);
       } else {
-        pack_panel(b + column * p.b.column_stride, p.b.row_stride, p.b.column_stride, count, columns, s.panel);
-        const T* up = b + (width + column) * p.b.column_stride;
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t c = 0; c < columns; ++c) {
-            s.panel[i * kPanel + kLanes + c] = to_float(up[i * p.b.row_stride + c * p.b.column_stride]);
-          }
+        for (int half = 0; half < 2; ++half) {
+          pack_half(b + (half * width + column) * p.b.column_stride, p.b.row_stride, p.b.column_stride, count,
+                    static_cast<int>(columns), s.panel + half * kLanes);
         }
       }
       float* c = s.sums + (panel - panel_begin) * kPanel;
@@ -119,35 +99,56 @@ void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_
   }
 }
 
+// Blocks of rows of a group: at most kBlockRows, or those of moe_expert_cpu.h where the columns of b are contiguous.
 template <class T>
 void gated_mm(const MoeGatedMmParams& p) {
   const int64_t num_rows = p.out.rows, width = p.out.columns, inner = p.a.columns;
+  const bool by_columns = p.b.column_stride != 1 && inner > 0;
+  T *out = static_cast<T*>(p.out.data), *gate_up = static_cast<T*>(p.gate_up);
   const int64_t end = p.num_groups == 0 ? 0 : p.offsets[p.num_groups - 1];
   const size_t left_over = static_cast<size_t>((num_rows - end) * width) * sizeof(T);
-  memset(static_cast<void*>(static_cast<T*>(p.out.data) + end * width), 0, left_over);
-  if (p.gate_up != nullptr) {
-    memset(static_cast<void*>(static_cast<T*>(p.gate_up) + end * 2 * width), 0, 2 * left_over);
-  }
+  memset(static_cast<void*>(out + end * width), 0, left_over);
+  if (gate_up != nullptr) memset(static_cast<void*>(gate_up + end * 2 * width), 0, 2 * left_over);
   const int workers = workers_for(4 * end * max(1, inner) * width);
+  auto rows_of = [&](int64_t group) { return p.offsets[group] - begin_of(p.offsets, group); };
+  auto blocks_of = [&](int64_t group) {
+    return by_columns ? num_expert_blocks(rows_of(group)) : ceil_div(rows_of(group), kBlockRows);
+  };
   int64_t num_blocks = 0;
-  for (int64_t g = 0; g < p.num_groups; ++g) {
-    num_blocks += ceil_div(p.offsets[g] - begin_of(p.offsets, g), kBlockRows);
-  }
+  for (int64_t g = 0; g < p.num_groups; ++g) num_blocks += blocks_of(g);
   const int64_t panels = ceil_div(width, kLanes);
   const int64_t parts =
       workers == 1 || num_blocks == 0 ? 1 : max(1, min(ceil_div(4 * workers, num_blocks), panels / kMinPartPanels));
-  const int64_t worker_bytes = GatedScratch::bytes(panels);
+  const int64_t inner_bytes = Arena::array_bytes<float>(max(inner_floats(kTileRows, width), kManyRows * width));
+  const int64_t worker_bytes =
+      by_columns ? ExpertScratch::bytes(inner, width) + inner_bytes : GatedScratch::bytes(panels);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
-    const GatedScratch scratch(workspace.data() + worker * worker_bytes, panels);
+    char* memory = workspace.data() + worker * worker_bytes;
     int64_t group = 0, block = task / parts;
-    for (int64_t blocks;; block -= blocks, ++group) {
-      blocks = ceil_div(p.offsets[group] - begin_of(p.offsets, group), kBlockRows);
-      if (block < blocks) break;
+    for (int64_t blocks; block >= (blocks = blocks_of(group)); ++group) block -= blocks;
+    const int64_t begin = begin_of(p.offsets, group), part = task % parts;
+    if (!by_columns) {
+      const int64_t first = begin + block * kBlockRows;
+      return gated_block<T>(p, group, first, min(p.offsets[group], first + kBlockRows), panels * part / parts,
+                            panels * (part + 1) / parts, GatedScratch(memory, panels));
     }
-    const int64_t first = begin_of(p.offsets, group) + block * kBlockRows;
-    gated_block<T>(p, group, first, min(p.offsets[group], first + kBlockRows), panels * (task % parts) / parts,
-                   panels * (task % parts + 1) / parts, scratch);
+    const ExpertRows rows = expert_block(rows_of(group), block);
+    const T* from[kManyRows];
+    for (int64_t r = 0; r < rows.count; ++r) from[r] = row_of<T>(p, begin + rows.first + r);
+    Arena arena(memory);
+    const ExpertScratch scratch(arena, inner, width);
+    float* units = arena.take<float>(0);
+    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride;
+    const GateUp<T> product{from,
+                            rows.count,
+                            width,
+                            halves_of(b, p.b.column_stride, 2 * width, p.is_interleaved, inner),
+                            gate_up == nullptr ? nullptr : gate_up + (begin + rows.first) * 2 * width,
+                            p.is_interleaved};
+    const HalfPart columns(width, part, parts);
+    gate_up_block<T>(product, columns, nullptr, scratch, units);
+    store_inner(units, rows.count, width, columns, out + (begin + rows.first) * width);
   });
 }
 

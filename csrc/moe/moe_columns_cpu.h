@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+// A product x b on one core for a b whose columns are contiguous, as the weights of torch.nn.Linear lie: it is read where it lies,
+// once. Internal linkage, as in vec.h.
+//
+// Halves    The columns of b are two lists of as many, the second one perhaps shorter by one: gate and up, or the first and the
+//           second half of them. A tile has the same columns of both, so that what joins them finds them in registers.
+// Few rows  Up to 6: a square of b of 16 inner indices x a vector of columns is transposed in the first-level cache, then
+//           multiplied by every row. Lines are asked for kAheadBytes before.
+// Many      The rows are the vectors: x is packed in panels of 16 rows (8 where that is enough), [inner][row], and numbers of 3 + 3
+//           columns of b are broadcast. Nothing of b is transposed; for more than one panel, and for float16, blocks of it
+//           are copied as float32 to the second-level cache.
+// Numerics  The chains of moe_product_cpu.h: an element has the same bits here as there.
+#pragma once
+
+#include "moe_product_cpu.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kHalfColumns = 3;  // of a half in a tile of many rows
+constexpr int kTileColumns = 2 * kHalfColumns;
+constexpr int64_t kManyRows = 8 * kPanel;  // that are packed together: their sums and x stay in the second-level cache
+constexpr int64_t kBlockTiles = 16;        // of columns that are copied together
+constexpr int64_t kSquare = 16;            // inner indices
+constexpr int64_t kAheadBytes = 1024;      // of each of 16 columns
+constexpr int64_t kAheadTiles = 2;
+
+template <class T>
+struct Halves {
+  const T* base[2];
+  int64_t step;      // from a column of a half to the next one
+  int64_t count[2];  // count[0] is count[1], or one more
+  int64_t inner;
+
+  const T* column(int half, int64_t i) const { return base[half] + min(i, count[half] - 1) * step; }
+};
+
+// Columns that are a list of gate and up, or of any two halves.
+template <class T>
+Halves<T> halves_of(const T* b, int64_t stride, int64_t num_columns, bool is_interleaved, int64_t inner) {
+  const int64_t first = ceil_div(num_columns, 2);
+  return {{b, b + (is_interleaved ? 1 : first) * stride},
+          is_interleaved ? 2 * stride : stride,
+          {first, num_columns - first},
+          inner};
+}
+
+// `count` inner indices from `first` on of up to kTileRows rows, null for one of zeros, to out[inner][row] and up to a vector behind.
+template <class T>
+void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count, float* out) {
+  int64_t k = 0;
+  if constexpr (kLanes == 8) {
+    for (; k + kLanes <= count; k += kLanes) {
+      VecF lines[kLanes];
+      for (int r = 0; r < kLanes; ++r) lines[r] = r < rows && from[r] != nullptr ? load(from[r] + first + k) : VecF{};
+      transpose_to(lines, out + k * rows, rows);  // in this order: what is written behind the rows is overwritten
+    }
+  }
+  for (; k < count; ++k) {
+    for (int r = 0; r < rows; ++r) out[k * rows + r] = from[r] == nullptr ? 0.0f : to_float(from[r][first + k]);
+  }
+}
+
+// ---- few rows ----------------------------------------------------------------------------------------------------------
+
+// c[kRows][kPanel]: the products of the rows, left [inner][kRows], with columns [first, first + kLanes) of both halves. The
+// columns that are read after these are those of `next` from next_first on; null: none.
+template <int kRows, class T>
+void multiply_few(const Halves<T>& b, int64_t first, const Halves<T>* next, int64_t next_first, const float* left,
+                  float* c) {
+  const T* const from[2] = {b.base[0] + first * b.step, b.base[1] + first * b.step};
+  const int count[2] = {static_cast<int>(min(kLanes, b.count[0] - first)),
+                        static_cast<int>(max(0, min(kLanes, b.count[1] - first)))};
+  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
+  for (int64_t begin = 0; begin < b.inner; begin += kLongestSum) {
+    VecF acc[kRows][2] = {};
+    const int64_t end = min(b.inner, begin + kLongestSum);
+    for (int64_t k = begin; k < end; k += kSquare) {
+      float square[kSquare * kPanel];
+      const int64_t indices = min(kSquare, end - k);
+      for (int half = 0; half < 2; ++half) {
+        const bool is_here = k + kAhead < b.inner;
+        if (k * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0 && (is_here || next != nullptr)) {
+          const int64_t step = is_here ? b.step : next->step;
+          const T* ahead =
+              is_here ? from[half] + k + kAhead : next->base[half] + next_first * step + (k + kAhead - b.inner);
+          for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * step, 0, 2);
+        }
+        if (indices == kSquare && count[half] == kLanes) {
+          pack_half(from[half] + k, 1, b.step, kSquare, kLanes, square + half * kLanes);
+        } else {
+          pack_half(from[half] + k, 1, b.step, indices, count[half], square + half * kLanes);
+        }
+      }
+      const float* a = left + k * kRows;
+      for (int64_t i = 0; i < indices; ++i, a += kRows) {
+        const VecF b0 = load(square + i * kPanel), b1 = load(square + i * kPanel + kLanes);
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+          const VecF x = broadcast(a[r]);
+          acc[r][0] += x * b0;
+          acc[r][1] += x * b1;
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        float* sum = c + r * kPanel + i * kLanes;
+        store(sum, begin == 0 ? acc[r][i] : load(sum) + acc[r][i]);
+      }
+    }
+  }
+}
+
+// ---- many rows ---------------------------------------------------------------------------------------------------------
+
+// Lines that are asked for while a tile is multiplied: of each of its columns those at the same inner indices, so many columns
+// further; null: none.
+template <class T>
+struct ColumnsAhead {
+  const T* from[2];
+  int64_t step;
+};
+
+// c[kTileColumns][kPanel] (+)= the products of the columns, kTileColumns pointers, with the rows x[count][kVectors * kLanes].
+template <int kVectors, class B, class T>
+__attribute__((noinline)) void multiply_many(const B* const* columns, const float* x, int64_t count, float* c,
+                                             bool is_first, const ColumnsAhead<T>& ahead) {
+  const B *b0 = columns[0], *b1 = columns[1], *b2 = columns[2], *b3 = columns[3], *b4 = columns[4], *b5 = columns[5];
+  VecF acc[kTileColumns][kVectors] = {};
+  auto add = [&](int j, VecF number, const VecF* rows) __attribute__((always_inline)) {
+    for (int v = 0; v < kVectors; ++v) acc[j][v] += number * rows[v];
+  };
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  for (int64_t begin = 0; begin < count; begin += kLine) {
+    const int64_t end = min(count, begin + kLine);
+    if (ahead.from[0] != nullptr) {
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < kHalfColumns; ++i) __builtin_prefetch(ahead.from[half] + i * ahead.step + begin, 0, 2);
+      }
+    }
+    int64_t k = begin;
+    if constexpr (std::is_same_v<B, BFloat16>) {
+      for (; k + 2 <= end; k += 2) {
+        VecF even[kVectors], odd[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          even[v] = load(x + (k * kVectors + v) * kLanes);
+          odd[v] = load(x + ((k + 1) * kVectors + v) * kLanes);
+        }
+        auto both = [&](int j, const B* b) __attribute__((always_inline)) {
+          uint32_t bits;
+          memcpy(&bits, b + k, sizeof bits);
+          const VecU pair = VecU{} + bits;
+          add(j, (VecF)(pair << 16), even);
+          add(j, (VecF)(pair & 0xffff0000u), odd);
+        };
+        both(0, b0), both(1, b1), both(2, b2), both(3, b3), both(4, b4), both(5, b5);
+      }
+    }
+    for (; k < end; ++k) {
+      VecF rows[kVectors];
+      for (int v = 0; v < kVectors; ++v) rows[v] = load(x + (k * kVectors + v) * kLanes);
+      add(0, broadcast(to_float(b0[k])), rows);
+      add(1, broadcast(to_float(b1[k])), rows);
+      add(2, broadcast(to_float(b2[k])), rows);
+      add(3, broadcast(to_float(b3[k])), rows);
+      add(4, broadcast(to_float(b4[k])), rows);
+      add(5, broadcast(to_float(b5[k])), rows);
+    }
+  }
+  for (int j = 0; j < kTileColumns; ++j) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = c + j * kPanel + v * kLanes;
+      store(sum, is_first ? acc[j][v] : load(sum) + acc[j][v]);
+    }
+  }
+}
+
+// Rows in panels: whole ones of kPanel, and a last one of kLanes where that is enough.
+struct RowPanels {
+  int64_t num_rows, count;
+
+  explicit RowPanels(int64_t rows) : num_rows(rows), count(ceil_div(rows, kPanel)) {}
+  int64_t rows(int64_t panel) const { return min(kPanel, num_rows - panel * kPanel); }
+  int64_t lanes(int64_t panel) const { return rows(panel) <= kLanes ? kLanes : kPanel; }
+};
+
+// `count` inner indices of each row of a panel, `from` null for one of zeros, to x[inner][lanes], zeros in the rows past them.
+template <class T>
+void pack_rows(const T* const* from, int64_t rows, int64_t lanes, int64_t first, int64_t count, float* x) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+      VecF lines[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        const bool is_there = lane + r < rows && from[lane + r] != nullptr;
+        lines[r] = is_there ? load(from[lane + r] + first + k) : VecF{};
+      }
+      transpose_to(lines, x + k * lanes + lane, lanes);
+    }
+    for (; k < count; ++k) {
+      for (int r = 0; r < kLanes; ++r) {
+        const bool is_there = lane + r < rows && from[lane + r] != nullptr;
+        x[k * lanes + lane + r] = is_there ? to_float(from[lane + r][first + k]) : 0.0f;
+      }
+    }
+  }
+}
+
+// Sums of many rows, [panel][tile][kTileColumns][kPanel].
+struct ManyScratch {
+  float *sums, *block;
+
+  static int64_t tiles(int64_t half_columns) { return ceil_div(half_columns, kHalfColumns); }
+  static int64_t sum_floats(int64_t half_columns) {
+    return kManyRows / kPanel * tiles(half_columns) * kTileColumns * kPanel;
+  }
+  static constexpr int64_t kBlockFloats = kBlockTiles * kTileColumns * kLongestSum;
+  static int64_t bytes(int64_t half_columns) {
+    return Arena::array_bytes<float>(sum_floats(half_columns)) + Arena::array_bytes<float>(kBlockFloats);
+  }
+  ManyScratch(Arena& arena, int64_t half_columns)
+      : sums(arena.take<float>(sum_floats(half_columns))), block(arena.take<float>(kBlockFloats)) {}
+};
+
+// x_at(panel, k) are the rows of a panel from inner index k on; prepare(k, count) comes before the indices are asked for.
+// emit(panel, tile, sums) comes when the sums [kTileColumns][kPanel] of a tile, columns kHalfColumns * tile on, are complete.
+// Of the tiles those of [first_tile, last_tile) are done. next: the matrix that is read after this one, or null.
+template <class T, class Prepare, class XAt, class Emit>
+void multiply_many_rows(const Halves<T>& b, const Halves<T>* next, const RowPanels& panels, int64_t first_tile,
+                        int64_t last_tile, const ManyScratch& s, Prepare&& prepare, XAt&& x_at, Emit&& emit) {
+  const int64_t num_tiles = last_tile - first_tile;
+  const bool is_copied = panels.count > 1 || std::is_same_v<T, Half>;
+  for (int64_t k = 0; k < b.inner; k += kLongestSum) {
+    const int64_t count = min(kLongestSum, b.inner - k);
+    const bool is_last = k + count == b.inner;
+    prepare(k, count);
+    for (int64_t block = first_tile; block < last_tile; block += kBlockTiles) {
+      const int64_t block_end = min(last_tile, block + kBlockTiles);
+      if (is_copied) {
+        float* to = s.block;
+        for (int64_t tile = block; tile < block_end; ++tile) {
+          for (int j = 0; j < kTileColumns; ++j, to += count) {
+            const T* from = b.column(j / kHalfColumns, tile * kHalfColumns + j % kHalfColumns) + k;
+            int64_t i = 0;
+            for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+            for (; i < count; ++i) to[i] = to_float(from[i]);
+          }
+        }
+      }
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const float* x = x_at(panel, k);
+        const bool is_whole = panels.lanes(panel) == kPanel;
+        for (int64_t tile = block; tile < block_end; ++tile) {
+          float* c = s.sums + (panel * num_tiles + tile - first_tile) * kTileColumns * kPanel;
+          ColumnsAhead<T> ahead{{nullptr, nullptr}, b.step};
+          if (panel == 0) {
+            int64_t further = tile + (is_copied ? kBlockTiles : kAheadTiles);
+            if (further < last_tile) {
+              for (int half = 0; half < 2; ++half) ahead.from[half] = b.column(half, further * kHalfColumns) + k;
+            } else {
+              further = min(last_tile - 1, first_tile + further - last_tile);
+              const Halves<T>* from = is_last ? next : &b;
+              for (int half = 0; half < 2 && from != nullptr; ++half) {
+                ahead.from[half] = from->column(half, further * kHalfColumns) + (is_last ? 0 : k + count);
+              }
+            }
+          }
+          auto multiply = [&]<class B>(const B* const* columns) __attribute__((always_inline)) {
+            if (is_whole) multiply_many<2>(columns, x, count, c, k == 0, ahead);
+            else multiply_many<1>(columns, x, count, c, k == 0, ahead);
+          };
+          if (is_copied) {
+            const float* columns[kTileColumns];
+            for (int j = 0; j < kTileColumns; ++j) {
+              columns[j] = s.block + ((tile - block) * kTileColumns + j) * count;
+            }
+            multiply(columns);
+          } else if constexpr (!std::is_same_v<T, Half>) {
+            const T* columns[kTileColumns];
+            for (int j = 0; j < kTileColumns; ++j) {
+              columns[j] = b.column(j / kHalfColumns, tile * kHalfColumns + j % kHalfColumns) + k;
+            }
+            multiply(columns);
+          }
+          if (is_last) emit(panel, tile, c);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fmkernels
