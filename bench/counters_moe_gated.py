@@ -32,6 +32,18 @@ def mm_case(num_rows: int, num_experts: int, layout: str, order: str, keeps: boo
     return Case.of(name, gated_mm, arguments, 4 * num_rows * INNER * WIDTH)
 
 
+def decode_case(num_tokens: int, topk: int, num_experts: int) -> Case:
+    """A row or two an expert: what must be read is b, of the experts that have rows."""
+    logits = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(0))
+    mapping = moe.build_mapping(moe.route(logits, topk)[1], num_experts)
+    offsets = mapping.expert_offsets[0]
+    used = int((offsets.diff(prepend=offsets.new_zeros(1)) > 0).sum())
+    b = normal(1, 2 * WIDTH, INNER).expand(num_experts, -1, -1).contiguous().transpose(1, 2)
+    arguments = (normal(num_tokens, INNER), b, offsets, mapping.pos_to_token, False, False)
+    name = f"mm, {num_tokens} tokens, top {topk} of {num_experts} experts, of which {used} have rows"
+    return Case.of(name, gated_mm, arguments, 4 * num_tokens * topk * INNER * WIDTH)
+
+
 def backward_case(order: str) -> Case:
     weights, idx = moe.route(torch.randn(256, 64, generator=torch.Generator().manual_seed(0)), 8)
     mapping = moe.build_mapping(idx, 64)
@@ -47,6 +59,9 @@ CASES = [
     mm_case(1024, 8, "columns", "in turns"),
     mm_case(1024, 8, "columns", "halves", keeps=True),
     *[mm_case(rows * 8, 8, "columns", "halves") for rows in (64, 32, 16)],
+    decode_case(1, 8, 64),
+    decode_case(16, 2, 64),
+    decode_case(16, 8, 64),
     backward_case("halves"),
     backward_case("in turns"),
 ]
