@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmkernels import moe, reference
+from fmkernels import _library, moe, reference
 from fmkernels._library import ops
 from fmkernels.testing import assert_as_good_as_torch, backends
 
@@ -138,7 +138,7 @@ def test_a_row_has_the_same_bits_in_every_tile_and_gathered_or_not(backend, tile
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-def backward_inputs(width, dtype, device, num_tokens=20, num_topk=3, num_experts=5):
+def backward_inputs(width, dtype, device, num_tokens=10, num_topk=3, num_experts=5):
     generator = torch.Generator().manual_seed(7)
     idx = torch.randint(-1, num_experts, (num_tokens, num_topk), generator=generator, dtype=torch.int32).to(device)
     weights = torch.rand(num_tokens, num_topk, generator=generator).to(device)
@@ -203,6 +203,22 @@ def test_tokens_out_of_range_are_rows_of_zeros(backend):
     odd = a[:, 1:], b[:, 1:]  # copied element by element
     expected = backend.run(mm, *odd, offsets, tokens, False, True)
     assert all(map(torch.equal, backend.run(mm, *odd, offsets, wrong, False, True), expected))
+
+
+@pytest.mark.parametrize("how", ["clamped", "checked"])
+@EVERY_BACKEND
+def test_a_mapping_with_a_token_out_of_range(backend, how, monkeypatch):
+    monkeypatch.setattr(_library, "check_values", how == "checked")  # as FMKERNELS_CHECK=1
+    a, b, ends, tokens = inputs([3, 3, 30], 40, 24, num_tokens=20, device=backend.device)
+    positions = torch.full((20, 1), -1, dtype=torch.int32, device=backend.device)
+    mapping = moe.Mapping(tokens, positions, ends.expand(2, -1).contiguous())
+    out = backend.run(moe.grouped_mm_gated, a, b, mapping)
+    wrong = mapping._replace(pos_to_token=torch.where(tokens < 0, 20, tokens))
+    if how == "clamped":
+        assert torch.equal(backend.run(moe.grouped_mm_gated, a, b, wrong), out)
+        return
+    with pytest.raises(ValueError, match=r"grouped_mm_gated: .*pos_to_token must be from -1 to 19, got 20"):
+        backend.run(moe.grouped_mm_gated, a, b, wrong)
 
 
 @EVERY_BACKEND
