@@ -100,11 +100,11 @@ def test_sizes_that_are_not_whole_chunks(backend, size, interleaved, trans_b):
 @EVERY_BACKEND
 def test_few_rows_of_many_columns_have_the_bits_of_few_columns(backend, trans_b):
     """Tiles of 16 x 256 where there are enough of them, else of 16 x 64; in both products."""
-    a, b, offsets, tokens = inputs([1, 3, 3, 9, 23], 40, 9216, trans_b, device=backend.device)
+    a, b, offsets, tokens = inputs([1, 3, 3, 9, 23], 40, 9472, trans_b, device=backend.device)
     out, both = backend.run(mm, a, b, offsets, tokens, True, True)
-    columns = slice(18240, 18432)
+    columns = slice(18752, 18944)
     few, few_both = backend.run(mm, a, b[..., columns], offsets, tokens, True, True)
-    assert torch.equal(out[:, 9120:], few)
+    assert torch.equal(out[:, 9376:], few)
     assert torch.equal(both[:, columns], few_both)
     rows = backend.run(permute, a, tokens)
     assert torch.equal(backend.run(grouped_mm, rows, b, offsets, None), both)
