@@ -4,8 +4,8 @@
 //
 // Halves    The columns of b are two lists of as many, the second one perhaps shorter by one: gate and up, or the first and the
 //           second half of them. A tile has the same columns of both, so that what joins them finds them in registers.
-// Few rows  Up to 6: a square of b of 16 inner indices x a vector of columns is transposed in the first-level cache, then
-//           multiplied by every row. Lines are asked for kAheadBytes before.
+// Few rows  Up to 4 (6 of halves): 16 bytes of each of a vector of columns are transposed in registers and multiplied by every
+//           row. Lines are asked for kAheadBytes before.
 // Many      The rows are the vectors: x is packed in panels of 16 rows (8 where that is enough), [inner][row], and numbers of 3 + 3
 //           columns of b are broadcast, of 16 such tiles before the next panel. Nothing of b is transposed or copied, but for
 //           float16, of which the numbers of a block become float32 in the second-level cache.
@@ -24,6 +24,9 @@ constexpr int64_t kBlockTiles = 16;        // of columns that are copied togethe
 constexpr int64_t kSquare = 16;            // inner indices
 constexpr int64_t kSkew = 2;               // squares
 constexpr int64_t kAheadBytes = 1024;      // of each of 16 columns
+
+template <class T>
+constexpr int64_t kFewRows = sizeof(T) == 4 ? 4 : 6;  // at most; more are faster as a vector that they do not fill
 
 template <class T>
 struct Halves {
