@@ -4,8 +4,8 @@
 //
 // Halves    The columns of b are two lists of as many, the second one perhaps shorter by one: gate and up, or the first and the
 //           second half of them. A tile has the same columns of both, so that what joins them finds them in registers.
-// Few rows  Up to 6: a square of b of 16 inner indices x a vector of columns is transposed in the first-level cache, then
-//           multiplied by every row. Lines are asked for kAheadBytes before.
+// Few rows  Up to 4 (6 of halves): 16 bytes of each of a vector of columns are transposed in registers and multiplied by every
+//           row. Lines are asked for kAheadBytes before.
 // Many      The rows are the vectors: x is packed in panels of 16 rows (8 where that is enough), [inner][row], and numbers of 3 + 3
 //           columns of b are broadcast, of 16 such tiles before the next panel. Nothing of b is transposed or copied, but for
 //           float16, of which the numbers of a block become float32 in the second-level cache.
@@ -22,7 +22,11 @@ constexpr int kTileColumns = 2 * kHalfColumns;
 constexpr int64_t kManyRows = 8 * kPanel;  // that are packed together: their sums and x stay in the second-level cache
 constexpr int64_t kBlockTiles = 16;        // of columns that are copied together
 constexpr int64_t kSquare = 16;            // inner indices
+constexpr int64_t kSkew = 2;               // squares
 constexpr int64_t kAheadBytes = 1024;      // of each of 16 columns
+
+template <class T>
+constexpr int64_t kFewRows = sizeof(T) == 4 ? 4 : 6;  // at most; more are faster as a vector that they do not fill
 
 template <class T>
 struct Halves {
@@ -65,47 +69,87 @@ void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count,
 // c[kRows][kPanel]: the products of the rows, left [inner][kRows], with columns [first, first + kLanes) of both halves. The
 // columns that are read after these are those of `next` from next_first on; null: none.
 template <int kRows, class T>
-void multiply_few(const Halves<T>& b, int64_t first, const Halves<T>* next, int64_t next_first, const float* left,
-                  float* c) {
+__attribute__((noinline)) void multiply_few(const Halves<T>& b, int64_t first, const Halves<T>* next,
+                                            int64_t next_first, const float* left, float* c) {
   const T* const from[2] = {b.base[0] + first * b.step, b.base[1] + first * b.step};
   const int count[2] = {static_cast<int>(min(kLanes, b.count[0] - first)),
                         static_cast<int>(max(0, min(kLanes, b.count[1] - first)))};
+  const int64_t step = b.step, inner = b.inner;
   constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
-  for (int64_t begin = 0; begin < b.inner; begin += kLongestSum) {
-    VecF acc[kRows][2] = {};
-    const int64_t end = min(b.inner, begin + kLongestSum);
-    for (int64_t k = begin; k < end; k += kSquare) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  for (int64_t begin = 0; begin < inner; begin += kLongestSum) {
+    VecF acc[2][kRows] = {};
+    const int64_t end = min(inner, begin + kLongestSum);
+    auto add = [&](int half, const float* a, VecF numbers) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) acc[half][r] += broadcast(a[r]) * numbers;
+    };
+    auto add_square = [&](int half, int64_t at) __attribute__((always_inline)) {
+      constexpr int64_t kIndices = 16 / sizeof(T);  // in 16 bytes
+      for (int64_t i = at; i < at + kSquare; i += kIndices) {
+        const float* a = left + i * kRows;
+        VecI words[4];
+        transpose_words(from[half] + i, step * static_cast<int64_t>(sizeof(T)), words);
+#pragma GCC unroll 4
+        for (int w = 0; w < 4; ++w) {
+          if constexpr (sizeof(T) == 4) {
+            add(half, a + w * kRows, (VecF)words[w]);
+          } else {  // two neighbours in a column, of which each is the upper half of a float
+            add(half, a + 2 * w * kRows, (VecF)((VecU)words[w] << 16));
+            add(half, a + (2 * w + 1) * kRows, (VecF)((VecU)words[w] & 0xffff0000u));
+          }
+        }
+      }
+    };
+    // Of each column the line at a distance that is a line more than that of the one before: columns that are a power of two
+    // apart would be asked of one channel of the memory together.
+    auto ask = [&](int64_t at) __attribute__((always_inline)) {
+      if (at + kAhead + (kPanel - 1) * kLine < inner) {
+        for (int half = 0; half < 2; ++half) {
+          const T* ahead = from[half] + at + kAhead + half * kLanes * kLine;
+          for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * (step + kLine), 0, 2);
+        }
+      } else {
+        for (int i = 0; i < kPanel; ++i) {
+          const int half = i / kLanes;
+          const int64_t further = at + kAhead + i * kLine, line = i % kLanes;
+          if (further < inner) {
+            __builtin_prefetch(from[half] + line * step + further, 0, 2);
+          } else if (next != nullptr) {
+            __builtin_prefetch(next->base[half] + (next_first + line) * next->step + further - inner, 0, 2);
+          }
+        }
+      }
+    };
+    int64_t k = begin;
+    if (!std::is_same_v<T, Half> && count[0] == kLanes && count[1] == kLanes) {
+      // The second half follows kSkew squares behind: columns that are a power of two apart share their sets of the cache.
+      const int64_t num_squares = (end - begin) / kSquare;
+      for (int64_t i = 0; i < num_squares + kSkew; ++i) {
+        if (i < num_squares) {
+          const int64_t at = begin + i * kSquare;
+          if (at % kLine == 0) ask(at);
+          add_square(0, at);
+        }
+        if (i >= kSkew) add_square(1, begin + (i - kSkew) * kSquare);
+      }
+      k += num_squares * kSquare;
+    }
+    for (; k < end; k += kSquare) {
       float square[kSquare * kPanel];
       const int64_t indices = min(kSquare, end - k);
       for (int half = 0; half < 2; ++half) {
-        const bool is_here = k + kAhead < b.inner;
-        if (k * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0 && (is_here || next != nullptr)) {
-          const int64_t step = is_here ? b.step : next->step;
-          const T* ahead =
-              is_here ? from[half] + k + kAhead : next->base[half] + next_first * step + (k + kAhead - b.inner);
-          for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * step, 0, 2);
-        }
-        if (indices == kSquare && count[half] == kLanes) {
-          pack_half(from[half] + k, 1, b.step, kSquare, kLanes, square + half * kLanes);
-        } else {
-          pack_half(from[half] + k, 1, b.step, indices, count[half], square + half * kLanes);
-        }
-      }
-      const float* a = left + k * kRows;
-      for (int64_t i = 0; i < indices; ++i, a += kRows) {
-        const VecF b0 = load(square + i * kPanel), b1 = load(square + i * kPanel + kLanes);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
-          const VecF x = broadcast(a[r]);
-          acc[r][0] += x * b0;
-          acc[r][1] += x * b1;
+        pack_half(from[half] + k, 1, step, indices, count[half], square + half * kLanes);
+        for (int64_t i = 0; i < indices; ++i) {
+          add(half, left + (k + i) * kRows, load(square + i * kPanel + half * kLanes));
         }
       }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       for (int i = 0; i < 2; ++i) {
         float* sum = c + r * kPanel + i * kLanes;
-        store(sum, begin == 0 ? acc[r][i] : load(sum) + acc[r][i]);
+        store(sum, begin == 0 ? acc[i][r] : load(sum) + acc[i][r]);
       }
     }
   }
@@ -164,12 +208,11 @@ __attribute__((noinline)) void multiply_many(const B* const* columns, const floa
     add_indices(0, count);
   } else {
     constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
-    const T *first = ahead.from[0], *second = ahead.from[1];
-    const int64_t step = ahead.step;
-    for (int64_t k = 0; k < count; k += kLine, first += kLine, second += kLine) {
-      for (int i = 0; i < kHalfColumns; ++i) {
-        __builtin_prefetch(first + i * step, 0, 2);
-        __builtin_prefetch(second + i * step, 0, 2);
+    for (int64_t k = 0; k < count; k += kLine) {
+      for (int j = 0; j < kTileColumns; ++j) {  // of each column another line, as above; within the same indices
+        int64_t line = k + j * kLine;
+        if (line >= count) line -= count;
+        __builtin_prefetch(ahead.from[j / kHalfColumns] + j % kHalfColumns * ahead.step + line, 0, 2);
       }
       add_indices(k, min(count, k + kLine));
     }
@@ -243,7 +286,7 @@ struct BlockSums {
 template <class T, class XAt, class Emit>
 void multiply_many_rows(const Halves<T>& b, const Halves<T>* next, const RowPanels& panels, int64_t first_tile,
                         int64_t last_tile, const ManyScratch& s, XAt&& x_at, Emit&& emit) {
-  constexpr bool kIsCopied = std::is_same_v<T, Half>;
+  constexpr bool kIsCopied = sizeof(T) == 2;
   for (int64_t block = first_tile; block < last_tile; block += kBlockTiles) {
     const int64_t num_tiles = min(last_tile - block, kBlockTiles);
     const int64_t first = block * kHalfColumns, num_columns = min(num_tiles * kHalfColumns, b.count[0] - first);

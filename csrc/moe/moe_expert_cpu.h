@@ -19,10 +19,9 @@ FM_INLINE VecF rounded(VecF x) {
   return rounded_to<T>(VecPair{x, x}).a;
 }
 
-// Rows of an expert that are computed together: up to kTileRows, or whole panels and, at the end of the expert, a part of one.
+// Rows of an expert that are computed together: up to kFewRows, or whole panels and, at the end of the expert, a part of one.
 struct ExpertRows {
   int64_t first, count;
-  bool is_few() const { return count <= kTileRows; }
 };
 inline int64_t num_expert_blocks(int64_t num_rows) { return ceil_div(num_rows, kManyRows); }
 inline ExpertRows expert_block(int64_t num_rows, int64_t block) {
@@ -56,8 +55,9 @@ struct ExpertScratch {
 
 // The inner rows of a block as floats that T holds: few: [row][stride_of(width)]; many: [panel][width][lanes].
 inline int64_t inner_row_stride(int64_t width) { return round_up(width, kLanes); }
-inline int64_t inner_floats(int64_t num_rows, int64_t width) {
-  return num_rows <= kTileRows ? num_rows * inner_row_stride(width) : round_up(num_rows, kPanel) * width;
+template <class T>
+int64_t inner_floats(int64_t num_rows, int64_t width) {
+  return num_rows <= kFewRows<T> ? num_rows * inner_row_stride(width) : round_up(num_rows, kPanel) * width;
 }
 
 // Of a panel the vectors at(i), i < count, of `lanes` rows each, to rows of T: to(row) + i * step for the first num_rows rows.
@@ -163,13 +163,13 @@ void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* nex
 template <class T>
 void gate_up_block(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
                    float* inner) {
-  p.num_rows <= kTileRows ? gate_up_few(p, part, next, s, inner) : gate_up_many(p, part, next, s, inner);
+  p.num_rows <= kFewRows<T> ? gate_up_few(p, part, next, s, inner) : gate_up_many(p, part, next, s, inner);
 }
 
 // The inner rows of a block, of the columns of the part, as rows of T.
 template <class T>
 void store_inner(const float* inner, int64_t num_rows, int64_t width, const HalfPart& part, T* out) {
-  if (num_rows <= kTileRows) {
+  if (num_rows <= kFewRows<T>) {
     for (int64_t r = 0; r < num_rows; ++r) {
       for (int64_t n = part.first; n < part.last; n += kLanes) {
         store_lanes(out + r * width + n, load(inner + r * inner_row_stride(width) + n),
@@ -195,7 +195,7 @@ template <class T>
 void down_block(const float* inner, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
                 const ExpertScratch& s, T* y, int64_t stride) {
   const int64_t width = b.inner, second = b.count[0];
-  if (num_rows <= kTileRows) {
+  if (num_rows <= kFewRows<T>) {
     pack_left(inner, inner_row_stride(width), 1, static_cast<int>(num_rows), width, false, s.x);
     dispatch_rows(num_rows, [&]<int kRows>() {
       for (int64_t n = part.first; n < part.last; n += kLanes) {

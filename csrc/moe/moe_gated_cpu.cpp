@@ -119,9 +119,8 @@ void gated_mm(const MoeGatedMmParams& p) {
   const int64_t panels = ceil_div(width, kLanes);
   const int64_t parts =
       workers == 1 || num_blocks == 0 ? 1 : max(1, min(ceil_div(4 * workers, num_blocks), panels / kMinPartPanels));
-  const int64_t inner_bytes = Arena::array_bytes<float>(max(inner_floats(kTileRows, width), kManyRows * width));
-  const int64_t worker_bytes =
-      by_columns ? ExpertScratch::bytes(inner) + inner_bytes : GatedScratch::bytes(panels);
+  const int64_t inner_bytes = Arena::array_bytes<float>(max(inner_floats<T>(kFewRows<T>, width), kManyRows * width));
+  const int64_t worker_bytes = by_columns ? ExpertScratch::bytes(inner) + inner_bytes : GatedScratch::bytes(panels);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     char* memory = workspace.data() + worker * worker_bytes;
