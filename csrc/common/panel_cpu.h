@@ -32,8 +32,10 @@ FM_INLINE void pack_half(const T* b, int64_t row_stride, int64_t column_stride, 
   int64_t k = 0;
   if constexpr (std::is_same_v<T, BFloat16>) {  // two neighbours in a column are moved as one float, then taken apart
     for (; k + 2 * kLanes <= num_rows; k += 2 * kLanes) {
-      VecF columns[kLanes] = {};
-      for (int c = 0; c < num_columns; ++c) memcpy(&columns[c], b + c * column_stride + k, sizeof columns[c]);
+      VecF columns[kLanes];
+      for (int c = 0; c < kLanes; ++c) {
+        columns[c] = c < num_columns ? load(reinterpret_cast<const float*>(b + c * column_stride + k)) : VecF{};
+      }
       float square[kLanes * kLanes];
       transpose_to(columns, square, kLanes);
       for (int i = 0; i < kLanes; ++i) {

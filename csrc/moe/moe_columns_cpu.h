@@ -4,11 +4,11 @@
 //
 // Halves    The columns of b are two lists of as many, the second one perhaps shorter by one: gate and up, or the first and the
 //           second half of them. A tile has the same columns of both, so that what joins them finds them in registers.
-// Few rows  Up to 6: a square of b of 16 inner indices x a vector of columns is transposed in the first-level cache, then
-//           multiplied by every row. Lines are asked for kAheadBytes before.
+// Few rows  Up to 4 (6 of halves): 16 bytes of each of a vector of columns are transposed in registers and multiplied by every
+//           row. Lines are asked for kAheadBytes before.
 // Many      The rows are the vectors: x is packed in panels of 16 rows (8 where that is enough), [inner][row], and numbers of 3 + 3
-//           columns of b are broadcast. Nothing of b is transposed; for more than one panel, and for float16, blocks of it
-//           are copied as float32 to the second-level cache.
+//           columns of b are broadcast, of 16 such tiles before the next panel. Nothing of b is transposed or copied, but for
+//           float16, of which the numbers of a block become float32 in the second-level cache.
 // Numerics  The chains of moe_product_cpu.h: an element has the same bits here as there.
 #pragma once
 
@@ -22,8 +22,11 @@ constexpr int kTileColumns = 2 * kHalfColumns;
 constexpr int64_t kManyRows = 8 * kPanel;  // that are packed together: their sums and x stay in the second-level cache
 constexpr int64_t kBlockTiles = 16;        // of columns that are copied together
 constexpr int64_t kSquare = 16;            // inner indices
+constexpr int64_t kSkew = 2;               // squares
 constexpr int64_t kAheadBytes = 1024;      // of each of 16 columns
-constexpr int64_t kAheadTiles = 2;
+
+template <class T>
+constexpr int64_t kFewRows = sizeof(T) == 4 ? 4 : 6;  // at most; more are faster as a vector that they do not fill
 
 template <class T>
 struct Halves {
@@ -66,47 +69,87 @@ void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count,
 // c[kRows][kPanel]: the products of the rows, left [inner][kRows], with columns [first, first + kLanes) of both halves. The
 // columns that are read after these are those of `next` from next_first on; null: none.
 template <int kRows, class T>
-void multiply_few(const Halves<T>& b, int64_t first, const Halves<T>* next, int64_t next_first, const float* left,
-                  float* c) {
+__attribute__((noinline)) void multiply_few(const Halves<T>& b, int64_t first, const Halves<T>* next,
+                                            int64_t next_first, const float* left, float* c) {
   const T* const from[2] = {b.base[0] + first * b.step, b.base[1] + first * b.step};
   const int count[2] = {static_cast<int>(min(kLanes, b.count[0] - first)),
                         static_cast<int>(max(0, min(kLanes, b.count[1] - first)))};
+  const int64_t step = b.step, inner = b.inner;
   constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
-  for (int64_t begin = 0; begin < b.inner; begin += kLongestSum) {
-    VecF acc[kRows][2] = {};
-    const int64_t end = min(b.inner, begin + kLongestSum);
-    for (int64_t k = begin; k < end; k += kSquare) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  for (int64_t begin = 0; begin < inner; begin += kLongestSum) {
+    VecF acc[2][kRows] = {};
+    const int64_t end = min(inner, begin + kLongestSum);
+    auto add = [&](int half, const float* a, VecF numbers) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) acc[half][r] += broadcast(a[r]) * numbers;
+    };
+    auto add_square = [&](int half, int64_t at) __attribute__((always_inline)) {
+      constexpr int64_t kIndices = 16 / sizeof(T);  // in 16 bytes
+      for (int64_t i = at; i < at + kSquare; i += kIndices) {
+        const float* a = left + i * kRows;
+        VecI words[4];
+        transpose_words(from[half] + i, step * static_cast<int64_t>(sizeof(T)), words);
+#pragma GCC unroll 4
+        for (int w = 0; w < 4; ++w) {
+          if constexpr (sizeof(T) == 4) {
+            add(half, a + w * kRows, (VecF)words[w]);
+          } else {  // two neighbours in a column, of which each is the upper half of a float
+            add(half, a + 2 * w * kRows, (VecF)((VecU)words[w] << 16));
+            add(half, a + (2 * w + 1) * kRows, (VecF)((VecU)words[w] & 0xffff0000u));
+          }
+        }
+      }
+    };
+    // Of each column the line at a distance that is a line more than that of the one before: columns that are a power of two
+    // apart would be asked of one channel of the memory together.
+    auto ask = [&](int64_t at) __attribute__((always_inline)) {
+      if (at + kAhead + (kPanel - 1) * kLine < inner) {
+        for (int half = 0; half < 2; ++half) {
+          const T* ahead = from[half] + at + kAhead + half * kLanes * kLine;
+          for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * (step + kLine), 0, 2);
+        }
+      } else {
+        for (int i = 0; i < kPanel; ++i) {
+          const int half = i / kLanes;
+          const int64_t further = at + kAhead + i * kLine, line = i % kLanes;
+          if (further < inner) {
+            __builtin_prefetch(from[half] + line * step + further, 0, 2);
+          } else if (next != nullptr) {
+            __builtin_prefetch(next->base[half] + (next_first + line) * next->step + further - inner, 0, 2);
+          }
+        }
+      }
+    };
+    int64_t k = begin;
+    if (!std::is_same_v<T, Half> && count[0] == kLanes && count[1] == kLanes) {
+      // The second half follows kSkew squares behind: columns that are a power of two apart share their sets of the cache.
+      const int64_t num_squares = (end - begin) / kSquare;
+      for (int64_t i = 0; i < num_squares + kSkew; ++i) {
+        if (i < num_squares) {
+          const int64_t at = begin + i * kSquare;
+          if (at % kLine == 0) ask(at);
+          add_square(0, at);
+        }
+        if (i >= kSkew) add_square(1, begin + (i - kSkew) * kSquare);
+      }
+      k += num_squares * kSquare;
+    }
+    for (; k < end; k += kSquare) {
       float square[kSquare * kPanel];
       const int64_t indices = min(kSquare, end - k);
       for (int half = 0; half < 2; ++half) {
-        const bool is_here = k + kAhead < b.inner;
-        if (k * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0 && (is_here || next != nullptr)) {
-          const int64_t step = is_here ? b.step : next->step;
-          const T* ahead =
-              is_here ? from[half] + k + kAhead : next->base[half] + next_first * step + (k + kAhead - b.inner);
-          for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * step, 0, 2);
-        }
-        if (indices == kSquare && count[half] == kLanes) {
-          pack_half(from[half] + k, 1, b.step, kSquare, kLanes, square + half * kLanes);
-        } else {
-          pack_half(from[half] + k, 1, b.step, indices, count[half], square + half * kLanes);
-        }
-      }
-      const float* a = left + k * kRows;
-      for (int64_t i = 0; i < indices; ++i, a += kRows) {
-        const VecF b0 = load(square + i * kPanel), b1 = load(square + i * kPanel + kLanes);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
-          const VecF x = broadcast(a[r]);
-          acc[r][0] += x * b0;
-          acc[r][1] += x * b1;
+        pack_half(from[half] + k, 1, step, indices, count[half], square + half * kLanes);
+        for (int64_t i = 0; i < indices; ++i) {
+          add(half, left + (k + i) * kRows, load(square + i * kPanel + half * kLanes));
         }
       }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       for (int i = 0; i < 2; ++i) {
         float* sum = c + r * kPanel + i * kLanes;
-        store(sum, begin == 0 ? acc[r][i] : load(sum) + acc[r][i]);
+        store(sum, begin == 0 ? acc[i][r] : load(sum) + acc[i][r]);
       }
     }
   }
@@ -131,16 +174,9 @@ __attribute__((noinline)) void multiply_many(const B* const* columns, const floa
   auto add = [&](int j, VecF number, const VecF* rows) __attribute__((always_inline)) {
     for (int v = 0; v < kVectors; ++v) acc[j][v] += number * rows[v];
   };
-  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
-  for (int64_t begin = 0; begin < count; begin += kLine) {
-    const int64_t end = min(count, begin + kLine);
-    if (ahead.from[0] != nullptr) {
-      for (int half = 0; half < 2; ++half) {
-        for (int i = 0; i < kHalfColumns; ++i) __builtin_prefetch(ahead.from[half] + i * ahead.step + begin, 0, 2);
-      }
-    }
-    int64_t k = begin;
-    if constexpr (std::is_same_v<B, BFloat16>) {
+  auto add_indices = [&](int64_t k, int64_t end) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<
+                      B, BFloat16>) {  // two neighbours in a column are broadcast as one number, then taken apart
       for (; k + 2 <= end; k += 2) {
         VecF even[kVectors], odd[kVectors];
         for (int v = 0; v < kVectors; ++v) {
@@ -167,11 +203,27 @@ __attribute__((noinline)) void multiply_many(const B* const* columns, const floa
       add(4, broadcast(to_float(b4[k])), rows);
       add(5, broadcast(to_float(b5[k])), rows);
     }
+  };
+  if (ahead.from[0] == nullptr) {
+    add_indices(0, count);
+  } else {
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    for (int64_t k = 0; k < count; k += kLine) {
+      for (int j = 0; j < kTileColumns; ++j) {  // of each column another line, as above; within the same indices
+        int64_t line = k + j * kLine;
+        if (line >= count) line -= count;
+        __builtin_prefetch(ahead.from[j / kHalfColumns] + j % kHalfColumns * ahead.step + line, 0, 2);
+      }
+      add_indices(k, min(count, k + kLine));
+    }
   }
+#pragma GCC unroll 6
   for (int j = 0; j < kTileColumns; ++j) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       float* sum = c + j * kPanel + v * kLanes;
-      store(sum, is_first ? acc[j][v] : load(sum) + acc[j][v]);
+      if (!is_first) acc[j][v] += load(sum);
+      store(sum, acc[j][v]);
     }
   }
 }
@@ -207,84 +259,85 @@ void pack_rows(const T* const* from, int64_t rows, int64_t lanes, int64_t first,
   }
 }
 
-// Sums of many rows, [panel][tile][kTileColumns][kPanel].
+// What many rows need beside their operands: the sums of a block of tiles, [panel][tile][kTileColumns][kPanel], and the block as
+// float32 where the numbers in it cannot be broadcast.
 struct ManyScratch {
-  float *sums, *block;
+  float *sums, *copy;
 
-  static int64_t tiles(int64_t half_columns) { return ceil_div(half_columns, kHalfColumns); }
-  static int64_t sum_floats(int64_t half_columns) {
-    return kManyRows / kPanel * tiles(half_columns) * kTileColumns * kPanel;
-  }
-  static constexpr int64_t kBlockFloats = kBlockTiles * kTileColumns * kLongestSum;
-  static int64_t bytes(int64_t half_columns) {
-    return Arena::array_bytes<float>(sum_floats(half_columns)) + Arena::array_bytes<float>(kBlockFloats);
-  }
-  ManyScratch(Arena& arena, int64_t half_columns)
-      : sums(arena.take<float>(sum_floats(half_columns))), block(arena.take<float>(kBlockFloats)) {}
+  static constexpr int64_t kSumFloats = kManyRows / kPanel * kBlockTiles * kTileColumns * kPanel;
+  static constexpr int64_t kCopyFloats = kBlockTiles * kTileColumns * kLongestSum;
+  static constexpr int64_t kBytes = Arena::array_bytes<float>(kSumFloats) + Arena::array_bytes<float>(kCopyFloats);
+  explicit ManyScratch(Arena& arena) : sums(arena.take<float>(kSumFloats)), copy(arena.take<float>(kCopyFloats)) {}
 };
 
-// x_at(panel, k) are the rows of a panel from inner index k on; prepare(k, count) comes before the indices are asked for.
-// emit(panel, tile, sums) comes when the sums [kTileColumns][kPanel] of a tile, columns kHalfColumns * tile on, are complete.
-// Of the tiles those of [first_tile, last_tile) are done. next: the matrix that is read after this one, or null.
-template <class T, class Prepare, class XAt, class Emit>
+// The sums of a panel and a block of tiles.
+struct BlockSums {
+  const float* sums;
+  int64_t first, count;  // columns of a half
+
+  // Those of a column of the block and all rows.
+  const float* at(int half, int64_t i) const {
+    return sums + (i / kHalfColumns * kTileColumns + half * kHalfColumns + i % kHalfColumns) * kPanel;
+  }
+};
+
+// x_at(panel, k) are the rows of a panel from inner index k on; emit(panel, BlockSums) takes what is complete. Of the columns of a
+// half those of [first_tile, last_tile) are done. next: the matrix that is read after this one, or null.
+template <class T, class XAt, class Emit>
 void multiply_many_rows(const Halves<T>& b, const Halves<T>* next, const RowPanels& panels, int64_t first_tile,
-                        int64_t last_tile, const ManyScratch& s, Prepare&& prepare, XAt&& x_at, Emit&& emit) {
-  const int64_t num_tiles = last_tile - first_tile;
-  const bool is_copied = panels.count > 1 || std::is_same_v<T, Half>;
-  for (int64_t k = 0; k < b.inner; k += kLongestSum) {
-    const int64_t count = min(kLongestSum, b.inner - k);
-    const bool is_last = k + count == b.inner;
-    prepare(k, count);
-    for (int64_t block = first_tile; block < last_tile; block += kBlockTiles) {
-      const int64_t block_end = min(last_tile, block + kBlockTiles);
-      if (is_copied) {
-        float* to = s.block;
-        for (int64_t tile = block; tile < block_end; ++tile) {
-          for (int j = 0; j < kTileColumns; ++j, to += count) {
-            const T* from = b.column(j / kHalfColumns, tile * kHalfColumns + j % kHalfColumns) + k;
+                        int64_t last_tile, const ManyScratch& s, XAt&& x_at, Emit&& emit) {
+  constexpr bool kIsCopied = sizeof(T) == 2;
+  for (int64_t block = first_tile; block < last_tile; block += kBlockTiles) {
+    const int64_t num_tiles = min(last_tile - block, kBlockTiles);
+    const int64_t first = block * kHalfColumns, num_columns = min(num_tiles * kHalfColumns, b.count[0] - first);
+    for (int64_t k = 0; k < b.inner; k += kLongestSum) {
+      const int64_t count = min(kLongestSum, b.inner - k);
+      const bool is_last = k + count == b.inner;
+      auto column = [&](int64_t tile, int j) {
+        return b.column(j / kHalfColumns, (block + tile) * kHalfColumns + j % kHalfColumns) + k;
+      };
+      if constexpr (kIsCopied) {
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          for (int j = 0; j < kTileColumns; ++j) {
+            const T* from = column(tile, j);
+            float* to = s.copy + (tile * kTileColumns + j) * count;
             int64_t i = 0;
             for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
             for (; i < count; ++i) to[i] = to_float(from[i]);
           }
         }
       }
+      // The first panel asks for what is read next: the same columns at the next inner indices, or the next columns.
+      const Halves<T>* ahead_of = !is_last || block + kBlockTiles < last_tile ? &b : next;
+      const int64_t ahead_first = !is_last                          ? first
+                                  : block + kBlockTiles < last_tile ? first + kBlockTiles * kHalfColumns
+                                                                    : 0;
+      const int64_t ahead_k = is_last ? 0 : k + count;
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         const float* x = x_at(panel, k);
         const bool is_whole = panels.lanes(panel) == kPanel;
-        for (int64_t tile = block; tile < block_end; ++tile) {
-          float* c = s.sums + (panel * num_tiles + tile - first_tile) * kTileColumns * kPanel;
+        float* sums = s.sums + panel * kBlockTiles * kTileColumns * kPanel;
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          float* c = sums + tile * kTileColumns * kPanel;
           ColumnsAhead<T> ahead{{nullptr, nullptr}, b.step};
-          if (panel == 0) {
-            int64_t further = tile + (is_copied ? kBlockTiles : kAheadTiles);
-            if (further < last_tile) {
-              for (int half = 0; half < 2; ++half) ahead.from[half] = b.column(half, further * kHalfColumns) + k;
-            } else {
-              further = min(last_tile - 1, first_tile + further - last_tile);
-              const Halves<T>* from = is_last ? next : &b;
-              for (int half = 0; half < 2 && from != nullptr; ++half) {
-                ahead.from[half] = from->column(half, further * kHalfColumns) + (is_last ? 0 : k + count);
-              }
+          if (panel == 0 && ahead_of != nullptr) {
+            ahead.step = ahead_of->step;
+            for (int half = 0; half < 2; ++half) {
+              ahead.from[half] = ahead_of->column(half, ahead_first + tile * kHalfColumns) + ahead_k;
             }
           }
           auto multiply = [&]<class B>(const B* const* columns) __attribute__((always_inline)) {
             if (is_whole) multiply_many<2>(columns, x, count, c, k == 0, ahead);
             else multiply_many<1>(columns, x, count, c, k == 0, ahead);
           };
-          if (is_copied) {
-            const float* columns[kTileColumns];
-            for (int j = 0; j < kTileColumns; ++j) {
-              columns[j] = s.block + ((tile - block) * kTileColumns + j) * count;
-            }
-            multiply(columns);
-          } else if constexpr (!std::is_same_v<T, Half>) {
-            const T* columns[kTileColumns];
-            for (int j = 0; j < kTileColumns; ++j) {
-              columns[j] = b.column(j / kHalfColumns, tile * kHalfColumns + j % kHalfColumns) + k;
-            }
-            multiply(columns);
+          std::conditional_t<kIsCopied, const float*, const T*> columns[kTileColumns];
+          for (int j = 0; j < kTileColumns; ++j) {
+            if constexpr (kIsCopied) columns[j] = s.copy + (tile * kTileColumns + j) * count;
+            else columns[j] = column(tile, j);
           }
-          if (is_last) emit(panel, tile, c);
+          multiply(columns);
         }
+        if (is_last) emit(panel, BlockSums{sums, first, num_columns});
       }
     }
   }

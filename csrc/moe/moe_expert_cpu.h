@@ -19,10 +19,9 @@ FM_INLINE VecF rounded(VecF x) {
   return rounded_to<T>(VecPair{x, x}).a;
 }
 
-// Rows of an expert that are computed together: up to kTileRows, or whole panels and, at the end of the expert, a part of one.
+// Rows of an expert that are computed together: up to kFewRows, or whole panels and, at the end of the expert, a part of one.
 struct ExpertRows {
   int64_t first, count;
-  bool is_few() const { return count <= kTileRows; }
 };
 inline int64_t num_expert_blocks(int64_t num_rows) { return ceil_div(num_rows, kManyRows); }
 inline ExpertRows expert_block(int64_t num_rows, int64_t block) {
@@ -45,26 +44,20 @@ struct HalfPart {
   int64_t last_tile() const { return ceil_div(last, kHalfColumns); }
 };
 
-// What a worker needs for blocks of products with up to so many inner indices and columns of a half.
+// What a worker needs for blocks of products with up to so many inner indices.
 struct ExpertScratch {
-  float* left;  // few rows: [inner][rows]
-  float* x;     // many: [panel][kLongestSum][lanes]
+  float* x;  // few rows: [inner][rows]; many: [panel][inner][lanes]
   ManyScratch many;
 
-  static int64_t bytes(int64_t inner, int64_t half_columns) {
-    return Arena::array_bytes<float>(kTileRows * inner + kLanes) + Arena::array_bytes<float>(kManyRows * kLongestSum) +
-           ManyScratch::bytes(half_columns);
-  }
-  ExpertScratch(Arena& arena, int64_t inner, int64_t half_columns)
-      : left(arena.take<float>(kTileRows * inner + kLanes)),
-        x(arena.take<float>(kManyRows * kLongestSum)),
-        many(arena, half_columns) {}
+  static int64_t bytes(int64_t inner) { return Arena::array_bytes<float>(kManyRows * inner) + ManyScratch::kBytes; }
+  ExpertScratch(Arena& arena, int64_t inner) : x(arena.take<float>(kManyRows * inner)), many(arena) {}
 };
 
 // The inner rows of a block as floats that T holds: few: [row][stride_of(width)]; many: [panel][width][lanes].
 inline int64_t inner_row_stride(int64_t width) { return round_up(width, kLanes); }
-inline int64_t inner_floats(int64_t num_rows, int64_t width) {
-  return num_rows <= kTileRows ? num_rows * inner_row_stride(width) : round_up(num_rows, kPanel) * width;
+template <class T>
+int64_t inner_floats(int64_t num_rows, int64_t width) {
+  return num_rows <= kFewRows<T> ? num_rows * inner_row_stride(width) : round_up(num_rows, kPanel) * width;
 }
 
 // Of a panel the vectors at(i), i < count, of `lanes` rows each, to rows of T: to(row) + i * step for the first num_rows rows.
@@ -108,11 +101,11 @@ void gate_up_few(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next
                  float* inner) {
   const int64_t stride = inner_row_stride(p.width), step = p.kept_step();
   dispatch_rows(p.num_rows, [&]<int kRows>() {
-    pack_gathered(p.rows, kRows, 0, p.b.inner, s.left);
+    pack_gathered(p.rows, kRows, 0, p.b.inner, s.x);
     for (int64_t n = part.first; n < part.last; n += kLanes) {
       const bool is_last = n + kLanes >= part.last;
       float c[kRows * kPanel] = {};
-      multiply_few<kRows>(p.b, n, is_last ? next : &p.b, is_last ? 0 : n + kLanes, s.left, c);
+      multiply_few<kRows>(p.b, n, is_last ? next : &p.b, is_last ? 0 : n + kLanes, s.x, c);
       const int count = static_cast<int>(min(kLanes, part.last - n));
       for (int r = 0; r < kRows; ++r) {
         const bool is_there = p.rows[r] != nullptr;
@@ -134,59 +127,49 @@ template <class T>
 void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
                   float* inner) {
   const RowPanels panels(p.num_rows);
-  const int64_t first_tile = part.first_tile(), num_tiles = part.last_tile() - first_tile;
-  auto prepare = [&](int64_t k, int64_t count) {
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      pack_rows(p.rows + panel * kPanel, panels.rows(panel), panels.lanes(panel), k, count,
-                s.x + panel * kPanel * kLongestSum);
-    }
-  };
-  auto x_at = [&](int64_t panel, int64_t) { return s.x + panel * kPanel * kLongestSum; };
-  auto emit = [&](int64_t panel, int64_t tile, const float* c) {
-    const int64_t lanes = panels.lanes(panel);
-    float* to = inner + panel * kPanel * p.width;
-    for (int64_t j = 0, n = tile * kHalfColumns; j < kHalfColumns && n < p.width; ++j, ++n) {
-      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-        const VecF g = load(c + j * kPanel + lane), u = load(c + (kHalfColumns + j) * kPanel + lane);
-        store(to + n * lanes + lane, rounded<T>(gated_unit(g, u)));
-      }
-      for (int64_t r = 0; r < panels.rows(panel); ++r) {
-        if (p.rows[panel * kPanel + r] == nullptr) to[n * lanes + r] = 0.0f;
-      }
-    }
-  };
-  multiply_many_rows(p.b, next, panels, first_tile, part.last_tile(), s.many, prepare, x_at, emit);
-  for (int64_t panel = 0; panel < panels.count && p.kept != nullptr; ++panel) {
-    for (int half = 0; half < 2; ++half) {
-      auto at = [&](int64_t i) {
-        return s.many.sums +
-               ((panel * num_tiles + i / kHalfColumns) * kTileColumns + half * kHalfColumns + i % kHalfColumns) *
-                   kPanel;
-      };
-      auto to = [&](int64_t r) { return p.kept_at(panel * kPanel + r, half) + part.first * p.kept_step(); };
-      store_panel<T>(panels.rows(panel), part.last - part.first, p.kept_step(), at, to);
-    }
-    for (int64_t r = 0; r < panels.rows(panel); ++r) {
-      if (p.rows[panel * kPanel + r] != nullptr) continue;
-      for (int half = 0; half < 2; ++half) {
-        T* kept = p.kept_at(panel * kPanel + r, half);
-        for (int64_t n = part.first; n < part.last; ++n) kept[n * p.kept_step()] = from_float<T>(0.0f);
-      }
-    }
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    pack_rows(p.rows + panel * kPanel, panels.rows(panel), panels.lanes(panel), 0, p.b.inner,
+              s.x + panel * kPanel * p.b.inner);
   }
+  auto x_at = [&](int64_t panel, int64_t k) { return s.x + panel * kPanel * p.b.inner + k * panels.lanes(panel); };
+  auto emit = [&](int64_t panel, const BlockSums& sums) {
+    const int64_t lanes = panels.lanes(panel), num_rows = panels.rows(panel);
+    const T* const* rows = p.rows + panel * kPanel;
+    float* to = inner + panel * kPanel * p.width + sums.first * lanes;
+    for (int64_t i = 0; i < sums.count; ++i) {
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        const VecF g = load(sums.at(0, i) + lane), u = load(sums.at(1, i) + lane);
+        store(to + i * lanes + lane, rounded<T>(gated_unit(g, u)));
+      }
+    }
+    for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
+      store_panel<T>(
+          num_rows, sums.count, p.kept_step(), [&](int64_t i) { return sums.at(half, i); },
+          [&](int64_t r) { return p.kept_at(panel * kPanel + r, half) + sums.first * p.kept_step(); });
+    }
+    for (int64_t r = 0; r < num_rows; ++r) {  // what is infinite in b makes NaN of a row of zeros
+      if (rows[r] != nullptr) continue;
+      for (int64_t i = 0; i < sums.count; ++i) to[i * lanes + r] = 0.0f;
+      for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
+        T* kept = p.kept_at(panel * kPanel + r, half) + sums.first * p.kept_step();
+        for (int64_t i = 0; i < sums.count; ++i) kept[i * p.kept_step()] = from_float<T>(0.0f);
+      }
+    }
+  };
+  multiply_many_rows(p.b, next, panels, part.first_tile(), part.last_tile(), s.many, x_at, emit);
 }
 
 // inner: of the columns of the part.
 template <class T>
 void gate_up_block(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
                    float* inner) {
-  p.num_rows <= kTileRows ? gate_up_few(p, part, next, s, inner) : gate_up_many(p, part, next, s, inner);
+  p.num_rows <= kFewRows<T> ? gate_up_few(p, part, next, s, inner) : gate_up_many(p, part, next, s, inner);
 }
 
 // The inner rows of a block, of the columns of the part, as rows of T.
 template <class T>
 void store_inner(const float* inner, int64_t num_rows, int64_t width, const HalfPart& part, T* out) {
-  if (num_rows <= kTileRows) {
+  if (num_rows <= kFewRows<T>) {
     for (int64_t r = 0; r < num_rows; ++r) {
       for (int64_t n = part.first; n < part.last; n += kLanes) {
         store_lanes(out + r * width + n, load(inner + r * inner_row_stride(width) + n),
@@ -212,13 +195,13 @@ template <class T>
 void down_block(const float* inner, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
                 const ExpertScratch& s, T* y, int64_t stride) {
   const int64_t width = b.inner, second = b.count[0];
-  if (num_rows <= kTileRows) {
-    pack_left(inner, inner_row_stride(width), 1, static_cast<int>(num_rows), width, false, s.left);
+  if (num_rows <= kFewRows<T>) {
+    pack_left(inner, inner_row_stride(width), 1, static_cast<int>(num_rows), width, false, s.x);
     dispatch_rows(num_rows, [&]<int kRows>() {
       for (int64_t n = part.first; n < part.last; n += kLanes) {
         const bool is_last = n + kLanes >= part.last;
         float c[kRows * kPanel] = {};
-        multiply_few<kRows>(b, n, is_last ? next : &b, is_last ? 0 : n + kLanes, s.left, c);
+        multiply_few<kRows>(b, n, is_last ? next : &b, is_last ? 0 : n + kLanes, s.x, c);
         for (int r = 0; r < kRows; ++r) {
           for (int half = 0; half < 2; ++half) {
             const int count = static_cast<int>(min(kLanes, min(part.last, b.count[half]) - n));
@@ -230,22 +213,16 @@ void down_block(const float* inner, int64_t num_rows, const Halves<T>& b, const 
     return;
   }
   const RowPanels panels(num_rows);
-  const int64_t first_tile = part.first_tile(), num_tiles = part.last_tile() - first_tile;
   auto x_at = [&](int64_t panel, int64_t k) { return inner + panel * kPanel * width + k * panels.lanes(panel); };
-  multiply_many_rows(
-      b, next, panels, first_tile, part.last_tile(), s.many, [](int64_t, int64_t) {}, x_at,
-      [](int64_t, int64_t, const float*) {});
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
+  auto emit = [&](int64_t panel, const BlockSums& sums) {
     for (int half = 0; half < 2; ++half) {
-      auto at = [&](int64_t i) {
-        return s.many.sums +
-               ((panel * num_tiles + i / kHalfColumns) * kTileColumns + half * kHalfColumns + i % kHalfColumns) *
-                   kPanel;
-      };
-      auto to = [&](int64_t r) { return y + (panel * kPanel + r) * stride + half * second + part.first; };
-      store_panel<T>(panels.rows(panel), max(0, min(part.last, b.count[half]) - part.first), 1, at, to);
+      store_panel<T>(
+          panels.rows(panel), min(sums.count, b.count[half] - sums.first), 1,
+          [&](int64_t i) { return sums.at(half, i); },
+          [&](int64_t r) { return y + (panel * kPanel + r) * stride + half * second + sums.first; });
     }
-  }
+  };
+  multiply_many_rows(b, next, panels, part.first_tile(), part.last_tile(), s.many, x_at, emit);
 }
 
 }  // namespace

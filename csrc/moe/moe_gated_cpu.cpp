@@ -119,9 +119,8 @@ void gated_mm(const MoeGatedMmParams& p) {
   const int64_t panels = ceil_div(width, kLanes);
   const int64_t parts =
       workers == 1 || num_blocks == 0 ? 1 : max(1, min(ceil_div(4 * workers, num_blocks), panels / kMinPartPanels));
-  const int64_t inner_bytes = Arena::array_bytes<float>(max(inner_floats(kTileRows, width), kManyRows * width));
-  const int64_t worker_bytes =
-      by_columns ? ExpertScratch::bytes(inner, width) + inner_bytes : GatedScratch::bytes(panels);
+  const int64_t inner_bytes = Arena::array_bytes<float>(max(inner_floats<T>(kFewRows<T>, width), kManyRows * width));
+  const int64_t worker_bytes = by_columns ? ExpertScratch::bytes(inner) + inner_bytes : GatedScratch::bytes(panels);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     char* memory = workspace.data() + worker * worker_bytes;
@@ -137,7 +136,7 @@ void gated_mm(const MoeGatedMmParams& p) {
     const T* from[kManyRows];
     for (int64_t r = 0; r < rows.count; ++r) from[r] = row_of<T>(p, begin + rows.first + r);
     Arena arena(memory);
-    const ExpertScratch scratch(arena, inner, width);
+    const ExpertScratch scratch(arena, inner);
     float* units = arena.take<float>(0);
     const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride;
     const GateUp<T> product{from,

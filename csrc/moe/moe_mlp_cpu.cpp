@@ -33,8 +33,8 @@ void mlp(const MoeMlpParams& p) {
   const bool is_cut = workers > 1 && num_blocks < kTasksPerWorker * workers;
   const int64_t parts = is_cut ? ceil_div(kTasksPerWorker * workers, max(1, num_blocks)) : 1;
 
-  const int64_t scratch_bytes = ExpertScratch::bytes(max(hidden, width), max(half_hidden, width));
-  const int64_t inner_size = max(inner_floats(kTileRows, width), kManyRows * width);
+  const int64_t scratch_bytes = ExpertScratch::bytes(max(hidden, width));
+  const int64_t inner_size = max(inner_floats<T>(kFewRows<T>, width), kManyRows * width);
   const int64_t num_inner = is_cut ? num_blocks : workers;
   const Workspace workspace(workers * scratch_bytes + num_inner * Arena::array_bytes<float>(inner_size) +
                             Arena::array_bytes<Block>(num_blocks) + Arena::array_bytes<T>(num_rows * hidden));
@@ -57,7 +57,7 @@ void mlp(const MoeMlpParams& p) {
   };
   auto scratch_of = [&](int worker) {
     Arena memory(scratches + worker * scratch_bytes);
-    return ExpertScratch(memory, max(hidden, width), max(half_hidden, width));
+    return ExpertScratch(memory, max(hidden, width));
   };
   auto gate_up_of = [&](int64_t expert) {
     const T* b = static_cast<const T*>(g.b.data) + expert * g.b.batch_stride;
