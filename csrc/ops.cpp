@@ -153,4 +153,8 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def("moe_grouped_mm(Tensor a, Tensor b, Tensor offsets, Tensor? bias) -> Tensor");
   m.def("moe_grouped_mm_inner(Tensor a, Tensor b, Tensor offsets) -> Tensor");
   m.def("moe_grouped_sum(Tensor x, Tensor offsets) -> Tensor");
+  // moe_quantized: a packed weight of the matrices of all experts, one below another; group_size 0: one scale a row
+  m.def(
+      "moe_quantized_mm(Tensor a, Tensor values, Tensor scales, Tensor? zeros, Tensor offsets, Tensor? bias, int bits, "
+      "int group_size, int out_features, int in_features) -> Tensor");
 }

@@ -106,6 +106,7 @@ class Ops:
     moe_grouped_mm: Callable[..., Tensor]
     moe_grouped_mm_inner: Callable[..., Tensor]
     moe_grouped_sum: Callable[..., Tensor]
+    moe_quantized_mm: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

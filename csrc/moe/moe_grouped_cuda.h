@@ -72,6 +72,12 @@ __device__ __forceinline__ GroupRows rows_of_group(const int32_t* offsets, int n
   return {group, begin, max(end_of(offsets, num_groups, num_rows, group) - begin, 0)};
 }
 
+// Tiles that any offsets may need: each group, and the rows of none, ends with one that may hold a single row.
+inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t tile_rows) {
+  const int64_t ends = num_rows < num_groups + 1 ? num_rows : num_groups + 1;
+  return (num_rows + ends * (tile_rows - 1)) / tile_rows;
+}
+
 // The copies of both operands, a stage after another, over inner indices from 0 to `end`.
 template <class CopiesA, class CopiesB>
 struct InnerWalk {

@@ -99,12 +99,6 @@ struct MmTraits : TileTraits<Element, kRows, 256, kRows, 64> {};
 template <class Element>
 struct MmTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
 
-// Tiles that any offsets may need: each group, and the rows of none, ends with one that may hold a single row.
-int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t tile_rows) {
-  const int64_t ends = num_rows < num_groups + 1 ? num_rows : num_groups + 1;
-  return (num_rows + ends * (tile_rows - 1)) / tile_rows;
-}
-
 template <class T, bool kIsFast>
 void launch_tiles(const MoeGroupedMmParams& p, cudaStream_t stream) {
   constexpr int64_t kMaxColumnTiles = 0x7fffffff / kStrip;
