@@ -84,6 +84,8 @@ def test_matches_the_reference(load, form, dtype, backend):
             pytest.skip("differs from bfloat16 in two instructions")
         if load == "more than a block" and form != "int4":
             pytest.skip("its tiles are of 32 rows, as those of another load")
+    elif dtype == torch.float16 and load in ("empty experts", "all to one"):
+        pytest.skip("copied to float32 first, as bfloat16 is")
     ends = LOADS[load]
     a, weight, offsets, bias = inputs(ends, ends[-1] + 2, form, dtype=dtype, device=backend.device)
     given_bias = None if load == "all to one" else bias
@@ -121,7 +123,9 @@ def test_a_row_has_the_same_bits_whatever_the_others_are(form, dtype, backend):
     for first, last in ((39, 41), (38, 44), (30, 50), (0, 70)):
         ends = of(row - first if first == 0 else 1, last - first, last - first, device=a.device)
         before = int(ends[0])
-        out = backend.run(moe.quantized_grouped_mm, a[row - before : row - before + last - first], weight, ends, bias=bias)
+        out = backend.run(
+            moe.quantized_grouped_mm, a[row - before : row - before + last - first], weight, ends, bias=bias
+        )
         assert torch.equal(out[before], alone[0])
     panels = slice(COLUMNS // 32, 2 * COLUMNS // 32)
     second = dataclasses.replace(
@@ -146,7 +150,7 @@ def test_the_code_for_sm_90(form, num_rows):
     assert torch.equal(*results)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     loads=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     behind=st.integers(0, 3),
@@ -218,7 +222,9 @@ def test_quantised_as_a_weight_of_all_rows():
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
-def layer(num_tokens=11, num_topk=2, num_experts=5, hidden=64, width=48, form="int8", dtype=torch.float32, device="cpu"):
+def layer(
+    num_tokens=11, num_topk=2, num_experts=4, hidden=64, width=48, form="int8", dtype=torch.float32, device="cpu"
+):
     """(x, w_gate_up, w_down, topk_weights, topk_idx), with -1 and an expert twice among the choices."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, hidden, generator=generator).to(dtype).to(device)
@@ -229,10 +235,13 @@ def layer(num_tokens=11, num_topk=2, num_experts=5, hidden=64, width=48, form="i
     return x, *packed, weights, idx
 
 
-@pytest.mark.parametrize(("num_tokens", "num_topk"), [(11, 2), (1, 1), (90, 3)])
-@pytest.mark.parametrize("form", ["int8", "int4 with zeros"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_topk", "form"), [(11, 2, "int8"), (1, 1, "int4 with zeros"), (50, 3, "int4 with zeros")]
+)
 @EVERY_DTYPE
 def test_layer_matches_the_reference(num_tokens, num_topk, form, dtype, backend):
+    if backend.name == "emulated" and dtype == torch.float16 and num_tokens != 11:
+        pytest.skip("differs from bfloat16 in two instructions")
     x, w_gate_up, w_down, weights, idx = layer(num_tokens, num_topk, form=form, dtype=dtype, device=backend.device)
     out = backend.run(moe.quantized_moe_mlp, x, w_gate_up, w_down, weights, idx)
 
@@ -325,9 +334,7 @@ def test_opcheck(form, backend):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_is_one_graph(dynamic):
     torch._dynamo.reset()
-    quantized_grouped_mm = torch.compile(
-        moe.quantized_grouped_mm, fullgraph=True, dynamic=dynamic, backend="aot_eager"
-    )
+    quantized_grouped_mm = torch.compile(moe.quantized_grouped_mm, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for num_rows in (6, 11):
         a, weight, offsets, bias = inputs([2, 2, 5], num_rows, "int4 with zeros")
         for given_bias in (None, bias):

@@ -20,8 +20,7 @@ namespace fmkernels {
 namespace {
 
 constexpr int kVecs = kPackedPanel / kLanes;
-constexpr int kFewRows = 4;          // are multiplied without a tile
-constexpr int kRowBlock = 60;        // rows that a decoded chunk is used for, at most
+constexpr int kRowBlock = 120;       // rows that a decoded chunk is used for, at most
 constexpr int64_t kPrefetch = 2048;  // bytes ahead
 
 // How the words of kBits are decoded: position i of a word to integers times 2^shift(i), and the column that it is.
@@ -178,6 +177,9 @@ void decode_chunk(const PanelWalk<kBits>& panel, int64_t chunk, float* tile) {
   for (int b = 0; b < D::kWords; ++b) {
     for (int v = 0; v < kVecs; ++v) {
       const VecU word = load_words(words + b * kPackedPanel + v * kLanes);
+      if (v * kLanes % 16 == 0) {
+        __builtin_prefetch(reinterpret_cast<const char*>(words + b * kPackedPanel + v * kLanes) + kPrefetch);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < D::kColumns; ++i) {
         store(tile + (b * D::kColumns + i) * kPackedPanel + v * kLanes, D::decode(word, i, panel.zeros[v]));
@@ -239,9 +241,11 @@ void multiply_many(const PackedWeight& w, int64_t panel_idx, const float* x, int
 template <int kBits>
 void multiply_rows(const PackedWeight& w, int64_t panel_idx, const float* x, int64_t x_rows, int num_rows,
                    float* total) {
+  constexpr int kFewRows = kBits == 8 ? 5 : 4;  // whose sums stay in registers beside what decoding needs
   if (num_rows > kFewRows) return multiply_many<kBits>(w, panel_idx, x, x_rows, num_rows, total);
-  dispatch_checked_int<1, 2, 3, 4>(num_rows,
-                                   [&]<int kRows>() { multiply_few<kBits, kRows>(w, panel_idx, x, x_rows, total); });
+  dispatch_checked_int<1, 2, 3, 4, 5>(num_rows, [&]<int kRows>() {
+    if constexpr (kRows <= kFewRows) multiply_few<kBits, kRows>(w, panel_idx, x, x_rows, total);
+  });
 }
 
 // f.template operator()<T, kBits>().

@@ -219,7 +219,8 @@ __device__ __forceinline__ void multiply_panel(const PackedWeight& w, const Divi
 // The row of a tile whose columns this lane takes into its part of B, for halves; every lane has all rows, for float32.
 template <class Traits>
 __device__ __forceinline__ int row_of_lane(int tile) {
-  return Traits::kIsHalf ? 8 * tile + static_cast<int>(threadIdx.x) % kWarp / 4 : tile;
+  const int lane = threadIdx.x % kWarp;
+  return Traits::kIsHalf ? 8 * tile + lane / 4 : tile;
 }
 
 // Element i of a tile of sums [warp][row][feature], i counting features, then rows.

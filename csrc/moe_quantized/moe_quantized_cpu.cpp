@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // moe_quantized_cpu.cpp: the rows of an expert times its panels, by common/packed_weight_cpu.h.
 //
-// Work       A task has at most kTaskRows rows of one expert, and, where those tasks are few for the workers, a part of its
-//            panels. Its rows are copied to float32 once, [chunk][row][kPackedChunk], as many as half of the second-level
-//            cache holds; then a panel after another takes all of them, so the weight is one stream of memory.
+// Work       A task has rows of one expert, at most kRowBlock and as many as half of the second-level cache holds, and, where
+//            those tasks are few for the workers, a part of its panels. Its rows are copied to float32 once, [chunk][row]
+//            [kPackedChunk]; then a panel after another takes all of them, so the weight is one stream of memory.
 // Cost       2 * rows flops a weight of an expert with rows. Few rows: bound by reading the weights of those experts.
 
 #include "moe_quantized.h"
@@ -14,16 +14,17 @@
 namespace fmkernels {
 namespace {
 
-constexpr int64_t kTaskRows = 4 * kRowBlock;
-constexpr int64_t kTaskFloats = 512 * 1024 / 4;  // of the copied rows; kRowBlock rows in any case
+constexpr int64_t kLeastTaskRows = 4 * kTileRows;
+constexpr int64_t kTaskFloats = 512 * 1024 / 4;  // of the copied rows, where that is more than kLeastTaskRows
 constexpr int64_t kMinPartPanels = 4;
 
 struct Task {
   int32_t group, first_row, count;
 };
 
+// The most rows of a task.
 int64_t task_rows(int64_t padded_columns) {
-  return max(1, min(kTaskRows, kTaskFloats / padded_columns) / kRowBlock) * kRowBlock;
+  return max(kLeastTaskRows, min(kRowBlock, kTaskFloats / padded_columns)) / kTileRows * kTileRows;
 }
 
 int64_t begin_of(const int32_t* offsets, int64_t group) { return group == 0 ? 0 : offsets[group - 1]; }
@@ -65,7 +66,7 @@ void grouped_mm(const MoeQuantizedParams& p) {
   });
   if (num_tasks == 0) return;
 
-  const int workers = workers_for(max(2 * end, num_tasks) * w.in_features * p.columns);
+  const int workers = workers_for(2 * end * w.in_features * p.columns);
   const int64_t parts = workers == 1 ? 1 : max(1, min(ceil_div(4 * workers, num_tasks), panels / kMinPartPanels));
   const int64_t x_bytes = Arena::array_bytes<float>(largest * padded);
   const Workspace workspace(Arena::array_bytes<Task>(num_tasks) + workers * x_bytes);
@@ -79,7 +80,7 @@ void grouped_mm(const MoeQuantizedParams& p) {
   parallel_for(num_tasks * parts, workers, [&](int64_t item, int worker) {
     const Task& task = tasks[item / parts];
     const int64_t part = item % parts, group = task.group;
-    float *x = reinterpret_cast<float*>(copies + worker * x_bytes), factors[kTaskRows];
+    float *x = reinterpret_cast<float*>(copies + worker * x_bytes), factors[kRowBlock];
     for (int64_t row = 0; row < task.count; ++row) {
       const T* a = static_cast<const T*>(p.a) + (task.first_row + row) * p.a_stride;
       factors[row] = copy_row<T, kBits>(a, w.in_features, w.num_chunks, x + row * kPackedChunk,
@@ -88,13 +89,10 @@ void grouped_mm(const MoeQuantizedParams& p) {
     alignas(64) float total[kRowBlock * kPackedPanel];
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
       const float* bias = p.bias == nullptr ? nullptr : p.bias + group * p.columns + panel * kPackedPanel;
-      for (int64_t first = 0; first < task.count; first += kRowBlock) {
-        const int rows = static_cast<int>(min(kRowBlock, task.count - first));
-        multiply_rows<kBits>(w, group * panels + panel, x + first * kPackedChunk, task.count, rows, total);
-        for (int row = 0; row < rows; ++row) {
-          T* to = out + (task.first_row + first + row) * p.columns + panel * kPackedPanel;
-          write_row(total + row * kPackedPanel, factors[first + row], bias, to);
-        }
+      multiply_rows<kBits>(w, group * panels + panel, x, task.count, task.count, total);
+      for (int64_t row = 0; row < task.count; ++row) {
+        T* to = out + (task.first_row + row) * p.columns + panel * kPackedPanel;
+        write_row(total + row * kPackedPanel, factors[row], bias, to);
       }
     }
   });
