@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of 8 and 4 bits, for inference: `moe.quantize_experts`, `moe.quantized_grouped_mm`, `moe.quantized_moe_mlp`."""
+"""Experts of 8 and 4 bits, for inference: `quantize_experts`, `quantized_grouped_mm`, `quantized_moe_mlp` of `moe`."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def quantized_moe_mlp(
         ValueError, TypeError: one sentence with the argument, its rule and what came, as those of `build_mapping`,
             `permute`, `quantized_grouped_mm`, `swiglu` and `combine`, of which it is made.
 
-    CPU and CUDA (sm_80 and later). For inference: x and topk_weights that require a gradient are refused. Deterministic,
-    and a token's bits depend on the token, its choices and their weights alone. Nothing waits for the device. What goes
-    from one of the five to the next is rounded to the dtype of x. At most 1024 experts.
+    CPU and CUDA (sm_80 and later). For inference: x and topk_weights that require a gradient are refused.
+    Deterministic, and a token's bits depend on the token, its choices and their weights alone. Nothing waits for the
+    device. What goes from one of the five to the next is rounded to the dtype of x. At most 1024 experts.
     """
     if needs_grad(x, topk_weights):
         _refuse_gradient(MLP, x=x, topk_weights=topk_weights)

@@ -199,5 +199,5 @@ def test_a_device_without_a_kernel_is_named(monkeypatch):
         tensors = torch.empty(2, 16, 32, device="cuda", dtype=torch.int32), torch.empty(2, 1, 32, device="cuda")
         w = QuantizedWeight(*tensors, None, 8, None, 64, 64)
         a = torch.empty(2, 64, device="cuda", dtype=torch.bfloat16)
-        with pytest.raises(ValueError, match="moe.quantized_grouped_mm: there is no kernel for cuda tensors"):
+        with pytest.raises(ValueError, match=r"moe\.quantized_grouped_mm: there is no kernel for cuda tensors"):
             moe.quantized_grouped_mm(a, w, torch.empty(2, device="cuda", dtype=torch.int32))
