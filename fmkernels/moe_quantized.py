@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _check as check
 from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
@@ -121,10 +122,13 @@ def _product(a: Tensor, weight: QuantizedWeight, offsets: Tensor, bias: Tensor |
 
 
 def _refuse_gradient(op: str, **tensors: Any) -> None:
-    names = [name for name, t in tensors.items() if isinstance(t, Tensor) and t.requires_grad]
-    if names:
-        raise ValueError(f"{op}: {names[0]} must not require a gradient, which products of packed experts do not give.")
-    raise ValueError(f"{op}: there is no forward-mode derivative of products of packed experts.")
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            continue
+        if t.requires_grad:
+            raise ValueError(f"{op}: {name} must not require a gradient, which products of packed experts do not give.")
+        if forward_ad.unpack_dual(t).tangent is not None:
+            raise ValueError(f"{op}: {name} must not have a tangent, which products of packed experts do not give.")
 
 
 def _check_tensors(
