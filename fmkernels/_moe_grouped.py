@@ -73,6 +73,11 @@ def _either_way(t: Tensor) -> Tensor:
     return t if 1 in t.stride()[1:] else t.contiguous()
 
 
+def check_either_way(op: str, name: str, t: Tensor) -> None:
+    if t.numel() > 0 and min(t.shape[1:]) > 1 and 1 not in t.stride()[1:]:
+        raise ValueError(f"{op}: {name} must be contiguous in its rows or columns, got strides {list(t.stride())}.")
+
+
 def check_extents(op: str, name: str, t: Tensor) -> None:
     for size in t.shape[-2:]:
         if size >= MAX_EXTENT:
@@ -100,14 +105,13 @@ def check_operands(op: str, a: Tensor, b: Tensor, a_layout: str, b_layout: str) 
     check.is_tensor(op, "a", a)
     check.is_tensor(op, "b", b)
     check.rank(op, "a", a, 2, a_layout)
-    check.dtype(op, "a", a, _dtypes(a))
+    check.dtype(op, "a", a, dtypes_of_products(a))
     check.last_dim_contiguous(op, "a", a)
     check.rank(op, "b", b, 3, b_layout)
     check.same_dtype(op, "b", b, "a", a)
     check.same_device(op, "b", b, "a", a)
     check.size(op, "b", b, 1, "for this a K =", a.shape[1])
-    if b.numel() > 0 and min(b.shape[1:]) > 1 and 1 not in b.stride()[1:]:
-        raise ValueError(f"{op}: b must be contiguous in its rows or columns, got strides {list(b.stride())}.")
+    check_either_way(op, "b", b)
     check_extents(op, "a", a)
     check_extents(op, "b", b)
 
@@ -123,7 +127,7 @@ def _check_mm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Non
     check.kernel_exists(OP, "moe_grouped_mm", a)
 
 
-def _dtypes(a: Tensor) -> tuple[torch.dtype, ...]:
+def dtypes_of_products(a: Tensor) -> tuple[torch.dtype, ...]:
     """The kernels of CUDA run on tensor cores, which have no float32."""
     return check.FLOAT_DTYPES[1:] if a.device.type == "cuda" else check.FLOAT_DTYPES
 
@@ -131,7 +135,7 @@ def _dtypes(a: Tensor) -> tuple[torch.dtype, ...]:
 def _check_inner(a: Tensor, b: Tensor, offsets: Tensor) -> None:
     """a [M, K]: the transpose of what was given."""
     check.is_tensor(OP, "b", b)
-    check.dtype(OP, "a", a, _dtypes(a))
+    check.dtype(OP, "a", a, dtypes_of_products(a))
     check.rank(OP, "b", b, 2, "[M, N]")
     check.same_dtype(OP, "b", b, "a", a)
     check.same_device(OP, "b", b, "a", a)

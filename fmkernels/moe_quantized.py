@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import _check as check
 from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
-from ._moe_grouped import _dtypes, check_offsets
+from ._moe_grouped import check_offsets, dtypes_of_products
 from ._moe_mapping import build_mapping, check_ids
 from ._moe_permute import combine, permute
 from .glu import swiglu
@@ -145,7 +145,7 @@ def _check_tensors(
 ) -> None:
     check.is_tensor(OP, "a", a)
     check.rank(OP, "a", a, 2, "[M, K]")
-    check.dtype(OP, "a", a, _dtypes(a))
+    check.dtype(OP, "a", a, dtypes_of_products(a))
     check.same_device(OP, "a", a, "weight", values)
     check.size(OP, "a", a, 1, "for this weight K =", in_features)
     check.last_dim_contiguous(OP, "a", a)
@@ -169,7 +169,7 @@ def _check_mlp(x: Any, w_gate_up: Any, w_down: Any, topk_weights: Any, topk_idx:
     """Shapes and dtypes; what only the five can say of strides and values, they say. Returns num_experts."""
     check.is_tensor(MLP, "x", x)
     check.rank(MLP, "x", x, 2, "[num_tokens, hidden]")
-    check.dtype(MLP, "x", x, _dtypes(x))
+    check.dtype(MLP, "x", x, dtypes_of_products(x))
     for name, weight in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         if not isinstance(weight, QuantizedWeight):
             raise TypeError(f"{MLP}: {name} must be a QuantizedWeight, got {type(weight).__name__}.")
