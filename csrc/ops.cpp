@@ -164,4 +164,8 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def(
       "moe_mlp(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_idx, bool keeps) -> "
       "(Tensor out, Tensor gate_up, Tensor pos_to_token, Tensor token_topk_to_pos, Tensor expert_offsets)");
+  // moe_quantized: a packed weight of the matrices of all experts, one below another; group_size 0: one scale a row
+  m.def(
+      "moe_quantized_mm(Tensor a, Tensor values, Tensor scales, Tensor? zeros, Tensor offsets, Tensor? bias, int bits, "
+      "int group_size, int out_features, int in_features) -> Tensor");
 }

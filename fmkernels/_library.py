@@ -109,6 +109,7 @@ class Ops:
     moe_gated_mm: Callable[..., tuple[Tensor, Tensor]]
     moe_gated_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     moe_mlp: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    moe_quantized_mm: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

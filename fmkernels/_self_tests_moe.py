@@ -151,6 +151,13 @@ def _test_grouped_sum(backend: Backend) -> None:
     assert_as_good_as_torch(actual, expected, bias)
 
 
+def _test_quantized_mm(backend: Backend) -> None:
+    a, _, _, offsets = _experts(backend)
+    weight = moe.quantize_experts(_normal(backend, len(offsets), 64, a.shape[1]), bits=4, group_size=32)
+    expected = lambda a: reference.moe.quantized_grouped_mm(a, weight, offsets)  # noqa: E731
+    assert_as_good_as_torch(moe.quantized_grouped_mm(a, weight, offsets), expected, a)
+
+
 SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "moe_build_mapping": _test_mapping,
     "moe_permute": _test_permute,
@@ -167,4 +174,5 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "moe_grouped_mm": _test_grouped_mm,
     "moe_grouped_mm_inner": _test_grouped_mm_inner,
     "moe_grouped_sum": _test_grouped_sum,
+    "moe_quantized_mm": _test_quantized_mm,
 }

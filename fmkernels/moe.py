@@ -15,6 +15,7 @@ from ._moe_mapping import Mapping, build_mapping
 from ._moe_mlp import moe_mlp
 from ._moe_permute import combine, permute
 from ._moe_route import route
+from .moe_quantized import quantize_experts, quantized_grouped_mm, quantized_moe_mlp
 
 __all__ = [
     "Mapping",
@@ -26,6 +27,9 @@ __all__ = [
     "load_balance_loss",
     "moe_mlp",
     "permute",
+    "quantize_experts",
+    "quantized_grouped_mm",
+    "quantized_moe_mlp",
     "route",
     "route_expert_choice",
     "z_loss",

@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .moe_quantized import quantized_grouped_mm as quantized_grouped_mm
+from .moe_quantized import quantized_moe_mlp as quantized_moe_mlp
+
 
 def build_mapping(
     topk_idx: Tensor, num_experts: int, *, alignment: int = 1, num_rows: int | None = None
