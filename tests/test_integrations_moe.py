@@ -40,6 +40,9 @@ def test_a_known_alignment():
     assert sorted_ids.tolist() == [0, 3, 5, 6, 1, 4, 6, 6, 6, 6]
     assert expert_ids.tolist() == [0, 0, 1, 0, 0]
     assert total.tolist() == [6]
+    scatter_idx = vllm.moe_align_block_size(ids, 2, 4, here, False, True, True)[3]
+    assert scatter_idx.dtype == torch.int32
+    assert scatter_idx.tolist() == [[0], [1], [-1], [3], [4], [5]]
 
 
 def aligned(topk_ids, block, num_experts, expert_map, pad, ignore):
@@ -319,6 +322,11 @@ REFUSED = [
         lambda: vllm.moe_align_block_size(IDS, 2, 4, int32([0])),
         ValueError,
         "moe_align_block_size: expert_map must have as many elements as there are experts, 4, got 1.",
+    ),
+    (
+        lambda: vllm.moe_align_block_size(IDS, 2, 4, int32([0, 1, 2, 3]), return_scatter_idx=True),
+        ValueError,
+        "moe_align_block_size: ignore_invalid_experts must be True for return_scatter_idx with expert_map, got False.",
     ),
     (
         lambda: vllm.topk_softmax(WEIGHTS, IDS, IDS, LOGITS, is_padding=IDS),

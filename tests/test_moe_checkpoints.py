@@ -6,8 +6,10 @@ import re
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from fmkernels import nn, reference
+from fmkernels.integrations import transformers as integration
 from fmkernels.integrations.moe_checkpoints import load_moe_layer, moe_arguments
 from fmkernels.nn.experts import expert_places
 from fmkernels.testing import assert_as_good_as_torch
@@ -69,12 +71,8 @@ def definition(layer):
         weights, idx = reference.moe.route(
             rows @ state["gate.weight"].t(),
             layer.num_topk,
-            scoring=layer.scoring,
-            renormalize=layer.renormalize,
             bias=state.get("gate.e_score_correction_bias"),
-            num_groups=layer.num_groups,
-            topk_groups=layer.topk_groups,
-            group_score=layer.group_score,
+            **layer.options,
         )
         stacks = state["experts.gate_up_proj"], state["experts.down_proj"]
         out = reference.moe.moe_mlp(rows, *stacks, weights * layer.routed_scale, idx)
@@ -166,6 +164,42 @@ def test_the_dtypes_are_those_of_the_checkpoint_or_as_asked(tmp_path):
     assert {p.dtype for p in layer.parameters()} == {torch.float16}
     assert layer.gate.e_score_correction_bias.dtype == torch.float32
     assert layer.capacity_factor == 2.0
+
+
+# ---- the experts of a model that stays ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "olmoe, not renormalised"])
+def test_a_model_runs_on_our_experts(name):
+    integration.register()
+    source = model(name)
+    source.set_experts_implementation("fmkernels")
+    block = source.model.layers[1].mlp
+    layer = nn.MoE(**moe_arguments(source.config))
+    layer.load_state_dict(block.state_dict())
+    x = torch.randn(2, 9, 32)
+    with profile() as profiler:
+        out = block(x)
+    assert any("fmkernels::moe" in event.key for event in profiler.key_averages())
+    assert_as_good_as_torch(out, definition(layer), x, *layer.state_dict().values())
+    tokens = torch.randint(0, 64, (2, 7))
+    source(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in block.experts.parameters())
+
+
+def test_experts_that_are_others_are_refused():
+    integration.register()
+    sizes = SIZES | {"num_local_experts": 4, "head_dim": 16}
+    gpt_oss = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
+    gpt_oss.set_experts_implementation("fmkernels")
+    with pytest.raises(ValueError, match=r"^experts_implementation='fmkernels': has_bias must be False, got True\.$"):
+        gpt_oss(torch.zeros(1, 3, dtype=torch.long))
+    mixtral = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, num_local_experts=4, hidden_act="gelu")
+    )
+    mixtral.set_experts_implementation("fmkernels")
+    with pytest.raises(ValueError, match=r"^experts_implementation='fmkernels': the activation must be SiLU, got GELU"):
+        mixtral(torch.zeros(1, 3, dtype=torch.long))
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ def moe_align_block_size(
     expert_map: Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_scatter_idx: bool = False,
+) -> tuple[Tensor, ...]:
     """`fmkernels.moe.build_mapping` under the name and with the results of vLLM.
 
     Args:
@@ -30,12 +31,13 @@ def moe_align_block_size(
         expert_map: [num_experts], int32: the expert's number on this rank, -1: it is on another.
         pad_sorted_ids: sorted_token_ids is as long as a multiple of block_size.
         ignore_invalid_experts: slots of experts of other ranks are left out; else they have blocks of the expert -1.
+        return_scatter_idx: a fourth result is wanted; with expert_map only where slots of other ranks are left out.
 
     Returns:
         (sorted_token_ids, expert_ids, num_tokens_post_pad), int32. sorted_token_ids: the slots, token * num_topk + k,
         by their expert, each expert's in their order; topk_ids.numel() is padding. expert_ids: the expert of each
         block; 0, through expert_map if that is given, of blocks behind the last. num_tokens_post_pad [1]: how many
-        rows there are.
+        rows there are. scatter_idx [topk_ids.numel(), 1]: of each slot its own number, -1 where it is left out.
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
@@ -44,8 +46,13 @@ def moe_align_block_size(
     check_ids(op, "topk_ids", topk_ids)
     for name, number in (("block_size", block_size), ("num_experts", num_experts)):
         check.integer(op, name, number, 1)
-    for name, flag in (("pad_sorted_ids", pad_sorted_ids), ("ignore_invalid_experts", ignore_invalid_experts)):
+    flags = {"pad_sorted_ids": pad_sorted_ids, "ignore_invalid_experts": ignore_invalid_experts}
+    for name, flag in (flags | {"return_scatter_idx": return_scatter_idx}).items():
         check.flag(op, name, flag)
+    if return_scatter_idx and expert_map is not None and not ignore_invalid_experts:
+        raise ValueError(
+            f"{op}: ignore_invalid_experts must be True for return_scatter_idx with expert_map, got False."
+        )
     ids = _known(topk_ids, num_experts)
     if expert_map is not None:
         _check_map(op, expert_map, num_experts, topk_ids)
@@ -67,7 +74,11 @@ def moe_align_block_size(
     expert_ids = torch.where(starts < ends[-1], expert_ids, 0)
     if expert_map is not None:
         expert_ids = expert_map[expert_ids.long()].int()
-    return sorted_ids, expert_ids, ends[-1:].clone()
+    result = sorted_ids, expert_ids, ends[-1:].clone()
+    if not return_scatter_idx:
+        return result
+    slots = torch.arange(num_slots, dtype=torch.int32, device=rows.device).view(-1, 1)
+    return *result, torch.where(mapping.token_topk_to_pos >= 0, slots, -1)
 
 
 def fused_experts(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check as check
-from .._library import needs_grad
+from .._library import autocast, needs_grad
+from .._moe_mapping import MAX_EXPERTS
 from ..glu import swiglu
 from ..moe import build_mapping, combine, moe_mlp, permute
 from .grouped_linear import grouped_mm_deferred
@@ -55,6 +56,8 @@ class Experts(DeferredWeightGrad, nn.Module):
         super().__init__()
         for name, number in (("num_experts", num_experts), ("hidden", hidden), ("width", width)):
             check.integer(_OP, name, number, 1)
+        if num_experts > MAX_EXPERTS:
+            raise ValueError(f"{_OP}: num_experts must be at most {MAX_EXPERTS}, got {num_experts}.")
         self._set_store(_OP, weight_grad_store)
         self.num_experts, self.hidden, self.width = num_experts, hidden, width
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden, device=device, dtype=dtype))
@@ -85,6 +88,7 @@ class Experts(DeferredWeightGrad, nn.Module):
         return out if shared is None else out + shared(x)
 
     def _deferred(self, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, store: WeightGradStore) -> Tensor:
+        (x,) = autocast(1, x)
         mapping = build_mapping(topk_idx, self.num_experts)
         offsets = mapping.expert_offsets[0]
         rows = permute(x, mapping)

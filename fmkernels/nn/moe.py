@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .. import _check as check
 from .._library import as_rows, no_view, under_autocast
 from .._moe_choice import POLICIES
-from .._moe_route import GROUP_SCORES, scoring_code
-from ..moe import apply_capacity, build_mapping, load_balance_loss, route, z_loss
+from ..moe import apply_capacity, build_mapping, grouped_mm, load_balance_loss, route, z_loss
 from .experts import Experts
 from .glu import SwiGLU
 from .weight_grad import WeightGradStore
@@ -35,7 +34,11 @@ class MoELosses(NamedTuple):
 
 
 class Router(nn.Module):
-    """The logits of the experts, always in float32: of bfloat16 ones many are equal."""
+    """The logits of the experts, always in float32: of bfloat16 ones many are equal.
+
+    On the CPU those of a token have the same bits alone and among others: else it might get another expert in another
+    batch, or on another rank. On other devices they are torch's product.
+    """
 
     weight: nn.Parameter
     e_score_correction_bias: Tensor | None
@@ -65,7 +68,10 @@ class Router(nn.Module):
         """x [num_tokens, hidden] gives [num_tokens, num_experts], float32, under autocast too."""
         no_autocast = torch.autocast(x.device.type, enabled=False) if under_autocast(x) else nullcontext()
         with no_autocast:
-            return nn.functional.linear(x.float(), self.weight.float())
+            if x.device.type != "cpu":
+                return nn.functional.linear(x.float(), self.weight.float())
+            ends = torch.full((1,), x.shape[0], dtype=torch.int32)
+            return grouped_mm(x.float(), self.weight.float().unsqueeze(0), ends, trans_b=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """As of every module, but the bias stays float32: steps of a thousandth are lost in bfloat16."""
@@ -100,8 +106,8 @@ class MoE(nn.Module):
         selection_bias: the buffer `gate.e_score_correction_bias` is added to the scores that choose; see `update_bias`.
         routed_scale: a factor of the weights of the experts.
         capacity_factor: None: no slot is dropped. Else an expert takes ceil(capacity_factor * num_tokens * num_topk /
-            num_experts) slots, which the shapes alone decide, and more are dropped: a token that lost all of its slots
-            gives zeros.
+            num_experts) slots, which the shapes alone decide, and more are dropped, in training and after it: a token
+            that lost all of its slots gets nothing from the experts.
         policy: which slots stay, as of `moe.apply_capacity`: the first ones ("position"), in whose case a token depends
             on those before it alone, or those of the largest weights ("weight").
         shared_width: of the gate of the shared expert; 0: there is none.
@@ -113,7 +119,8 @@ class MoE(nn.Module):
         ValueError, TypeError: one sentence with the argument, its rule and what came.
 
     CPU: float32, bfloat16, float16; CUDA: bfloat16, float16. The router computes in float32. Nothing waits for the
-    device. Deterministic, and without a capacity a token's bits depend on the token alone. Works under autocast and
+    device. Deterministic; on the CPU, without a capacity, a token's bits depend on the token alone (a shared expert is
+    made of torch's linear layers, which promise no such thing). Works under autocast and
     `torch.compile(fullgraph=True)`. A token that has NaN has no expert. After Shazeer et al. 2017, Fedus et al. 2021,
     and DeepSeek-AI 2024, DeepSeek-V3.
     """
@@ -141,32 +148,25 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"hidden": hidden, "width": width, "num_experts": num_experts, "num_topk": num_topk}
-        sizes |= {"num_groups": num_groups, "topk_groups": topk_groups}
-        for name, number in sizes.items():
-            check.integer(_OP, name, number, 1)
-        check.integer(_OP, "shared_width", shared_width, 0)
-        flags = {"renormalize": renormalize, "selection_bias": selection_bias, "return_losses": return_losses}
-        for name, flag in flags.items():
+        for name, number, least in (("hidden", hidden, 1), ("width", width, 1), ("shared_width", shared_width, 0)):
+            check.integer(_OP, name, number, least)
+        check.integer(_OP, "num_experts", num_experts, 1)
+        for name, flag in (("selection_bias", selection_bias), ("return_losses", return_losses)):
             check.flag(_OP, name, flag)
-        scoring_code(_OP, scoring)
-        for name, choice, allowed in (("group_score", group_score, GROUP_SCORES), ("policy", policy, POLICIES)):
-            if choice not in allowed:
-                raise ValueError(f"{_OP}: {name} must be {' or '.join(allowed)}, got {choice!r}.")
         check.number(_OP, "routed_scale", routed_scale)
         if capacity_factor is not None:
             check.number(_OP, "capacity_factor", capacity_factor, non_negative=True)
-        if num_experts % num_groups != 0 or topk_groups > num_groups:
-            raise ValueError(
-                f"{_OP}: num_groups must divide the {num_experts} experts and be at least topk_groups, {topk_groups}, "
-                f"got {num_groups}."
-            )
-        most = num_experts // num_groups * topk_groups
-        if num_topk > most:
-            raise ValueError(f"{_OP}: num_topk must be at most {most} for these experts and groups, got {num_topk}.")
+        if policy not in POLICIES:
+            raise ValueError(f"{_OP}: policy must be {' or '.join(POLICIES)}, got {policy!r}.")
+        self.options: dict[str, Any] = {
+            "scoring": scoring,
+            "renormalize": renormalize,
+            "num_groups": num_groups,
+            "topk_groups": topk_groups,
+            "group_score": group_score,
+        }
+        route(torch.empty(0, num_experts), num_topk, **self.options)  # which says what is wrong with them
         self.hidden, self.num_experts, self.num_topk = hidden, num_experts, num_topk
-        self.scoring, self.renormalize = scoring, renormalize
-        self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
         self.routed_scale, self.capacity_factor, self.policy = routed_scale, capacity_factor, policy
         self.return_losses = return_losses
         self.gate = Router(hidden, num_experts, selection_bias, device, dtype)
@@ -196,19 +196,11 @@ class MoE(nn.Module):
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor, MoELosses | None]:
         """(topk_weights, topk_idx, losses) of [num_tokens, hidden]: what the experts are given."""
         logits = self.gate(rows)
-        topk_weights, topk_idx = route(
-            logits,
-            self.num_topk,
-            scoring=self.scoring,
-            renormalize=self.renormalize,
-            bias=self.gate.e_score_correction_bias,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-            group_score=self.group_score,
-        )
+        bias = self.gate.e_score_correction_bias
+        topk_weights, topk_idx = route(logits, self.num_topk, bias=bias, **self.options)
         losses = None
         if self.return_losses:
-            balance = load_balance_loss(logits, topk_idx, scoring=self.scoring)
+            balance = load_balance_loss(logits, topk_idx, scoring=self.options["scoring"])
             losses = MoELosses(balance, z_loss(logits), expert_load(topk_idx, self.num_experts))
         if self.capacity_factor is not None:
             capacity = self.capacity(rows.shape[0])
@@ -251,7 +243,7 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         capacity = "" if self.capacity_factor is None else f", capacity_factor={self.capacity_factor}"
-        return f"num_topk={self.num_topk}, scoring={self.scoring}{capacity}"
+        return f"num_topk={self.num_topk}, scoring={self.options['scoring']}{capacity}"
 
 
 def expert_load(topk_idx: Tensor, num_experts: int) -> Tensor:
