@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._expert_parallel_calls import check_weights
+from ._expert_parallel_calls import check_rows, check_weights
 from ._expert_parallel_exchange import not_traced
 from ._expert_parallel_handle import Collect, Crossing, Receive, Return, Send
 from ._expert_parallel_plan import plan
@@ -83,6 +83,7 @@ def _step(experts: Callable[[Tensor, Tensor], Tensor]) -> Step:
     def step(ticket: Tensor, there: Crossing, topk_weights: Tensor, back: Crossing) -> Tensor:
         rows = Receive.apply(ticket, there)
         y = experts(rows, there.handle.mapping.expert_offsets[0])
+        check_rows("expert_parallel.run", y, there.handle)
         return Return.apply(y, topk_weights, back)
 
     return step

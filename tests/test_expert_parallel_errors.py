@@ -68,11 +68,11 @@ def test_what_differs_between_ranks_is_said_on_each(tmp_path):
     spawn(check_agreement, tmp_path, 4)
 
 
-SECONDS = 6
+SECONDS = 3
 
 
 def check_death(rank, when):
-    """Rank 2 ends in the middle of a step; the others raise within the timeout of the group."""
+    """Rank 2 ends, or stops, in the middle of a step; the others raise within the timeout of the group."""
     layer = Layer((5, 10, 15))
     x, gate_up, down, weights = layer.leaves(rank)
     idx = layer.part("topk_idx", layer.topk_idx, rank)
@@ -81,6 +81,9 @@ def check_death(rank, when):
     def step():
         recv_x, _, handle = expert_parallel.dispatch(x, idx, 12)
         if rank == 2 and when == "experts":
+            os._exit(0)
+        if rank == 2 and when == "stops":
+            time.sleep(SECONDS + 2)
             os._exit(0)
         rows = moe.grouped_mm(
             moe.permute(recv_x, handle.mapping), gate_up, handle.mapping.expert_offsets[0], trans_b=True
@@ -97,7 +100,7 @@ def check_death(rank, when):
     os._exit(0)
 
 
-@pytest.mark.parametrize("when", ["experts", "backward"])
+@pytest.mark.parametrize("when", ["experts", "backward", "stops"])
 def test_a_rank_that_dies_hangs_nobody(when, tmp_path):
     begin = time.monotonic()
     spawn(check_death, tmp_path, 3, when, seconds=SECONDS)
@@ -188,6 +191,11 @@ def test_wrong_arguments_of_moe_mlp(changed, sentence, one_rank):
     with pytest.raises(ValueError, match="expert_parallel") as caught:
         expert_parallel.moe_mlp(**{"x": X, "topk_weights": WEIGHTS, "topk_idx": IDX, **arguments, **changed})
     assert str(caught.value) == f"expert_parallel.moe_mlp: {sentence}"
+
+
+def test_experts_that_lose_rows(one_rank):
+    text = raised(expert_parallel.run, lambda rows, offsets: rows[1:], X, WEIGHTS, IDX, 4)
+    assert text == "ValueError: expert_parallel.run: y must have the rows of handle.mapping, 12, got 11."
 
 
 def test_a_dispatch_is_waited_for_once_and_first(one_rank):
