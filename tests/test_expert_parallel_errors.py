@@ -221,19 +221,3 @@ def test_wrong_modules_for_the_style(one_rank):
     assert raised(style, split_tokens=2) == (
         "TypeError: expert_parallel.ExpertParallel: split_tokens must be a DeviceMesh of one dimension, got 2."
     )
-
-
-def test_a_compiled_caller_has_the_same_bits(one_rank):
-    """Its graph ends at the exchange and goes on behind it."""
-    torch._dynamo.reset()
-
-    def layer(x, *args, **options):
-        return expert_parallel.moe_mlp(x * 2, *args, **options) * 3
-
-    compiled = torch.compile(layer, backend="aot_eager")
-    for num_tokens in (6, 9):
-        *leaves, idx = (*Layer((num_tokens,)).leaves(), Layer((num_tokens,)).topk_idx)
-        for options in ({}, {"max_tokens": 9}):
-            outs = [function(*leaves, idx, **options) for function in (compiled, layer)]
-            assert torch.equal(*outs)
-            assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), leaves) for out in outs)))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fmkernels.expert_parallel in a group of one rank: the kernels of every backend, and a compiled caller."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from expert_parallel_ranks import Layer
+
+from fmkernels import expert_parallel, moe
+from fmkernels.testing import backends
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+# gloo has the tensors of the CPU; so have the kernels of CUDA where they are emulated
+BACKENDS = [backend for backend in backends("moe_permute") if backend.device == "cpu"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    store = tmp_path_factory.mktemp("one") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def twice(rows, offsets):
+    return rows * 2
+
+
+def alone(x, topk_weights, topk_idx):
+    mapping = moe.build_mapping(topk_idx, 12)
+    return moe.combine(twice(moe.permute(x, mapping), None), mapping, topk_weights)
+
+
+def in_pieces(x, topk_weights, topk_idx, **options):
+    recv_x, _, handle = expert_parallel.dispatch(x, topk_idx, 12, **options)
+    return expert_parallel.combine(twice(moe.permute(recv_x, handle.mapping), None), handle, topk_weights)
+
+
+def together(x, topk_weights, topk_idx, **options):
+    return expert_parallel.run(twice, x, topk_weights, topk_idx, 12, **options)
+
+
+def step(function, layer, **options):
+    x, _, _, topk_weights = layer.leaves()
+    out = function(x, topk_weights, layer.topk_idx, **options)
+    return [out.detach(), *torch.autograd.grad(out, (x, topk_weights), layer.grad)]
+
+
+@pytest.mark.parametrize("hidden", [64, 13])
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_the_kernels_of_a_backend_take_rows_as_they_travel(backend, hidden, one_rank):
+    """Rows beside ids, at odd places, with none in the place of a token: the bits of the kernels without them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = Layer((9,), dtype=dtype, hidden=hidden)
+        wanted = backend.run(step, alone, layer)
+        for options in (
+            {},
+            {"max_tokens": 12},
+            {"group": (None, one_rank)},
+            {"group": (None, one_rank), "max_tokens": 12},
+        ):
+            for function in (together, in_pieces):
+                actual = backend.run(step, function, layer, **options)
+                assert all(map(torch.equal, actual, wanted)), (dtype, options)
+        backend.run(step, together, layer, payload="int8", num_chunks=2)
+
+
+def test_a_compiled_caller_has_the_same_bits(one_rank):
+    """Its graph ends at the exchange and goes on behind it."""
+    torch._dynamo.reset()
+
+    def layer(x, *args, **options):
+        return expert_parallel.moe_mlp(x * 2, *args, **options) * 3
+
+    compiled = torch.compile(layer, backend="aot_eager")
+    for num_tokens in (6, 9):
+        *leaves, idx = (*Layer((num_tokens,)).leaves(), Layer((num_tokens,)).topk_idx)
+        for options in ({}, {"max_tokens": 9}):
+            outs = [function(*leaves, idx, **options) for function in (compiled, layer)]
+            assert torch.equal(*outs)
+            assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), leaves) for out in outs)))
