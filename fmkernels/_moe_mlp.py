@@ -17,7 +17,7 @@ from ._moe_mapping import MAX_EXPERTS, check_ids
 from ._moe_permute import MAX_TOPK
 
 if TYPE_CHECKING:
-    from .nn.weight_grad import WeightGradStore
+    from .nn.weight_grad import HeldParameters, WeightGradStore
 
 OP = "moe.moe_mlp"
 
@@ -55,7 +55,7 @@ def moe_mlp_with(
     w_down: Tensor,
     topk_weights: Tensor,
     topk_idx: Tensor,
-    store: WeightGradStore | None = None,
+    store: WeightGradStore | HeldParameters | None = None,
 ) -> Tensor:
     """`moe_mlp`; with a store backward leaves the gradients of both weights there, which must be parameters."""
     parameters = (w_gate_up, w_down)
@@ -75,7 +75,7 @@ def _deferred(
     topk_weights: Tensor,
     topk_idx: Tensor,
     parameters: tuple[Tensor, Tensor],
-    store: WeightGradStore,
+    store: WeightGradStore | HeldParameters,
 ) -> Tensor:
     """The weights are no inputs of the function: an empty tensor stands for them, as in nn.BlockSparseLinear."""
     left: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = []

@@ -103,7 +103,7 @@ class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
     def _deferred(self, x: Tensor, store: WeightGradStore) -> Tensor:
         x, values = autocast(2, x, self.weight.detach())
         left: list[Callable[[], Tensor]] = []
-        weight = stand_in(store, self, ("weight", "topology"), left)  # replaced by fully_shard, or other blocks
+        weight = stand_in(store, self, "weight", left, beside=("topology",))
         return _Deferred.apply(x, self.bias, weight, values, self.topology, left)
 
     @property

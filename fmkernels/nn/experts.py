@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check as check
-from .._library import autocast, needs_grad
+from .._library import needs_grad
 from .._moe_mapping import MAX_EXPERTS
-from ..glu import swiglu
-from ..moe import build_mapping, combine, moe_mlp, permute
-from .grouped_linear import grouped_mm_deferred
-from .weight_grad import DeferredWeightGrad, WeightGradStore
+from .._moe_mlp import moe_mlp_with
+from .weight_grad import DeferredWeightGrad, HeldParameters, WeightGradStore
 
 _OP = "nn.Experts"
 HUB_FORMS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -81,19 +79,11 @@ class Experts(DeferredWeightGrad, nn.Module):
 
         shared(x), if given, is added; under `expert_parallel.ExpertParallel` it is computed while the tokens travel.
         """
-        if self.weight_grad_store is not None and needs_grad(self.gate_up_proj, self.down_proj):
-            out = self._deferred(x, topk_weights, topk_idx, self.weight_grad_store)
-        else:
-            out = moe_mlp(x, self.gate_up_proj, self.down_proj, topk_weights, topk_idx)
+        weights, store = (self.gate_up_proj, self.down_proj), None
+        if self.weight_grad_store is not None and needs_grad(*weights):
+            store = HeldParameters(self.weight_grad_store, self, ("gate_up_proj", "down_proj"))
+        out = moe_mlp_with(x, *weights, topk_weights, topk_idx, store)
         return out if shared is None else out + shared(x)
-
-    def _deferred(self, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, store: WeightGradStore) -> Tensor:
-        (x,) = autocast(1, x)
-        mapping = build_mapping(topk_idx, self.num_experts)
-        offsets = mapping.expert_offsets[0]
-        rows = permute(x, mapping)
-        inner = swiglu(grouped_mm_deferred(self, "gate_up_proj", rows, offsets, None, store))
-        return combine(grouped_mm_deferred(self, "down_proj", inner, offsets, None, store), mapping, topk_weights)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
         form = None if prefix + "gate_up_proj" in state_dict else hub_form(state_dict, prefix, self.num_experts)

@@ -69,31 +69,49 @@ class DeferredWeightGrad:
             self.weight_grad_store.pop()()
 
 
+class HeldParameters:
+    """In the place of a store, for parameters of a module, which must have them still when gradients are computed.
+
+    `fully_shard` replaces them when backward of the module ends: what they were would get the gradients, unseen.
+    """
+
+    def __init__(
+        self, store: WeightGradStore, module: nn.Module, names: tuple[str, ...], beside: tuple[str, ...] = ()
+    ) -> None:
+        self._store, self._module = store, module
+        self._parameters, self._beside = ({name: getattr(module, name) for name in of} for of in (names, beside))
+
+    def put(self, parameter: Tensor, gradient: Callable[[], Tensor]) -> None:
+        """As of the store; what the module has `beside` the parameter must stay too."""
+        name = next(name for name, held in self._parameters.items() if held is parameter)
+        wanted = {name: parameter} | self._beside
+
+        def compute() -> Tensor:
+            if any(getattr(self._module, name) is not held for name, held in wanted.items()):
+                raise RuntimeError(
+                    f"nn.{type(self._module).__name__}: the {name} must stay until its gradient is computed, "
+                    "it was replaced."
+                )
+            return gradient()
+
+        self._store.put(parameter, compute)
+
+
 def stand_in(
-    store: WeightGradStore, module: nn.Module, names: tuple[str, ...], left: list[Callable[[], Tensor]]
+    store: WeightGradStore, module: nn.Module, name: str, left: list[Callable[[], Tensor]], beside: tuple[str, ...] = ()
 ) -> Tensor:
-    """An input of an autograd.Function in the place of a parameter, names[0], whose gradient goes to the store.
+    """An input of an autograd.Function in the place of a parameter, whose gradient goes to the store.
 
     The parameter itself is no input: its hooks would run at the end of backward, without a gradient. This empty tensor
     stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it asks for those of
     inputs alone, as a pipeline does of made-up inputs when it infers shapes. Backward leaves in `left` how the gradient
-    is computed. Until it is, what the module has by these names must not be replaced.
+    is computed. Until it is, neither the parameter nor what is `beside` it may be replaced.
     """
-    held = [getattr(module, name) for name in names]
-    parameter = held[0]
+    parameter, held = getattr(module, name), HeldParameters(store, module, (name,), beside)
 
     def put(_grad: Tensor) -> None:
         compute = left.pop()
-
-        def gradient() -> Tensor:
-            if any(getattr(module, name) is not value for name, value in zip(names, held, strict=True)):
-                raise RuntimeError(
-                    f"nn.{type(module).__name__}: the {names[0]} must stay until its gradient is computed, "
-                    "it was replaced."
-                )
-            return compute().to(parameter.dtype)
-
-        store.put(parameter, gradient)
+        held.put(parameter, lambda: compute().to(parameter.dtype))
 
     result = torch.empty(0, requires_grad=True)
     result.register_hook(put)
