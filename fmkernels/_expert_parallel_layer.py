@@ -42,7 +42,7 @@ def run(
         num_experts: on all ranks together.
         group, max_tokens, payload: as of `dispatch`.
         num_chunks: the tokens go in so many parts of equal size, 1 to 16: the experts of one compute while the next
-            travels. For all parts the host waits once.
+            travels. For all parts the host waits once, and on the second level of two once a part.
         shared: called as shared(x) while the first tokens travel; its result is added to that of the experts.
         requires_grad: whether `experts` has parameters that need a gradient.
 

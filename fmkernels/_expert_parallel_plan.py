@@ -51,7 +51,7 @@ def plan(
 ) -> list[tuple[Tensor, Handle]]:
     """The tokens of each chunk, and where they go; all ranks raise where one refuses its arguments or others differ.
 
-    One collective, and one wait for the device: how many rows come is nowhere else. With max_tokens there is neither,
+    A collective a group, and a wait for the device: how many rows come is known nowhere else. With max_tokens neither,
     except where values are checked (on the CPU, on CUDA under FMKERNELS_CHECK=1).
     """
     groups = groups_of(op, group)
