@@ -78,11 +78,6 @@ def assert_same_bits(found, expected):
         assert torch.equal(found[name], grad), name
 
 
-def deferring(module):
-    """The module of a layer that has the store."""
-    return module.experts if isinstance(module, MoE) else module
-
-
 # ---- GroupedLinear ---------------------------------------------------------------------------------------------------
 
 
@@ -129,10 +124,10 @@ def test_the_gradients_have_the_same_bits(name, autocast, x_needs_grad):
         assert not x_needs_grad or torch.equal(xs[0].grad, xs[1].grad)
     assert len(store) == 3 * NUM_DEFERRED[name]
     assert sum(p.grad is None for p in waiting.parameters()) == NUM_DEFERRED[name]
-    deferring(waiting).backward_dw()
+    waiting.backward_dw()
     assert len(store) == 0
     assert_same_bits(gradients(waiting), gradients(plain))
-    deferring(plain).backward_dw()  # nothing waits
+    plain.backward_dw()  # nothing waits
 
 
 @EVERY_MODULE
@@ -144,7 +139,7 @@ def test_each_product_runs_once_and_where_it_belongs(name):
     with CountOps() as first:
         waiting(*args).sum().backward()
     with CountOps() as second:
-        deferring(waiting).backward_dw()
+        waiting.backward_dw()
     assert second.counts["moe_grouped_mm_inner"] == NUM_DEFERRED[name]
     assert first.counts + second.counts == ordinary.counts
 

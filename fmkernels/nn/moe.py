@@ -215,6 +215,10 @@ class MoE(nn.Module):
         factor = Fraction(self.capacity_factor).limit_denominator(1_000_000)
         return -(-num_tokens * self.num_topk * factor.numerator // (self.num_experts * factor.denominator))
 
+    def backward_dw(self) -> None:
+        """As of `Experts`: the weight gradients that wait in its store."""
+        self.experts.backward_dw()
+
     @torch.no_grad()
     def update_bias(self, load: Tensor, rate: float, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Raises the bias of the experts that were chosen less than the mean by `rate`, and lowers that of the others.
