@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """fmkernels.expert_parallel in a group of one rank: the kernels of every backend, and a compiled caller."""
 
+import copy
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -64,6 +67,26 @@ def test_the_kernels_of_a_backend_take_rows_as_they_travel(backend, hidden, one_
                 actual = backend.run(step, function, layer, **options)
                 assert all(map(torch.equal, actual, wanted)), (dtype, options)
         backend.run(step, together, layer, payload="int8", num_chunks=2)
+
+
+def test_clipping_without_a_mesh():
+    for norm_type in (2.0, 1.0, math.inf):
+        parameters = [torch.nn.Parameter(torch.randn(3, n)) for n in (1, 5, 2)]
+        copies = copy.deepcopy(parameters)
+        for t, same in zip(parameters[:2], copies, strict=False):
+            t.grad = torch.randn_like(t)
+            same.grad = t.grad.clone()
+        wanted = torch.nn.utils.clip_grad_norm_(copies, 0.5, norm_type)
+        torch.testing.assert_close(expert_parallel.clip_grad_norm_(iter(parameters), 0.5, norm_type), wanted)
+        torch.testing.assert_close([t.grad for t in parameters[:2]], [t.grad for t in copies[:2]])
+    assert expert_parallel.clip_grad_norm_([], 1.0) == 0
+    parameters[0].grad[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=r"the norm of the gradients must be finite, got nan\."):
+        expert_parallel.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+    with pytest.raises(ValueError, match=r"max_norm must not be negative, got -1\."):
+        expert_parallel.clip_grad_norm_(parameters, -1)
+    with pytest.raises(TypeError, match="parameters must be a tensor, got int"):
+        expert_parallel.clip_grad_norm_([1], 1.0)
 
 
 def test_a_compiled_caller_has_the_same_bits(one_rank):
