@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from expert_parallel_ranks import Layer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 
 from fmkernels import expert_parallel, moe
+from fmkernels.integrations import transformers
 from fmkernels.testing import backends
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -87,6 +90,26 @@ def test_clipping_without_a_mesh():
         expert_parallel.clip_grad_norm_(parameters, -1)
     with pytest.raises(TypeError, match="parameters must be a tensor, got int"):
         expert_parallel.clip_grad_norm_([1], 1.0)
+
+
+def test_experts_of_transformers(one_rank):
+    """Shared out where they are called; experts that are gated otherwise are refused."""
+    mixtral = pytest.importorskip("transformers.models.mixtral")
+    transformers.register()
+    config = mixtral.MixtralConfig(hidden_size=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "fmkernels"
+    block = mixtral.modeling_mixtral.MixtralSparseMoeBlock(config)
+    for t in block.parameters():
+        torch.nn.init.normal_(t, std=0.2)
+    x = torch.randn(2, 5, 32)
+    wanted = block(x)
+    parallelize_module(block, init_device_mesh("cpu", (1,)), {"experts": expert_parallel.ExpertParallel()})
+    assert torch.equal(block(x), wanted)
+    assert torch.equal(copy.deepcopy(block)(x), wanted)
+    config.hidden_act = "gelu"
+    block = mixtral.modeling_mixtral.MixtralSparseMoeBlock(config)
+    with pytest.raises(ValueError, match=r"ExpertParallel: the activation must be SiLU, got GELUActivation\."):
+        parallelize_module(block, init_device_mesh("cpu", (1,)), {"experts": expert_parallel.ExpertParallel()})
 
 
 def test_a_compiled_caller_has_the_same_bits(one_rank):
