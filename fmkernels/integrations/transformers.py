@@ -60,14 +60,14 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         hidden_states: [num_tokens, hidden].
         top_k_index, top_k_weights: [num_tokens, num_topk]. Ids from num_experts on, of other ranks, are left out.
     """
-    from transformers.activations import ACT2FN
+    from transformers.activations import SiLUActivation
     from transformers.integrations import moe
 
     wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     for name, value in wanted.items():
         if getattr(module, name, value) != value:
             raise ValueError(f"experts_implementation='{NAME}': {name} must be {value}, got {not value}.")
-    if not isinstance(module.act_fn, nn.SiLU | type(ACT2FN["silu"])):
+    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         came = type(module.act_fn).__name__
         raise ValueError(f"experts_implementation='{NAME}': the activation must be SiLU, got {came}.")
     if type(module)._apply_gate is not moe._default_apply_gate:
