@@ -6,6 +6,8 @@ Its experts are a loop (eager) or run `torch.nn.functional.grouped_mm`.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from measure import Contender
@@ -33,7 +35,7 @@ def layers(experts: int, topk: int, dtype: torch.dtype, device: torch.device) ->
     ours = MoE(**moe_arguments(config)).to(device, dtype)
     theirs = {}
     for name in ("eager", "grouped_mm"):
-        block = Qwen3MoeSparseMoeBlock(config.__class__(**config.to_dict())).to(device, dtype)
+        block = Qwen3MoeSparseMoeBlock(copy.deepcopy(config)).to(device, dtype)
         block.load_state_dict(ours.state_dict())
         block.experts.config._experts_implementation = name
         theirs[name] = block

@@ -3,17 +3,16 @@
 
 import os
 import re
-from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
+from nn_layers import CountOps, assert_same_bits, gradients
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmkernels import moe, reference
 from fmkernels.nn import Experts, GroupedLinear, MoE, WeightGradStore
@@ -55,27 +54,6 @@ MODULES = {
 }
 EVERY_MODULE = pytest.mark.parametrize("name", MODULES)
 NUM_DEFERRED = {"grouped": 1, "experts": 2, "moe": 2}
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fmkernels":
-            self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def gradients(module):
-    return {name: p.grad for name, p in module.named_parameters()}
-
-
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert torch.equal(found[name], grad), name
 
 
 # ---- GroupedLinear ---------------------------------------------------------------------------------------------------

@@ -67,14 +67,14 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
 def check_experts(op: str, module: nn.Module) -> None:
     """Of a module of transformers: what `moe_mlp` computes."""
-    from transformers.activations import ACT2FN
+    from transformers.activations import SiLUActivation
     from transformers.integrations import moe
 
     wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     for name, value in wanted.items():
         if getattr(module, name, value) != value:
             raise ValueError(f"{op}: {name} must be {value}, got {not value}.")
-    if not isinstance(module.act_fn, nn.SiLU | type(ACT2FN["silu"])):
+    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         raise ValueError(f"{op}: the activation must be SiLU, got {type(module.act_fn).__name__}.")
     if type(module)._apply_gate is not moe._default_apply_gate:
         raise ValueError(f"{op}: {type(module).__name__} must have no gate of its own.")

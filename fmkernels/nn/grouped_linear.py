@@ -70,8 +70,8 @@ class GroupedLinear(DeferredWeightGrad, nn.Module):
         """x [num_rows, in_features] gives [num_rows, out_features]; group g ends at row offsets[g], int32."""
         if self.weight_grad_store is not None and needs_grad(self.weight):
             x, values = autocast(2, x, self.weight.detach())
-            left: list[Callable[[], Tensor]] = []
-            weight = stand_in(self.weight_grad_store, self, "weight", left)
+            left: list[tuple[Callable[[], Tensor], ...]] = []
+            weight = stand_in(self.weight_grad_store, self, ("weight",), left)
             return _Deferred.apply(x, self.bias, weight, values, offsets, left)
         return grouped_mm(x, self.weight, offsets, bias=self.bias, trans_b=True)
 
@@ -91,7 +91,7 @@ class _Deferred(torch.autograd.Function):
         stand_in: Tensor,
         values: Tensor,
         offsets: Tensor,
-        left: list[Callable[[], Tensor]],
+        left: list[tuple[Callable[[], Tensor], ...]],
     ) -> Tensor:
         y = grouped_mm(x, values, offsets, bias=bias, trans_b=True)
         ctx.save_for_backward(x, values, stand_in, offsets)
@@ -104,7 +104,7 @@ class _Deferred(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, stand_in, offsets = ctx.saved_tensors
         grad = check.rows_of_gradient(grad)
-        ctx.left[:] = [lambda: ops.moe_grouped_mm_inner(grad, x, offsets)]
+        ctx.left[:] = [(lambda: ops.moe_grouped_mm_inner(grad, x, offsets),)]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = ops.moe_grouped_mm(grad, values, offsets, None)

@@ -70,7 +70,7 @@ class Router(nn.Module):
         with no_autocast:
             if x.device.type != "cpu":
                 return nn.functional.linear(x.float(), self.weight.float())
-            ends = torch.full((1,), x.shape[0], dtype=torch.int32)
+            ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
             return grouped_mm(x.float(), self.weight.float().unsqueeze(0), ends, trans_b=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:

@@ -69,49 +69,37 @@ class DeferredWeightGrad:
             self.weight_grad_store.pop()()
 
 
-class HeldParameters:
-    """In the place of a store, for parameters of a module, which must have them still when gradients are computed.
-
-    `fully_shard` replaces them when backward of the module ends: what they were would get the gradients, unseen.
-    """
-
-    def __init__(
-        self, store: WeightGradStore, module: nn.Module, names: tuple[str, ...], beside: tuple[str, ...] = ()
-    ) -> None:
-        self._store, self._module = store, module
-        self._parameters, self._beside = ({name: getattr(module, name) for name in of} for of in (names, beside))
-
-    def put(self, parameter: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """As of the store; what the module has `beside` the parameter must stay too."""
-        name = next(name for name, held in self._parameters.items() if held is parameter)
-        wanted = {name: parameter} | self._beside
-
-        def compute() -> Tensor:
-            if any(getattr(self._module, name) is not held for name, held in wanted.items()):
-                raise RuntimeError(
-                    f"nn.{type(self._module).__name__}: the {name} must stay until its gradient is computed, "
-                    "it was replaced."
-                )
-            return gradient()
-
-        self._store.put(parameter, compute)
-
-
 def stand_in(
-    store: WeightGradStore, module: nn.Module, name: str, left: list[Callable[[], Tensor]], beside: tuple[str, ...] = ()
+    store: WeightGradStore,
+    module: nn.Module,
+    names: tuple[str, ...],
+    left: list[tuple[Callable[[], Tensor], ...]],
+    beside: tuple[str, ...] = (),
 ) -> Tensor:
-    """An input of an autograd.Function in the place of a parameter, whose gradient goes to the store.
+    """An input of an autograd.Function in the place of parameters of a module, whose gradients go to the store.
 
-    The parameter itself is no input: its hooks would run at the end of backward, without a gradient. This empty tensor
-    stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it asks for those of
+    The parameters are no inputs: their hooks would run at the end of backward, without a gradient. This empty tensor
+    stands for them, whose hook runs where autograd asks for gradients of parameters, and not where it asks for those of
     inputs alone, as a pipeline does of made-up inputs when it infers shapes. Backward leaves in `left` how the gradient
-    is computed. Until it is, neither the parameter nor what is `beside` it may be replaced.
+    of each is computed. Until it is, neither the parameter nor what is `beside` it may be replaced, as `fully_shard`
+    does when backward of the module ends: what it was would get the gradient, unseen.
     """
-    parameter, held = getattr(module, name), HeldParameters(store, module, (name,), beside)
+    held = {name: getattr(module, name) for name in (*names, *beside)}
+
+    def later(name: str, gradient: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def compute() -> Tensor:
+            if any(getattr(module, part) is not held[part] for part in (name, *beside)):
+                raise RuntimeError(
+                    f"nn.{type(module).__name__}: the {name} must stay until its gradient is computed, it was replaced."
+                )
+            return gradient().to(held[name].dtype)
+
+        return compute
 
     def put(_grad: Tensor) -> None:
-        compute = left.pop()
-        held.put(parameter, lambda: compute().to(parameter.dtype))
+        for name, gradient in zip(names, left.pop(), strict=True):
+            if held[name].requires_grad:
+                store.put(held[name], later(name, gradient))
 
     result = torch.empty(0, requires_grad=True)
     result.register_hook(put)
