@@ -111,13 +111,9 @@ def combine(y: Tensor, handle: Handle, topk_weights: Tensor, *, async_op: bool =
     check.flag(op, "async_op", async_op)
     if not isinstance(handle, Handle):
         raise TypeError(f"{op}: handle must be a Handle of dispatch, got {type(handle).__name__}.")
-    check.is_tensor(op, "y", y)
-    check.rank(op, "y", y, 2, "[rows, hidden]")
-    check.dtype(op, "y", y, check.FLOAT_DTYPES)
-    check.last_dim_contiguous(op, "y", y)
     if not hasattr(handle, "mapping"):
         raise ValueError(f"{op}: handle must be of a dispatch whose tokens have arrived, got one before its wait().")
-    check.size(op, "y", y, 0, "the rows of handle.mapping,", handle.mapping.pos_to_token.shape[0])
+    check_rows(op, y, handle)
     check_weights(op, topk_weights, handle.topk_idx, y)
     crossing = Crossing(handle)
     ticket = Return.apply(y, topk_weights, crossing)
@@ -126,6 +122,14 @@ def combine(y: Tensor, handle: Handle, topk_weights: Tensor, *, async_op: bool =
         return Collect.apply(ticket, topk_weights.detach(), crossing)
 
     return Pending(finish) if async_op else finish()
+
+
+def check_rows(op: str, y: Any, handle: Handle) -> None:
+    check.is_tensor(op, "y", y)
+    check.rank(op, "y", y, 2, "[rows, hidden]")
+    check.dtype(op, "y", y, check.FLOAT_DTYPES)
+    check.last_dim_contiguous(op, "y", y)
+    check.size(op, "y", y, 0, "the rows of handle.mapping,", handle.mapping.pos_to_token.shape[0])
 
 
 def check_weights(op: str, topk_weights: Any, topk_idx: Tensor, other: Tensor) -> None:

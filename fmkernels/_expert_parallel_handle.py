@@ -35,14 +35,13 @@ class Handle:
         groups: tuple[Any, ...],
         topk_idx: Tensor,
         num_experts: int,
-        hidden: int,
         dtype: torch.dtype,
         payload: str | None,
         max_tokens: int | None,
     ) -> None:
         sizes = [dist.get_world_size(group) for group in groups]
         self.groups, self.max_tokens, self.payload = groups, max_tokens, payload
-        self.num_topk, self.hidden, self.dtype = topk_idx.shape[1], hidden, dtype
+        self.num_topk, self.dtype = topk_idx.shape[1], dtype
         rank, self.num_ranks = 0, 1
         for group, size in zip(groups, sizes, strict=True):
             rank, self.num_ranks = rank * size + dist.get_rank(group), self.num_ranks * size

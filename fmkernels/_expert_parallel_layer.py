@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._expert_parallel_calls import check_weights
+from ._expert_parallel_calls import check_rows, check_weights
 from ._expert_parallel_exchange import not_traced
 from ._expert_parallel_handle import Collect, Crossing, Receive, Return, Send
 from ._expert_parallel_plan import plan
@@ -42,7 +42,7 @@ def run(
         num_experts: on all ranks together.
         group, max_tokens, payload: as of `dispatch`.
         num_chunks: the tokens go in so many parts of equal size, 1 to 16: the experts of one compute while the next
-            travels. For all parts the host waits once.
+            travels. For all parts the host waits once, and on the second level of two once a part.
         shared: called as shared(x) while the first tokens travel; its result is added to that of the experts.
         requires_grad: whether `experts` has parameters that need a gradient.
 
@@ -83,6 +83,7 @@ def _step(experts: Callable[[Tensor, Tensor], Tensor]) -> Step:
     def step(ticket: Tensor, there: Crossing, topk_weights: Tensor, back: Crossing) -> Tensor:
         rows = Receive.apply(ticket, there)
         y = experts(rows, there.handle.mapping.expert_offsets[0])
+        check_rows("expert_parallel.run", y, there.handle)
         return Return.apply(y, topk_weights, back)
 
     return step

@@ -51,7 +51,7 @@ def plan(
 ) -> list[tuple[Tensor, Handle]]:
     """The tokens of each chunk, and where they go; all ranks raise where one refuses its arguments or others differ.
 
-    One collective, and one wait for the device: how many rows come is nowhere else. With max_tokens there is neither,
+    A collective a group, and a wait for the device: how many rows come is known nowhere else. With max_tokens neither,
     except where values are checked (on the CPU, on CUDA under FMKERNELS_CHECK=1).
     """
     groups = groups_of(op, group)
@@ -74,7 +74,7 @@ def plan(
         ]
         most = -(-(x.shape[0] if max_tokens is None else max_tokens) // num_chunks)
         sizes = [min(most, max(x.shape[0] - i * most, 0)) for i in range(num_chunks)]
-        options = (num_experts, x.shape[1], x.dtype, payload, None if max_tokens is None else most)
+        options = (num_experts, x.dtype, payload, None if max_tokens is None else most)
         handles = [Handle(groups, part, *options) for part in topk_idx.split(sizes)]
         chunks = list(zip(x.split(sizes), handles, strict=True))
     except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -17,6 +18,7 @@ from ._expert_parallel_exchange import not_traced
 from ._expert_parallel_mlp import moe_mlp_parts
 from ._expert_parallel_plan import check_options
 from ._library import autocast
+from .integrations.transformers import check_experts
 
 OP = "expert_parallel.ExpertParallel"
 NAMES = ("gate_up_proj", "down_proj")
@@ -28,9 +30,10 @@ class ExpertParallel(ParallelStyle):
         parallelize_module(model, mesh["ep"], {"layers.*.mlp.experts": ExpertParallel()})
 
     The module has the parameters `gate_up_proj` [num_experts, 2 * width, hidden] and `down_proj` [num_experts, hidden,
-    width] and is called as module(x, topk_weights, topk_idx), as `fmkernels.nn.Experts`. They become DTensors, sharded
-    by experts, and its forward becomes `expert_parallel.moe_mlp`. A mesh of two dimensions, nodes by devices, takes the
-    way through both. State dicts, `torch.distributed.checkpoint` and `full_tensor()` see the whole experts.
+    width] and is called as module(x, topk_weights, topk_idx), as `fmkernels.nn.Experts`, or as transformers 5 calls its
+    experts. They become DTensors, sharded by experts, and its forward becomes `expert_parallel.moe_mlp`. A mesh of two
+    dimensions, nodes by devices, takes the way through both. State dicts, `torch.distributed.checkpoint` and
+    `full_tensor()` see the whole experts.
 
     Args:
         split_tokens: a mesh on whose ranks the tokens are the same, as on those of tensor parallelism, and whose ranks
@@ -74,11 +77,15 @@ class ExpertParallel(ParallelStyle):
                     f"{OP}: {name} must be [num_experts, ...], a multiple of the {device_mesh.size()} ranks, "
                     f"got {list(parameter.shape)}."
                 )
+        of_transformers = "top_k_index" in inspect.signature(module.forward).parameters
+        if of_transformers:
+            check_experts(OP, module)
         for name, parameter in parameters.items():
             placements = [Shard(0)] * device_mesh.ndim
             shards = distribute_tensor(parameter, device_mesh, placements, src_data_rank=self.src_data_rank)
             module.register_parameter(name, nn.Parameter(shards, requires_grad=parameter.requires_grad))
-        module.forward = MethodType(_Forward(device_mesh, self.split_tokens, self.options), module)
+        forward = _Forward(device_mesh, self.split_tokens, self.options)
+        module.forward = MethodType(forward.of_transformers if of_transformers else forward, module)
         return module
 
 
@@ -108,6 +115,13 @@ class _Forward:
         if self.split_tokens is not None:
             out = _whole(out, x.shape[0], self.split_tokens)
         return out if extra is None else out + extra
+
+    def of_transformers(
+        self, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """As transformers 5 calls its experts."""
+        idx = torch.where(top_k_index < module.gate_up_proj.shape[0], top_k_index, -1)
+        return self(module, hidden_states, top_k_weights.float(), idx)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
             raise ValueError(f"{OP}: bias must be None for b [M, N], got {type(bias).__name__}.")
         check.is_tensor(OP, "a", a)
         check.rank(OP, "a", a, 2, "[K, M] for b [M, N]")
-        args: tuple[Any, ...] = (_by_rows(a.t()), _by_rows(b), offsets)
+        args: tuple[Any, ...] = (by_rows(a.t()), by_rows(b), offsets)
         return call(_GroupedMmInner.apply if needs_grad(a, b) else ops.moe_grouped_mm_inner, args, _check_inner)
     if isinstance(bias, Tensor) and isinstance(a, Tensor):
         check.float32_or_dtype_of(OP, "bias", bias, "a", a)
@@ -64,7 +64,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     return call(_GroupedMm.apply if needs_grad(a, b, bias) else ops.moe_grouped_mm, (a, b, offsets, bias), _check_mm)
 
 
-def _by_rows(t: Tensor) -> Tensor:
+def by_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 

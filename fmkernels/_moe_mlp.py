@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from ._library import autocast, call, needs_grad, ops, register_fake, register_f
 from ._moe_grouped import check_either_way, check_extents, dtypes_of_products
 from ._moe_mapping import MAX_EXPERTS, check_ids
 from ._moe_permute import MAX_TOPK
-
-if TYPE_CHECKING:
-    from .nn.weight_grad import WeightGradStore
 
 OP = "moe.moe_mlp"
 
@@ -55,40 +52,16 @@ def moe_mlp_with(
     w_down: Tensor,
     topk_weights: Tensor,
     topk_idx: Tensor,
-    store: WeightGradStore | None = None,
+    stand_in: Tensor | None = None,
+    left: list[tuple[Callable[[], Tensor], ...]] | None = None,
 ) -> Tensor:
-    """`moe_mlp`; with a store backward leaves the gradients of both weights there, which must be parameters."""
-    parameters = (w_gate_up, w_down)
-    deferred = () if store is None else tuple(w for w in parameters if needs_grad(w))
+    """`moe_mlp`; with a `stand_in` for both weights, which are detached then, backward leaves in `left` how their
+    gradients are computed: `nn.weight_grad.stand_in`."""
     x, w_gate_up, w_down = autocast(3, x, w_gate_up, w_down)
-    if deferred:
-        return _deferred(x, (w_gate_up, w_down), topk_weights, topk_idx, parameters, store)
     args = (x, w_gate_up, w_down, topk_weights, topk_idx)
-    if needs_grad(x, w_gate_up, w_down, topk_weights):
-        return call(_MoeMlp.apply, (*args, None, None), lambda *given: _check(*given[:5]))
+    if needs_grad(x, w_gate_up, w_down, topk_weights, stand_in):
+        return call(_MoeMlp.apply, (*args, stand_in, left), lambda *given: _check(*given[:5]))
     return call(ops.moe_mlp, (*args, False), _check)[0]
-
-
-def _deferred(
-    x: Tensor,
-    weights: tuple[Tensor, Tensor],
-    topk_weights: Tensor,
-    topk_idx: Tensor,
-    parameters: tuple[Tensor, Tensor],
-    store: WeightGradStore,
-) -> Tensor:
-    """The weights are no inputs of the function: an empty tensor stands for them, as in nn.BlockSparseLinear."""
-    left: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = []
-
-    def put(_grad: Tensor) -> None:
-        for parameter, compute in zip(parameters, left.pop(), strict=True):
-            if parameter.requires_grad:
-                store.put(parameter, lambda p=parameter, compute=compute: compute().to(p.dtype))
-
-    stand_in = torch.empty(0, requires_grad=True)
-    stand_in.register_hook(put)
-    args = (x, *(w.detach() for w in weights), topk_weights, topk_idx, stand_in, left)
-    return call(_MoeMlp.apply, args, lambda *given: _check(*given[:5]))
 
 
 def _check(x: Any, w_gate_up: Any, w_down: Any, topk_weights: Any, topk_idx: Any, keeps: bool = False) -> None:
@@ -139,7 +112,7 @@ class _MoeMlp(torch.autograd.Function):
         topk_weights: Tensor,
         topk_idx: Tensor,
         stand_in: Tensor | None,
-        left: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] | None,
+        left: list[tuple[Callable[[], Tensor], ...]] | None,
     ) -> Tensor:
         out, *kept = ops.moe_mlp(x, w_gate_up, w_down, topk_weights, topk_idx, True)
         ctx.save_for_backward(x, w_gate_up, w_down, topk_weights, stand_in, *kept)

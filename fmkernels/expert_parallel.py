@@ -9,9 +9,10 @@ ranks has the bits of `moe.moe_mlp`.
 from __future__ import annotations
 
 from ._expert_parallel_calls import Pending, combine, dispatch
+from ._expert_parallel_clip import clip_grad_norm_
 from ._expert_parallel_handle import Handle
 from ._expert_parallel_layer import run
 from ._expert_parallel_mlp import moe_mlp
 from ._expert_parallel_style import ExpertParallel
 
-__all__ = ["ExpertParallel", "Handle", "Pending", "combine", "dispatch", "moe_mlp", "run"]
+__all__ = ["ExpertParallel", "Handle", "Pending", "clip_grad_norm_", "combine", "dispatch", "moe_mlp", "run"]

@@ -14,17 +14,17 @@ from fmkernels import moe
 IMPORTED_ONCE = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.testing", "fmkernels.expert_parallel")
 
 
-def spawn(body, folder, num_ranks, *args, seconds=60):
+def spawn(body, folder, num_ranks, *args):
     """Runs body(rank, *args) in so many processes; a failure of one is raised here."""
     multiprocessing.set_forkserver_preload(list(IMPORTED_ONCE))
     torch.multiprocessing.start_processes(
-        _rank, (body, folder / "store", num_ranks, seconds, args), nprocs=num_ranks, start_method="forkserver"
+        _rank, (body, folder / "store", num_ranks, args), nprocs=num_ranks, start_method="forkserver"
     )
 
 
-def _rank(rank, body, store, num_ranks, seconds, args):
+def _rank(rank, body, store, num_ranks, args):
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=seconds)
+    timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timeout)
     body(rank, *args)
     dist.barrier()

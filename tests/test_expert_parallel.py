@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """fmkernels.expert_parallel over 1 to 4 ranks: the bits of one process, forward and backward."""
 
+import itertools
+import random
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -114,10 +117,8 @@ def check_pieces(rank, mesh):
         wanted = layer.parts(layer.alone(composed), rank)
         for options in ({}, {"async_op": True}, {"max_tokens": 30}, {"group": mesh}, {"group": mesh, "async_op": True}):
             actual = layer.together(rank, in_pieces, **options)
-            # the rows of a token's gradient are summed at the rank of the experts first
-            assert same(actual, wanted)[:1] + same(actual, wanted)[4:] == [True] * 2, options
-            if "group" not in options:  # whose rows are in the order of the node's ranks
-                assert same(actual, wanted)[2:4] == [True] * 2, options
+            # The rows of a token's gradient are summed at the rank of the experts first.
+            assert [same(actual, wanted)[i] for i in (0, 2, 3, 4)] == [True] * 4, options
             if num_topk <= 2 and layer.ends[rank] < layer.ends[rank + 1]:
                 assert same(actual, wanted)[1], options
 
@@ -250,6 +251,30 @@ def check_all(rank):
 
 def test_ranks_have_the_bits_of_one_process(tmp_path):
     spawn(check_all, tmp_path, 4)
+
+
+def check_any_sizes(rank):
+    """Sizes, tokens of a rank and variants by chance, the same for all ranks."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    chance = random.Random(0)
+    for _ in range(60):
+        ends = tuple(itertools.accumulate(chance.choice((0, 1, 3, 8, 40)) for _ in range(4)))
+        num_experts = 4 * chance.randint(1, 8)
+        dtype = chance.choice((torch.float32, torch.bfloat16, torch.float16))
+        sizes = {"hidden": chance.randint(1, 70), "width": chance.randint(1, 40), "num_topk": chance.randint(1, 9)}
+        options = {"group": chance.choice((None, mesh)), "max_tokens": chance.choice((None, 40)), "num_chunks": 1}
+        layer = Layer(ends, num_experts=num_experts, dtype=dtype, **sizes)
+        wanted = layer.parts(layer.alone(), rank)
+        actual = layer.together(rank, expert_parallel.moe_mlp, **options)
+        assert all(same(actual, wanted)), (ends, num_experts, dtype, sizes, options, same(actual, wanted))
+        options["num_chunks"] = chance.randint(2, 16)
+        actual = layer.together(rank, expert_parallel.moe_mlp, **options)
+        assert [same(actual, wanted)[i] for i in (0, 1, 4)] == [True] * 3, (ends, num_experts, dtype, sizes, options)
+
+
+@pytest.mark.slow
+def test_any_sizes(tmp_path):
+    spawn(check_any_sizes, tmp_path, 4)
 
 
 @pytest.mark.parametrize("payload", ["int8", "float8_e4m3fn"])

@@ -2,6 +2,7 @@
 """expert_parallel.ExpertParallel in a DeviceMesh: with FSDP2, beside tensor parallelism, over nodes; checkpoints."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing import assert_close
 
-from fmkernels.expert_parallel import ExpertParallel
+from fmkernels.expert_parallel import ExpertParallel, clip_grad_norm_
 from fmkernels.nn import MoE
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -68,6 +69,18 @@ def check_data_parallel(rank, mesh, expected):
     assert torch.equal(y, expected[0].chunk(4)[rank])
     assert_close(grad_x / 4, expected[1].chunk(4)[rank])
     assert_close(full(grads), expected[2])
+    check_clipping(model)
+
+
+def check_clipping(model):
+    """Torch's own has one mesh: the rest of the model is on another than the experts."""
+    alone = make()
+    train(alone, batch(4))
+    for max_norm, norm_type in ((100.0, 2.0), (0.01, 2.0), (0.001, math.inf)):
+        norm = clip_grad_norm_(model.parameters(), max_norm, norm_type)
+        assert_close(norm, torch.nn.utils.clip_grad_norm_(alone.parameters(), max_norm, norm_type))
+        grads = full({name: t.grad for name, t in model.named_parameters()})
+        assert_close(grads, {name: t.grad for name, t in alone.named_parameters()})
 
 
 def check_tensor_parallel(rank, mesh, expected):

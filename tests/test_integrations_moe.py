@@ -259,6 +259,11 @@ def test_every_form_of_grouped_mm(form, by_columns, backend):
         assert_as_good_as_torch(theirs[tail], lambda *t: by_groups(*t)[tail], a, b, *offs)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3)], ids=["no rows", "no groups"])
+def test_an_empty_batch_of_grouped_mm(shape):
+    assert grouped_mm(torch.zeros(shape), torch.zeros(shape[0], 3, 5)).shape == (*shape[:2], 5)
+
+
 def test_the_bias_and_the_gradients_of_grouped_mm():
     a, b, bias = (torch.randn(shape).requires_grad_() for shape in ((12, 16), (4, 16, 24), (4, 24)))
     offs = int32(ENDS)
@@ -372,6 +377,11 @@ REFUSED = [
         lambda: vllm.fused_experts(X, W1, W2, WEIGHTS, IDS, global_num_experts=8),
         ValueError,
         "fused_experts: global_num_experts must be that of w1, 4, without expert_map, got 8.",
+    ),
+    (
+        lambda: vllm.fused_experts(X, W1, W2, WEIGHTS, IDS, global_num_experts=0, expert_map=OFFS[:0]),
+        ValueError,
+        "fused_experts: global_num_experts must be at least 1, got 0.",
     ),
     (
         lambda: vllm.fused_experts(X, W1, W2, WEIGHTS, IDS, apply_router_weight_on_input=True),

@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+from nn_layers import moe_definition
 from torch.profiler import profile
 
-from fmkernels import nn, reference
+from fmkernels import nn
 from fmkernels.integrations import transformers as integration
 from fmkernels.integrations.moe_checkpoints import load_moe_layer, moe_arguments
 from fmkernels.nn.experts import expert_places
@@ -61,29 +62,6 @@ def prefix(name):
     return "model.layers.1." + ("block_sparse_moe" if name == "mixtral" else "mlp")
 
 
-def definition(layer):
-    """What a layer computes, in plain torch and in the dtype of its arguments: x and the tensors of its state."""
-    names = list(layer.state_dict())
-
-    def run(x, *tensors):
-        state = dict(zip(names, tensors, strict=True))
-        rows = x.flatten(0, -2)
-        weights, idx = reference.moe.route(
-            rows @ state["gate.weight"].t(),
-            layer.num_topk,
-            bias=state.get("gate.e_score_correction_bias"),
-            **layer.options,
-        )
-        stacks = state["experts.gate_up_proj"], state["experts.down_proj"]
-        out = reference.moe.moe_mlp(rows, *stacks, weights * layer.routed_scale, idx)
-        if layer.shared_experts is not None:
-            gate, up, down = (state[f"shared_experts.{part}_proj.weight"].t() for part in ("gate", "up", "down"))
-            out = out + (torch.nn.functional.silu(rows @ gate) * (rows @ up)) @ down
-        return out.view(x.shape)
-
-    return run
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_layer_computes_what_it_computed(name, tmp_path):
     """Both are as good as torch against the same definition in float64."""
@@ -98,7 +76,7 @@ def test_a_saved_layer_computes_what_it_computed(name, tmp_path):
     for module in (layer, block):
         with torch.no_grad():
             out = module(x)
-        assert_as_good_as_torch(out, definition(layer), x, *layer.state_dict().values())
+        assert_as_good_as_torch(out, lambda *t: moe_definition(layer)(*t)[0], x, *layer.state_dict().values())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
@@ -181,7 +159,7 @@ def test_a_model_runs_on_our_experts(name):
     with profile() as profiler:
         out = block(x)
     assert any("fmkernels::moe" in event.key for event in profiler.key_averages())
-    assert_as_good_as_torch(out, definition(layer), x, *layer.state_dict().values())
+    assert_as_good_as_torch(out, lambda *t: moe_definition(layer)(*t)[0], x, *layer.state_dict().values())
     tokens = torch.randint(0, 64, (2, 7))
     source(tokens, labels=tokens).loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in block.experts.parameters())

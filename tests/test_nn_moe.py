@@ -3,14 +3,13 @@
 
 import copy
 import re
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from nn_layers import CountOps, moe_definition
 from torch.utils.checkpoint import checkpoint
 
-from fmkernels import moe, reference
+from fmkernels import moe
 from fmkernels.nn import Experts, MoE, checkpoint_policy
 from fmkernels.testing import FLOAT_DTYPES, assert_as_good_as_torch, backends
 
@@ -52,33 +51,6 @@ def tokens(*shape, device="cpu", dtype=torch.float32):
     return torch.randn(*(shape or (3, 11)), HIDDEN, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
-def definition(module):
-    """(output, balance, z) of x and the tensors of the state, in plain torch and in their dtype; the router in float32
-    where that is more."""
-    names = list(module.state_dict())
-
-    def run(x, *tensors):
-        state = dict(zip(names, tensors, strict=True))
-        rows = x.flatten(0, -2)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        logits = rows.to(exact) @ state["gate.weight"].to(exact).t()
-        bias = state.get("gate.e_score_correction_bias")
-        weights, idx = reference.moe.route(logits, module.num_topk, bias=bias, **module.options)
-        scoring = module.options["scoring"]
-        losses = reference.moe.load_balance_loss(logits, idx, scoring=scoring), reference.moe.z_loss(logits)
-        if module.capacity_factor is not None:
-            capacity = module.capacity(len(rows))
-            weights, idx = reference.moe.apply_capacity(weights, idx, NUM_EXPERTS, capacity, policy=module.policy)
-        stacks = state["experts.gate_up_proj"], state["experts.down_proj"]
-        out = reference.moe.moe_mlp(rows, *stacks, weights * module.routed_scale, idx)
-        if module.shared_experts is not None:
-            gate, up, down = (state[f"shared_experts.{part}_proj.weight"].t() for part in ("gate", "up", "down"))
-            out = out + (torch.nn.functional.silu(rows @ gate) * (rows @ up)) @ down
-        return out.view(x.shape), *losses
-
-    return run
-
-
 def gradients(function, x, *tensors):
     """Of a sum of the output and of both losses."""
     x, leaves = x.detach().requires_grad_(), [t.detach().requires_grad_(t.dim() > 1) for t in tensors]
@@ -105,7 +77,7 @@ def as_function(module):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=lambda dtype: str(dtype)[6:])
 @EVERY_LAYER
 @EVERY_DEVICE
-def test_matches_the_definition(device, name, dtype):
+def test_matches_the_moe_definition(device, name, dtype):
     if device == "cuda" and dtype == torch.float32:
         pytest.skip("tensor cores have no float32")
     module = layer(name, device, dtype)
@@ -113,7 +85,7 @@ def test_matches_the_definition(device, name, dtype):
     out, losses = module(x)
     state = module.state_dict().values()
     for i, actual in enumerate((out, losses.load_balance, losses.z_loss)):
-        wanted = lambda *t, i=i: definition(module)(*t)[i]  # noqa: E731
+        wanted = lambda *t, i=i: moe_definition(module)(*t)[i]  # noqa: E731
         assert_as_good_as_torch(actual, wanted, x, *state, computed_in=dtype if i == 0 else None)
     assert out.dtype == dtype
     assert losses.load.dtype == torch.int64
@@ -121,12 +93,12 @@ def test_matches_the_definition(device, name, dtype):
 
 
 @EVERY_LAYER
-def test_gradients_match_the_definition(name):
+def test_gradients_match_the_moe_definition(name):
     module, x = layer(name), tokens()
     state = list(module.state_dict().values())
     actual = gradients(as_function(module), x, *state)
     for i, found in enumerate(actual):
-        wanted = lambda *t, i=i: gradients(definition(module), *t)[i]  # noqa: E731
+        wanted = lambda *t, i=i: gradients(moe_definition(module), *t)[i]  # noqa: E731
         assert_as_good_as_torch(found, wanted, x, *state)
 
 
@@ -156,7 +128,16 @@ def test_no_tokens(name):
     assert out.shape == (0, HIDDEN)
     assert [losses.load_balance.item(), losses.z_loss.item(), losses.load.sum().item()] == [0, 0, 0]
     (out.sum() + losses.load_balance + losses.z_loss).backward()
-    assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    assert grads
+    assert not any(grad.any() for grad in grads)
+
+
+def test_the_default_device_is_not_that_of_the_layer():
+    module, x = layer(), tokens()
+    with torch.device("meta"):
+        out = module(x)[0]
+    assert torch.equal(out, module(x)[0])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES[:2], ids=["float32", "bfloat16"])
@@ -339,17 +320,6 @@ def test_a_copy_and_a_state_dict():
     assert not torch.equal(other(x)[0], module(x)[0])
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x)[0], module(x)[0])
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fmkernels":
-            self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_checkpointed_layer_may_keep_its_products():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check as check
 from ..moe import build_mapping, moe_mlp
-from ._vllm_route import check_ids
+from ._vllm_route import IDS, check_ids
 
 
 def moe_align_block_size(
@@ -43,7 +43,7 @@ def moe_align_block_size(
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     op = "moe_align_block_size"
-    check_ids(op, "topk_ids", topk_ids)
+    check_ids(op, topk_ids)
     for name, number in (("block_size", block_size), ("num_experts", num_experts)):
         check.integer(op, name, number, 1)
     flags = {"pad_sorted_ids": pad_sorted_ids, "ignore_invalid_experts": ignore_invalid_experts}
@@ -130,9 +130,10 @@ def fused_experts(
     ):
         check.is_tensor(op, name, t)
         check.rank(op, name, t, num_dims, layout)
-    check_ids(op, "topk_ids", topk_ids)
+    check_ids(op, topk_ids)
     check.integer(op, "global_num_experts", global_num_experts, -1)
     num_experts = w1.shape[0] if global_num_experts == -1 else global_num_experts
+    check.integer(op, "global_num_experts", num_experts, 1)
     ids = _known(topk_ids, num_experts)
     if expert_map is not None:
         _check_map(op, expert_map, num_experts, topk_ids)
@@ -165,7 +166,7 @@ def _local(ids: Tensor, expert_map: Tensor) -> Tensor:
 
 def _check_map(op: str, expert_map: Tensor, num_experts: int, topk_ids: Tensor) -> None:
     check.is_tensor(op, "expert_map", expert_map)
-    check.dtype(op, "expert_map", expert_map, (torch.int32, torch.int64))
+    check.dtype(op, "expert_map", expert_map, IDS)
     check.rank(op, "expert_map", expert_map, 1, "[num_experts]")
     check.size(op, "expert_map", expert_map, 0, "as many elements as there are experts,", num_experts)
     check.same_device(op, "expert_map", expert_map, "topk_ids", topk_ids)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check as check
 from ..moe import route
 
-_IDS = (torch.int32, torch.int64)
+IDS = (torch.int32, torch.int64)
 
 
 def topk_softmax(
@@ -81,10 +81,8 @@ def fused_topk(
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     op = "fused_topk"
-    _check_tokens(op, hidden_states, gating_output)
-    if scoring_func not in ("softmax", "sigmoid"):
-        raise ValueError(f"{op}: scoring_func must be softmax or sigmoid, got {scoring_func!r}.")
-    if indices_type not in (None, *_IDS):
+    _check_router(op, hidden_states, gating_output, scoring_func)
+    if indices_type not in (None, *IDS):
         raise ValueError(f"{op}: indices_type must be None or int32 or int64, got {indices_type}.")
     weights, ids = route(gating_output, topk, scoring=scoring_func, renormalize=renormalize)
     return weights, ids if indices_type is None else ids.to(indices_type), _token_expert_indices(ids)
@@ -119,12 +117,10 @@ def grouped_topk(
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
     op = "grouped_topk"
-    _check_tokens(op, hidden_states, gating_output)
+    _check_router(op, hidden_states, gating_output, scoring_func)
     for name, number in (("num_expert_group", num_expert_group), ("topk_group", topk_group)):
         check.integer(op, name, number, 1)
     check.number(op, "routed_scaling_factor", routed_scaling_factor)
-    if scoring_func not in ("softmax", "sigmoid"):
-        raise ValueError(f"{op}: scoring_func must be softmax or sigmoid, got {scoring_func!r}.")
     weights, ids = route(
         gating_output,
         topk,
@@ -149,7 +145,7 @@ def _topk(
     bias: Tensor | None,
     scale: float,
 ) -> None:
-    check_ids(op, "topk_ids", topk_ids)
+    check_ids(op, topk_ids)
     weights, ids = route(gating_output, topk_ids.shape[1], scoring=scoring, renormalize=renormalize, bias=bias)
     check.copied(op, "topk_weights", topk_weights, weights if scale == 1.0 else weights * scale)
     check.copied(op, "topk_ids", topk_ids, ids.to(topk_ids.dtype))
@@ -159,17 +155,24 @@ def _topk(
 def _token_expert_indices(ids: Tensor) -> Tensor:
     """Where a slot lies in a list by k and then by token."""
     num_tokens, num_topk = ids.shape
-    return torch.arange(num_tokens * num_topk, dtype=torch.int32, device=ids.device).view(num_topk, num_tokens).t()
+    return (
+        torch.arange(num_tokens * num_topk, dtype=torch.int32, device=ids.device)
+        .view(num_topk, num_tokens)
+        .t()
+        .contiguous()
+    )
 
 
-def _check_tokens(op: str, hidden_states: Tensor, gating_output: Tensor) -> None:
+def _check_router(op: str, hidden_states: Tensor, gating_output: Tensor, scoring_func: str) -> None:
     for name, t in (("hidden_states", hidden_states), ("gating_output", gating_output)):
         check.is_tensor(op, name, t)
         check.rank(op, name, t, 2, "[num_tokens, ...]")
     check.size(op, "gating_output", gating_output, 0, "the tokens of hidden_states,", hidden_states.shape[0])
+    if scoring_func not in ("softmax", "sigmoid"):
+        raise ValueError(f"{op}: scoring_func must be softmax or sigmoid, got {scoring_func!r}.")
 
 
-def check_ids(op: str, name: str, ids: Tensor) -> None:
-    check.is_tensor(op, name, ids)
-    check.dtype(op, name, ids, _IDS)
-    check.rank(op, name, ids, 2, "[num_tokens, num_topk]")
+def check_ids(op: str, topk_ids: Tensor) -> None:
+    check.is_tensor(op, "topk_ids", topk_ids)
+    check.dtype(op, "topk_ids", topk_ids, IDS)
+    check.rank(op, "topk_ids", topk_ids, 2, "[num_tokens, num_topk]")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .. import moe
+from .._moe_grouped import by_rows
 
 
 def grouped_mm(
@@ -53,8 +54,8 @@ def grouped_mm(
             raise ValueError(f"{op}: {name} must have 2 or 3 dimensions, got {t.dim()} dimensions {list(t.shape)}.")
     check.same_dtype(op, "mat_b", mat_b, "mat_a", mat_a)
     if out_dtype not in (None, mat_a.dtype):
-        names = [str(dtype).removeprefix("torch.") for dtype in (mat_a.dtype, out_dtype)]
-        raise ValueError(f"{op}: out_dtype must be None or the dtype of mat_a, {names[0]}, got {names[1]}.")
+        wanted, came = (check.dtype_names((dtype,)) for dtype in (mat_a.dtype, out_dtype))
+        raise ValueError(f"{op}: out_dtype must be None or the dtype of mat_a, {wanted}, got {came}.")
     dims = mat_a.dim(), mat_b.dim()
     if bias is not None and dims != (2, 3):
         raise ValueError(
@@ -63,18 +64,13 @@ def grouped_mm(
     if (offs is None) != (dims == (3, 3)):
         rule = "must be None for two operands of three dimensions" if offs is not None else "must be given"
         raise ValueError(f"{op}: offs {rule}, got {type(offs).__name__}.")
-    inner = mat_a.shape[-1], mat_b.shape[-2]
-    if inner[0] != inner[1]:
-        raise ValueError(f"{op}: mat_b must have for this mat_a K = {inner[0]}, got {inner[1]}.")
-    if dims == (2, 3) or dims == (2, 2):
+    check.size(op, "mat_b", mat_b, -2, "for this mat_a K =", mat_a.shape[-1])
+    if mat_a.dim() == 2:
         return moe.grouped_mm(mat_a, mat_b, offs, bias=bias)
-    if dims == (3, 2):
-        columns = mat_b.t()
-        columns = columns if columns.stride(-1) == 1 else columns.contiguous()
-        return moe.grouped_mm(columns, mat_a.transpose(1, 2), offs).t().contiguous()
-    num_groups, rows = mat_a.shape[:2]
-    if mat_b.shape[0] != num_groups:
-        raise ValueError(f"{op}: mat_b must have the groups of mat_a, {num_groups}, got {mat_b.shape[0]}.")
+    if mat_b.dim() == 2:
+        return moe.grouped_mm(by_rows(mat_b.t()), mat_a.transpose(1, 2), offs).t().contiguous()
+    num_groups, rows, inner = mat_a.shape
+    check.size(op, "mat_b", mat_b, 0, "the groups of mat_a,", num_groups)
     ends = torch.arange(1, num_groups + 1, dtype=torch.int32, device=mat_a.device) * rows
-    flat = mat_a.reshape(num_groups * rows, mat_a.shape[2])
-    return moe.grouped_mm(flat if flat.stride(-1) == 1 else flat.contiguous(), mat_b, ends).view(num_groups, rows, -1)
+    flat = by_rows(mat_a.reshape(num_groups * rows, inner))
+    return moe.grouped_mm(flat, mat_b, ends).view(num_groups, rows, mat_b.shape[2])

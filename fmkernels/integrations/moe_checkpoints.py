@@ -112,7 +112,7 @@ def load_moe_layer(
             tensors = stack.enter_context(safe_open(path, "pt"))
             names = tensors.keys()
             found |= {name.removeprefix(prefix): tensors for name in names if name.startswith(prefix)}
-        form = None if "experts.gate_up_proj" in found else hub_form(found, "experts.", layer.experts.num_experts)
+        form = hub_form(found, "experts.", layer.experts.num_experts)
         _check_names(prefix, _places(layer, form).keys(), found.keys())
 
         def dtype_of(name: str) -> torch.dtype:
@@ -144,13 +144,12 @@ def _check_names(prefix: str, wanted: Set[str], found: Set[str]) -> None:
     if not found:
         raise ValueError(f"{_OP}: prefix must begin the names of tensors in the checkpoint, got {prefix!r}.")
     for what, names in (
-        ("have all tensors of the layer", sorted(wanted - found)),
-        ("have no others there", sorted(found - wanted)),
+        ("have all tensors of the layer, got none", wanted - found),
+        ("have no others there, got", found - wanted),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            came = "got none" if "all" in what else "got"
-            raise ValueError(f"{_OP}: the checkpoint must {what}, {came} {prefix}{names[0]}{more}.")
+            raise ValueError(f"{_OP}: the checkpoint must {what} {prefix}{min(names)}{more}.")
 
 
 def _files(source: Any, prefix: str, config: Any) -> tuple[list[Path], Any]:

@@ -60,20 +60,24 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         hidden_states: [num_tokens, hidden].
         top_k_index, top_k_weights: [num_tokens, num_topk]. Ids from num_experts on, of other ranks, are left out.
     """
-    from transformers.activations import ACT2FN
+    check_experts(f"experts_implementation='{NAME}'", module)
+    idx = torch.where(top_k_index < module.gate_up_proj.shape[0], top_k_index, -1)
+    return moe_mlp(hidden_states, module.gate_up_proj, module.down_proj, top_k_weights.float(), idx)
+
+
+def check_experts(op: str, module: nn.Module) -> None:
+    """Of a module of transformers: what `moe_mlp` computes."""
+    from transformers.activations import SiLUActivation
     from transformers.integrations import moe
 
     wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     for name, value in wanted.items():
         if getattr(module, name, value) != value:
-            raise ValueError(f"experts_implementation='{NAME}': {name} must be {value}, got {not value}.")
-    if not isinstance(module.act_fn, nn.SiLU | type(ACT2FN["silu"])):
-        came = type(module.act_fn).__name__
-        raise ValueError(f"experts_implementation='{NAME}': the activation must be SiLU, got {came}.")
+            raise ValueError(f"{op}: {name} must be {value}, got {not value}.")
+    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+        raise ValueError(f"{op}: the activation must be SiLU, got {type(module.act_fn).__name__}.")
     if type(module)._apply_gate is not moe._default_apply_gate:
-        raise ValueError(f"experts_implementation='{NAME}': {type(module).__name__} must have no gate of its own.")
-    idx = torch.where(top_k_index < module.gate_up_proj.shape[0], top_k_index, -1)
-    return moe_mlp(hidden_states, module.gate_up_proj, module.down_proj, top_k_weights.float(), idx)
+        raise ValueError(f"{op}: {type(module).__name__} must have no gate of its own.")
 
 
 def attention_forward(

@@ -102,8 +102,8 @@ class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
 
     def _deferred(self, x: Tensor, store: WeightGradStore) -> Tensor:
         x, values = autocast(2, x, self.weight.detach())
-        left: list[Callable[[], Tensor]] = []
-        weight = stand_in(store, self, ("weight", "topology"), left)  # replaced by fully_shard, or other blocks
+        left: list[tuple[Callable[[], Tensor], ...]] = []
+        weight = stand_in(store, self, ("weight",), left, beside=("topology",))
         return _Deferred.apply(x, self.bias, weight, values, self.topology, left)
 
     @property
@@ -184,7 +184,7 @@ class _Deferred(torch.autograd.Function):
         stand_in: Tensor,
         values: Tensor,
         topology: BlockTopology,
-        left: list[Callable[[], Tensor]],
+        left: list[tuple[Callable[[], Tensor], ...]],
     ) -> Tensor:
         y = dds(x, BlockSparse.of(values, topology).t(), bias=bias)
         ctx.save_for_backward(x, values, stand_in)
@@ -199,7 +199,7 @@ class _Deferred(torch.autograd.Function):
         topology = ctx.topology
         grad, flat = (as_rows(t) for t in (grad_out, x))
         grad = with_major(grad)
-        ctx.left[:] = [lambda: sdd(grad.mT, flat, topology).values]
+        ctx.left[:] = [(lambda: sdd(grad.mT, flat, topology).values,)]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = dds(grad, BlockSparse.of(values, topology)).view(x.shape)

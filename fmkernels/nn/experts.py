@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check as check
-from .._library import autocast, needs_grad
+from .._library import needs_grad
 from .._moe_mapping import MAX_EXPERTS
-from ..glu import swiglu
-from ..moe import build_mapping, combine, moe_mlp, permute
-from .grouped_linear import grouped_mm_deferred
-from .weight_grad import DeferredWeightGrad, WeightGradStore
+from .._moe_mlp import moe_mlp_with
+from ..moe import moe_mlp
+from .weight_grad import DeferredWeightGrad, WeightGradStore, stand_in
 
 _OP = "nn.Experts"
 HUB_FORMS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -81,22 +80,17 @@ class Experts(DeferredWeightGrad, nn.Module):
 
         shared(x), if given, is added; under `expert_parallel.ExpertParallel` it is computed while the tokens travel.
         """
-        if self.weight_grad_store is not None and needs_grad(self.gate_up_proj, self.down_proj):
-            out = self._deferred(x, topk_weights, topk_idx, self.weight_grad_store)
+        weights = self.gate_up_proj, self.down_proj
+        if self.weight_grad_store is None or not needs_grad(*weights):
+            out = moe_mlp(x, *weights, topk_weights, topk_idx)
         else:
-            out = moe_mlp(x, self.gate_up_proj, self.down_proj, topk_weights, topk_idx)
+            left: list[tuple[Callable[[], Tensor], ...]] = []
+            parameters = stand_in(self.weight_grad_store, self, ("gate_up_proj", "down_proj"), left)
+            out = moe_mlp_with(x, *(w.detach() for w in weights), topk_weights, topk_idx, parameters, left)
         return out if shared is None else out + shared(x)
 
-    def _deferred(self, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, store: WeightGradStore) -> Tensor:
-        (x,) = autocast(1, x)
-        mapping = build_mapping(topk_idx, self.num_experts)
-        offsets = mapping.expert_offsets[0]
-        rows = permute(x, mapping)
-        inner = swiglu(grouped_mm_deferred(self, "gate_up_proj", rows, offsets, None, store))
-        return combine(grouped_mm_deferred(self, "down_proj", inner, offsets, None, store), mapping, topk_weights)
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors):
-        form = None if prefix + "gate_up_proj" in state_dict else hub_form(state_dict, prefix, self.num_experts)
+        form = hub_form(state_dict, prefix, self.num_experts)
         if form is not None:
             state_dict = self._stacked(dict(state_dict), prefix, form, missing_keys, errors)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, errors)
@@ -107,22 +101,21 @@ class Experts(DeferredWeightGrad, nn.Module):
         """The state dict with two stacks for the tensors of the experts; what is missing stays as it was."""
         names = ("gate_up_proj", "down_proj")
         ours = [getattr(self, name).detach() for name in names]
-        given = {key: state.pop(prefix + key, None) for key in expert_places(*ours, form)}
+        own = expert_places(*ours, form)
+        given = {key: state.pop(prefix + key, None) for key in own}
         like = next(t for t in given.values() if t is not None)
         stacks = [torch.empty_like(t, dtype=like.dtype, device=like.device) for t in ours]
         is_whole = True
-        for (key, place), own in zip(
-            expert_places(*stacks, form).items(), expert_places(*ours, form).values(), strict=True
-        ):
+        for key, place in expert_places(*stacks, form).items():
             tensor = given[key]
             if tensor is not None and tensor.shape != place.shape:
                 errors.append(f"{prefix}{key} must be {list(place.shape)}, got {list(tensor.shape)}.")
                 is_whole = False
             elif tensor is None:
                 missing.append(prefix + key)
-                is_whole = is_whole and not own.is_meta
+                is_whole = is_whole and not own[key].is_meta
             if is_whole:
-                place.copy_(own if tensor is None else tensor)
+                place.copy_(own[key] if tensor is None else tensor)
         return state | {prefix + name: t for name, t in zip(names, stacks if is_whole else ours, strict=True)}
 
     def extra_repr(self) -> str:
@@ -130,7 +123,9 @@ class Experts(DeferredWeightGrad, nn.Module):
 
 
 def hub_form(names: Container[str], prefix: str, num_experts: int) -> tuple[str, str, str] | None:
-    """What gate, up and down of an expert are called among these names; None: no expert has a tensor of its own."""
+    """What gate, up and down of an expert are called among these names; None: the experts are stacked, or not there."""
+    if prefix + "gate_up_proj" in names:
+        return None
     for form in HUB_FORMS:
         if any(f"{prefix}{e}.{name}.weight" in names for e in range(num_experts) for name in form):
             return form

@@ -69,7 +69,10 @@ class GroupedLinear(DeferredWeightGrad, nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """x [num_rows, in_features] gives [num_rows, out_features]; group g ends at row offsets[g], int32."""
         if self.weight_grad_store is not None and needs_grad(self.weight):
-            return grouped_mm_deferred(self, "weight", x, offsets, self.bias, self.weight_grad_store)
+            x, values = autocast(2, x, self.weight.detach())
+            left: list[tuple[Callable[[], Tensor], ...]] = []
+            weight = stand_in(self.weight_grad_store, self, ("weight",), left)
+            return _Deferred.apply(x, self.bias, weight, values, offsets, left)
         return grouped_mm(x, self.weight, offsets, bias=self.bias, trans_b=True)
 
     def extra_repr(self) -> str:
@@ -77,18 +80,6 @@ class GroupedLinear(DeferredWeightGrad, nn.Module):
             f"num_groups={self.num_groups}, in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
         )
-
-
-def grouped_mm_deferred(
-    module: nn.Module, name: str, x: Tensor, offsets: Tensor, bias: Tensor | None, store: WeightGradStore
-) -> Tensor:
-    """`grouped_mm` with the parameter of this name, [groups, out, in], whose gradient goes to the store."""
-    weight = getattr(module, name)
-    if not needs_grad(weight):
-        return grouped_mm(x, weight, offsets, bias=bias, trans_b=True)
-    x, values = autocast(2, x, weight.detach())
-    left: list[Callable[[], Tensor]] = []
-    return _Deferred.apply(x, bias, stand_in(store, module, (name,), left), values, offsets, left)
 
 
 class _Deferred(torch.autograd.Function):
@@ -100,7 +91,7 @@ class _Deferred(torch.autograd.Function):
         stand_in: Tensor,
         values: Tensor,
         offsets: Tensor,
-        left: list[Callable[[], Tensor]],
+        left: list[tuple[Callable[[], Tensor], ...]],
     ) -> Tensor:
         y = grouped_mm(x, values, offsets, bias=bias, trans_b=True)
         ctx.save_for_backward(x, values, stand_in, offsets)
@@ -113,7 +104,7 @@ class _Deferred(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, stand_in, offsets = ctx.saved_tensors
         grad = check.rows_of_gradient(grad)
-        ctx.left[:] = [lambda: ops.moe_grouped_mm_inner(grad, x, offsets)]
+        ctx.left[:] = [(lambda: ops.moe_grouped_mm_inner(grad, x, offsets),)]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = ops.moe_grouped_mm(grad, values, offsets, None)

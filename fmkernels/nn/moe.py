@@ -70,7 +70,7 @@ class Router(nn.Module):
         with no_autocast:
             if x.device.type != "cpu":
                 return nn.functional.linear(x.float(), self.weight.float())
-            ends = torch.full((1,), x.shape[0], dtype=torch.int32)
+            ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
             return grouped_mm(x.float(), self.weight.float().unsqueeze(0), ends, trans_b=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
@@ -214,6 +214,10 @@ class MoE(nn.Module):
         """How many slots of so many tokens an expert takes; a factor of 1.1 is eleven tenths, no binary number."""
         factor = Fraction(self.capacity_factor).limit_denominator(1_000_000)
         return -(-num_tokens * self.num_topk * factor.numerator // (self.num_experts * factor.denominator))
+
+    def backward_dw(self) -> None:
+        """As of `Experts`: the weight gradients that wait in its store."""
+        self.experts.backward_dw()
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, rate: float, group: torch.distributed.ProcessGroup | None = None) -> None:

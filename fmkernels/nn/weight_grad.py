@@ -70,30 +70,36 @@ class DeferredWeightGrad:
 
 
 def stand_in(
-    store: WeightGradStore, module: nn.Module, names: tuple[str, ...], left: list[Callable[[], Tensor]]
+    store: WeightGradStore,
+    module: nn.Module,
+    names: tuple[str, ...],
+    left: list[tuple[Callable[[], Tensor], ...]],
+    beside: tuple[str, ...] = (),
 ) -> Tensor:
-    """An input of an autograd.Function in the place of a parameter, names[0], whose gradient goes to the store.
+    """An input of an autograd.Function in the place of parameters of a module, whose gradients go to the store.
 
-    The parameter itself is no input: its hooks would run at the end of backward, without a gradient. This empty tensor
-    stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it asks for those of
+    The parameters are no inputs: their hooks would run at the end of backward, without a gradient. This empty tensor
+    stands for them, whose hook runs where autograd asks for gradients of parameters, and not where it asks for those of
     inputs alone, as a pipeline does of made-up inputs when it infers shapes. Backward leaves in `left` how the gradient
-    is computed. Until it is, what the module has by these names must not be replaced.
+    of each is computed. Until it is, neither the parameter nor what is `beside` it may be replaced, as `fully_shard`
+    does when backward of the module ends: what it was would get the gradient, unseen.
     """
-    held = [getattr(module, name) for name in names]
-    parameter = held[0]
+    held = {name: getattr(module, name) for name in (*names, *beside)}
+
+    def later(name: str, gradient: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def compute() -> Tensor:
+            if any(getattr(module, part) is not held[part] for part in (name, *beside)):
+                raise RuntimeError(
+                    f"nn.{type(module).__name__}: the {name} must stay until its gradient is computed, it was replaced."
+                )
+            return gradient().to(held[name].dtype)
+
+        return compute
 
     def put(_grad: Tensor) -> None:
-        compute = left.pop()
-
-        def gradient() -> Tensor:
-            if any(getattr(module, name) is not value for name, value in zip(names, held, strict=True)):
-                raise RuntimeError(
-                    f"nn.{type(module).__name__}: the {names[0]} must stay until its gradient is computed, "
-                    "it was replaced."
-                )
-            return compute().to(parameter.dtype)
-
-        store.put(parameter, gradient)
+        for name, gradient in zip(names, left.pop(), strict=True):
+            if held[name].requires_grad:
+                store.put(held[name], later(name, gradient))
 
     result = torch.empty(0, requires_grad=True)
     result.register_hook(put)
