@@ -158,14 +158,6 @@ template <int kBits>
 FM_INLINE const int8_t* read_codes(const Planes<kBits, const uint8_t>& from, int8_t* buffer) {
   if constexpr (kBits == 8) {
     return reinterpret_cast<const int8_t*>(from.lower);
-  } else if constexpr (kBits == 1) {
-    for (int i = 0; i < kUnitVectors; ++i) {
-      const uint64_t ones = 0x0101010101010101u,
-                     spread = from.lower[i] * ones & 0x8040201008040201u;  // bit j in byte j
-      const uint64_t minus = (spread + 0x7f * ones) >> 7 & ones;
-      write(buffer + 8 * i, minus * 0xfe | ones);
-    }
-    return buffer;
   } else {
     constexpr uint8_t kSign = 1 << (kBits - 1);
     const Bytes32 lower = read<Bytes32>(from.lower);
@@ -181,6 +173,12 @@ FM_INLINE const int8_t* read_codes(const Planes<kBits, const uint8_t>& from, int
     write(buffer + 32, (second ^ kSign) - kSign);
     return buffer;
   }
+}
+
+// The scale of 1 bit, with its signs.
+FM_INLINE V8 with_signs(float scale, uint32_t signs) {
+  const V8i minus = (V8i{} + static_cast<int32_t>(signs)) << V8i{31, 30, 29, 28, 27, 26, 25, 24};
+  return (V8)((minus & INT32_MIN) ^ (V8i)(V8{} + scale));
 }
 
 FM_INLINE V8 codes_as_floats(const int8_t* codes) {
