@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codec of blocks: bytes, accuracy, draws, residuals, edges, and what torch asks of an op."""
 
+import hashlib
 import itertools
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,12 +61,8 @@ def decoded(x, backend=None, **options):
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@ON_EACH
-@EACH_BITS
-@pytest.mark.parametrize("block", BLOCKS)
-def test_bytes_are_those_of_the_reference(block, bits, backend):
-    """Of every dtype, rotated and not, drawn and not, with NaN, infinities, zeros and a ragged end, and back again."""
-    for dtype, hadamard, rounding in itertools.product(DTYPES, (False, True), roundings(bits)):
+def check_bytes(backend, bits, block, cases):
+    for dtype, hadamard, rounding in cases:
         x = with_corners(4097 + 31, dtype, backend.device)
         options = {"bits": bits, "block": block, "hadamard": hadamard}
         wire = backend.run(block_codec.quantize, x, **options, **rounding)
@@ -76,10 +74,28 @@ def test_bytes_are_those_of_the_reference(block, bits, backend):
 
 @ON_EACH
 @EACH_BITS
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bytes_are_those_of_the_reference(block, bits, backend):
+    """With NaN, infinities, zeros and a ragged end, and back again: drawn or rotated, of each dtype in its turn."""
+    turn = BLOCKS.index(block) + BITS.index(bits)
+    cases = [(DTYPES[turn % 3], False, roundings(bits)[-1]), (DTYPES[(turn + 1) % 3], True, {})]
+    check_bytes(backend, bits, block, cases)
+
+
+@pytest.mark.slow
+@ON_EACH
+@EACH_BITS
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bytes_are_those_of_the_reference_in_every_combination(block, bits, backend):
+    check_bytes(backend, bits, block, itertools.product(DTYPES, (False, True), roundings(bits)))
+
+
+@ON_EACH
+@EACH_BITS
 @pytest.mark.parametrize("block", [32, 128, 2048])
 def test_any_length(block, bits, backend):
-    for numel, hadamard in itertools.product((0, 1, 31, 32, 33, 63, 65, 127, 128, 129, 2047, 2049), (False, True)):
-        options = {"bits": bits, "block": block, "hadamard": hadamard}
+    for i, numel in enumerate((0, 1, 31, 32, 33, 63, 65, 127, 128, 129, 2047, 2049)):
+        options = {"bits": bits, "block": block, "hadamard": i % 2 == 1}
         x = normal(numel, device=backend.device)
         wire = backend.run(block_codec.quantize, x, **options)
         assert wire.numel() == block_codec.wire_bytes(numel, bits=bits, block=block)
@@ -90,55 +106,46 @@ def test_any_length(block, bits, backend):
 
 @ON_EACH
 @EACH_BITS
-@HADAMARD
-def test_sums_are_those_of_the_reference(hadamard, bits, backend):
+@pytest.mark.parametrize(("block", "num_wires", "op", "hadamard"), [(128, 3, "avg", True), (32, 1, "sum", False)])
+def test_sums_are_those_of_the_reference(block, num_wires, op, hadamard, bits, backend):
     """In the order of the ranks, as a tensor and as a wire of any bits."""
-    numel = 2500
-    for block, num_wires, op in ((128, 3, "avg"), (32, 1, "sum"), (2048, 8, "sum")):
-        options = {"bits": bits, "block": block, "hadamard": hadamard}
-        xs = [normal(numel, seed=seed) for seed in range(num_wires)]
-        xs[0][1000], xs[-1][2100] = math.nan, math.inf
-        wires = torch.stack([reference.block_codec.quantize(x, **options) for x in xs])
-        here = wires.to(backend.device)
-        total = backend.run(block_codec.sum_wires, here, numel, **options, op=op)
-        assert same(total.cpu(), reference.block_codec.sum_wires(wires, numel, **options, op=op))
-        for out_bits in BITS:
-            for rounding in roundings(out_bits):
-                to = {**options, **rounding, "out_bits": out_bits, "op": op}
-                actual = backend.run(block_codec.reduce_wires, here, numel, **to)
-                assert torch.equal(actual.cpu(), reference.block_codec.reduce_wires(wires, numel, **to))
+    numel, options = 2500, {"bits": bits, "block": block, "hadamard": hadamard}
+    xs = [normal(numel, seed=seed) for seed in range(num_wires)]
+    xs[0][1000], xs[-1][2100] = math.nan, math.inf
+    wires = torch.stack([reference.block_codec.quantize(x, **options) for x in xs])
+    here = wires.to(backend.device)
+    total = backend.run(block_codec.sum_wires, here, numel, **options, op=op)
+    assert same(total.cpu(), reference.block_codec.sum_wires(wires, numel, **options, op=op))
+    for out_bits in BITS:
+        to = {**options, **roundings(out_bits)[-1 if bits == 8 else 0], "out_bits": out_bits, "op": op}
+        actual = backend.run(block_codec.reduce_wires, here, numel, **to)
+        assert torch.equal(actual.cpu(), reference.block_codec.reduce_wires(wires, numel, **to))
+
+
+def digest():
+    """Of what the kernels write for many options."""
+    result = hashlib.sha256()
+    for bits, block, dtype, hadamard in itertools.product(BITS, (32, 512), DTYPES, (False, True)):
+        for rounding in roundings(bits):
+            x, options = with_corners(2081, dtype), {"bits": bits, "block": block, "hadamard": hadamard}
+            residual = torch.ones(2081) / 3
+            wire = block_codec.quantize(x, **options, **rounding, residual=residual)
+            wires = torch.stack([wire, wire])
+            total = block_codec.sum_wires(wires, 2081, **options, dtype=dtype)
+            again = block_codec.reduce_wires(wires, 2081, **options, **rounding, op="avg")
+            for t in (wire, residual.nan_to_num(), total.float().nan_to_num(), again):
+                result.update(t.numpy().tobytes())
+    return result.hexdigest()
 
 
 def test_the_portable_kernels_write_the_same_bytes():
-    code = """
-import hashlib, itertools, sys, torch
-sys.path.insert(0, "tests")
-from test_block_codec import BITS, BLOCKS, DTYPES, roundings, with_corners
-from fmkernels import block_codec
-digest = hashlib.sha256()
-for bits, block, dtype, hadamard in itertools.product(BITS, BLOCKS, DTYPES, (False, True)):
-    for rounding in roundings(bits):
-        x, options = with_corners(4129, dtype), {"bits": bits, "block": block, "hadamard": hadamard}
-        residual = torch.ones(4129) / 3
-        wire = block_codec.quantize(x, **options, **rounding, residual=residual)
-        total = block_codec.sum_wires(torch.stack([wire, wire]), 4129, **options, dtype=dtype).nan_to_num()
-        again = block_codec.reduce_wires(torch.stack([wire, wire]), 4129, **options, **rounding, op="avg")
-        for t in (wire, residual.nan_to_num(), total.float(), again):
-            digest.update(t.numpy().tobytes())
-print(digest.hexdigest())
-"""
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | variables,
-            cwd=os.path.dirname(os.path.dirname(__file__)),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for variables in ({}, {"FMKERNELS_CPU_ISA": "generic"})
-    }
-    assert len(digests) == 1
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_block_codec as test; print(test.digest())"
+    command, variables = (
+        [sys.executable, "-c", code, str(Path(__file__).parent)],
+        os.environ | {"FMKERNELS_CPU_ISA": "generic"},
+    )
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == digest()
 
 
 def test_a_wire_is_laid_out_as_it_is_drawn():
@@ -181,7 +188,7 @@ def test_rotation_spreads_outliers():
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_error_exceeds_half_a_step_or_the_end_of_the_codes(dtype, bits, backend):
-    """Exact in float64: |x - decoded| <= step / 2, or step beyond the highest code, and the rounding of two products."""
+    """In float64: half a step, or a whole one beyond the highest code, and the rounding of two products."""
     x, block, levels = normal(3000, dtype=dtype, device=backend.device, seed=3), 64, 2 ** (bits - 1)
     actual = decoded(x, backend, bits=bits, block=block)
     blocks = torch.nn.functional.pad(x.double(), (0, -3000 % block)).view(-1, block)
@@ -211,21 +218,16 @@ def test_nan_and_infinity_reach_their_block_and_no_other(hadamard, bits, backend
 @EACH_BITS
 def test_every_magnitude(bits, backend):
     """From where a scale would be subnormal to the largest number: no infinity, no NaN, zeros below 2^-100."""
-    for exponent in (-140, -101, -100, -90, 0, 90, 127):
-        x = (
-            (normal(128).clamp(-1.9, 1.9) * 2.0**-exponent).double()
-            if exponent < -120
-            else normal(128).clamp(-1.9, 1.9)
-        )
-        x = (x.double() * 2.0**exponent * (2.0**exponent if exponent < -120 else 1.0)).float()
+    for exponent in (-140, -102, -90, 0, 90, 125):
+        x = (normal(128).clamp(-1.9, 1.9).double() * 2.0**exponent).float()
         x[7] = 1.99 * 2.0**exponent
         for hadamard in (False, True):
             actual = decoded(x.to(backend.device), backend, bits=bits, hadamard=hadamard).cpu()
             assert actual.isfinite().all()
-            if exponent <= -102:
+            if exponent < -100:
                 assert actual.count_nonzero() == 0
-            elif exponent >= -90:
-                assert (x - actual).double().square().sum() < x.double().square().sum()
+            else:
+                assert (x.double() - actual.double()).norm() < x.double().norm()
     assert decoded(torch.zeros(64, device=backend.device), backend, bits=bits).signbit().count_nonzero() == 0
 
 
@@ -235,7 +237,7 @@ def test_every_magnitude(bits, backend):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_mean_of_the_draws_is_x(bits):
     """Within five standard deviations, each of them below half a step, in every element, ends included."""
-    x, count = normal(256, seed=5), 4000
+    x, count = normal(256, seed=5), 1000
     total = torch.zeros(256, dtype=torch.float64)
     for step in range(count):
         total += decoded(x, bits=bits, **DRAWN, step=step).double()
