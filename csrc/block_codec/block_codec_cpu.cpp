@@ -117,7 +117,7 @@ void run_block_codec_sum<kIsa>(const BlockCodecSumParams& p) {
           if (p.sum.hadamard) rotate_unit(acc);
           for (V8& v : acc) v *= p.sum.factor;
           if (at + kUnit <= first + valid) {
-            for (int i = 0; i < kUnitVectors; ++i) store8(out + at + 8 * i, acc[i]);
+            for (int i = 0; i < kUnitVectors; i += 2) store16(out + at + 8 * i, acc[i], acc[i + 1]);
           } else {
             T last[kUnit];
             for (int i = 0; i < kUnitVectors; ++i) store8(last + 8 * i, acc[i]);
