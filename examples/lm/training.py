@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from fmkernels.expert_parallel import ExpertParallel
+from fmkernels.expert_parallel import ExpertParallel, clip_grad_norm_
 
 from . import checkpoints, logs, text
 from .model import Config, Output, Transformer
@@ -105,8 +105,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = Transformer(config, settings.attention, checkpoint_activations).to(here.device)
     wrapped = wrap(model, here, fsdp, expert_parallel)
-    groups = by_mesh(wrapped.parameters())
-    optimizer = torch.optim.AdamW([{"params": g} for g in groups], betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(by_mesh(wrapped.parameters()), betas=(0.9, 0.95), weight_decay=0.1)
     saved_settings = asdict(settings) | asdict(config) | {"text": source.digest}
     del saved_settings["model"]
     first = checkpoints.load(path, wrapped, optimizer, saved_settings) if resume and path.exists() else 0
@@ -126,7 +125,7 @@ def train(
         windows = text.training_windows(source, config.seq, settings.batch_size, settings.seed, step)
         out = output_of(windows.to(here.device))
         (out.loss + Z_LOSS * out.z_loss).backward()
-        norm = clip(groups, 1.0)
+        norm = clip_grad_norm_(wrapped.parameters(), 1.0).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         optimizer.step()
@@ -168,23 +167,9 @@ def wrap(model: Transformer, here: Processes, fsdp: bool, expert_parallel: bool)
     return fully_shard(model, ignored_params=experts)
 
 
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that one operation on many tensors may take together: those of one mesh, or of none."""
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """Groups for an optimizer, whose operations on many tensors are of one mesh, or of none."""
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    return list(groups.values())
-
-
-def clip(groups: list[list[nn.Parameter]], largest: float) -> float:
-    """`nn.utils.clip_grad_norm_` over all groups together; the norm before."""
-    norms = [full(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    for group in groups:
-        nn.utils.clip_grads_with_norm_(group, largest, norm)
-    return norm.item()
-
-
-def full(t: Tensor) -> Tensor:
-    """The whole of a tensor that is sharded."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return [{"params": group} for group in groups.values()]
