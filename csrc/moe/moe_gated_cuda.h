@@ -10,6 +10,7 @@
 #include "../common/sigmoid_cuda.h"
 #include "moe_gated.h"
 #include "moe_grouped_cuda.h"
+#include "moe_slots_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -122,10 +123,10 @@ __device__ __forceinline__ Copies<L, Element, kIsFast> copies_of_columns(const E
 }
 
 // Stores what the first rows of a tile of sums give: silu(gate) * up at `out`, and at `gate_up`, if that is not null, the sums
-// themselves; both begin at the first of the rows. All threads of a block together.
-template <class T, bool kIsInterleaved>
-__device__ __forceinline__ void store_gated(float* sums, typename T::Element* out, typename T::Element* gate_up,
-                                            const GatedColumns& columns, int num_rows, bool is_aligned) {
+// themselves; both begin at the first of the rows. is_row(line): it is a token's, and not zeros. All threads of a block together.
+template <class T, bool kIsInterleaved, class F>
+__device__ __forceinline__ void store_gated(const float* sums, typename T::Element* out, typename T::Element* gate_up,
+                                            const GatedColumns& columns, int num_rows, bool is_aligned, F&& is_row) {
   using Element = typename T::Element;
   const int own_along = threadIdx.x % (T::kColumns / kChunk) * kChunk;  // of every chunk of a thread
   const bool is_up = own_along / kChunk % 2 != 0;
@@ -146,6 +147,12 @@ __device__ __forceinline__ void store_gated(float* sums, typename T::Element* ou
       }
     }
     if (line >= num_rows) return;
+    if (!is_row(line)) {  // of a row of zeros what is infinite in b makes NaN
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) x[i] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) gate[i] = unit[i] = 0.0f;
+    }
     if (gate_up != nullptr) {
       const Vector<Element, kChunk> chunk = pack_chunk<Element>(x);
       Element* to = gate_up + line * 2 * columns.width + kept_column;

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const GatedColumns columns{int64_t{args.grid.column_tile(blockIdx.x)} * (T::kColumns / 2), p.out.columns,
                              p.is_interleaved};
   Element* out = static_cast<Element*>(p.out.data) + rows.first * columns.width;
-  Element* gate_up = p.gate_up == nullptr ? nullptr : static_cast<Element*>(p.gate_up) + rows.first * 2 * columns.width;
+  Element* gate_up = p.gate_up == nullptr ? nullptr : static_cast<Element*>(p.gate_up) + 2 * columns.width * rows.first;
 
   // The product; of rows of no group the sums are zeros.
   const int warp = threadIdx.x / kWarp;
@@ -72,8 +72,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   // The result.
   store_sums<T, false>(smem.sums[0], sums, warp_row, warp_column);
   __syncthreads();  // the sums of all warps are there
+  auto is_row = [&](int line) {
+    return p.pos_to_token == nullptr || is_within(p.pos_to_token[rows.first + line], p.a.rows);
+  };
   auto store = [&]<bool kIsInterleaved>() {
-    store_gated<T, kIsInterleaved>(smem.sums[0], out, gate_up, columns, rows.count, args.out_is_aligned);
+    store_gated<T, kIsInterleaved>(smem.sums[0], out, gate_up, columns, rows.count, args.out_is_aligned, is_row);
   };
   if (columns.is_interleaved) store.template operator()<true>();
   else store.template operator()<false>();
