@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`moe.moe_mlp` beside a loop over the experts as Hugging Face writes it, torch's grouped_mm, and vLLM's fused layer.
 
-width is 512. vLLM is given its weights packed, and memory to write to. torch multiplies halves on a CPU in a reference loop,
-so that vLLM alone is beside us there.
+width is 512. vLLM is given its weights packed, and memory to write to. torch multiplies halves on a CPU in a reference
+loop, so that vLLM alone is beside us there.
 """
 
 from __future__ import annotations
