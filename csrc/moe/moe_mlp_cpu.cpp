@@ -13,7 +13,7 @@ namespace fmkernels {
 namespace {
 
 constexpr int64_t kTasksPerWorker = 4;
-constexpr int64_t kMinUnits = 4;  // of columns in a part
+constexpr int64_t kMinUnits = 2;  // of columns in a part
 
 struct Block {
   int64_t expert, first, count;  // rows
@@ -27,11 +27,16 @@ void mlp(const MoeMlpParams& p) {
   const MoeGatedMmParams& g = p.gated;
   const int64_t hidden = g.a.columns, width = g.out.columns, num_experts = g.num_groups;
   const int64_t num_rows = num_experts == 0 ? 0 : g.offsets[num_experts - 1], half_hidden = ceil_div(hidden, 2);
+  if (g.gate_up != nullptr) {
+    T* rest = static_cast<T*>(g.gate_up) + num_rows * 2 * width;
+    memset(static_cast<void*>(rest), 0, static_cast<size_t>((g.out.rows - num_rows) * 2 * width) * sizeof(T));
+  }
   const int workers = workers_for(6 * num_rows * hidden * max(1, width));
   int64_t num_blocks = 0;
   for (int64_t e = 0; e < num_experts; ++e) num_blocks += num_expert_blocks(g.offsets[e] - begin_of(g.offsets, e));
   const bool is_cut = workers > 1 && num_blocks < kTasksPerWorker * workers;
-  const int64_t parts = is_cut ? ceil_div(kTasksPerWorker * workers, max(1, num_blocks)) : 1;
+  const int64_t most_parts = HalfPart::units(max(half_hidden, width)) / kMinUnits;
+  const int64_t parts = is_cut ? max(1, min(ceil_div(kTasksPerWorker * workers, max(1, num_blocks)), most_parts)) : 1;
 
   const int64_t scratch_bytes = ExpertScratch::bytes(max(hidden, width));
   const int64_t inner_size = max(inner_floats<T>(kFewRows<T>, width), kManyRows * width);
