@@ -24,7 +24,8 @@ class Pending:
 
     @not_traced
     def wait(self) -> Any:
-        """What the call would have returned. Once; on CUDA the current stream waits, and not the host."""
+        """What the call would have returned. Once. On CUDA the current stream waits; the host does only for a dispatch
+        over two levels without max_tokens, to learn the counts of the second one."""
         if self._finish is None:
             raise ValueError("expert_parallel: wait must be called once, it was called before.")
         finish, self._finish = self._finish, None
@@ -75,7 +76,7 @@ def dispatch(
     """
     check.flag("expert_parallel.dispatch", "async_op", async_op)
     options = {"max_tokens": max_tokens, "payload": payload, "requires_grad": (needs_grad(x),)}
-    ((x, handle),) = plan("expert_parallel.dispatch", x, topk_idx, num_experts, group, **options)
+    ((x, handle),) = plan("expert_parallel.dispatch", x, topk_idx, lambda: num_experts, group, **options)
     crossing = Crossing(handle)
     ticket = Send.apply(x, crossing)
 
@@ -111,12 +112,10 @@ def combine(y: Tensor, handle: Handle, topk_weights: Tensor, *, async_op: bool =
     check.flag(op, "async_op", async_op)
     if not isinstance(handle, Handle):
         raise TypeError(f"{op}: handle must be a Handle of dispatch, got {type(handle).__name__}.")
-    if not hasattr(handle, "mapping"):
-        raise ValueError(f"{op}: handle must be of a dispatch whose tokens have arrived, got one before its wait().")
     check_rows(op, y, handle)
-    check_weights(op, topk_weights, handle.topk_idx, y)
+    check_weights(op, topk_weights, handle.topk_idx, "y", y)
     crossing = Crossing(handle)
-    ticket = Return.apply(y, topk_weights, crossing)
+    ticket = Return.apply(y, topk_weights, None, crossing)
 
     def finish() -> Tensor:
         return Collect.apply(ticket, topk_weights.detach(), crossing)
@@ -132,6 +131,6 @@ def check_rows(op: str, y: Any, handle: Handle) -> None:
     check.size(op, "y", y, 0, "the rows of handle.mapping,", handle.mapping.pos_to_token.shape[0])
 
 
-def check_weights(op: str, topk_weights: Any, topk_idx: Tensor, other: Tensor) -> None:
-    check.plain(op, "topk_weights", topk_weights, 2, "[num_tokens, num_topk]", torch.float32, "y", other)
+def check_weights(op: str, topk_weights: Any, topk_idx: Tensor, other_name: str, other: Tensor) -> None:
+    check.plain(op, "topk_weights", topk_weights, 2, "[num_tokens, num_topk]", torch.float32, other_name, other)
     check.shape(op, "topk_weights", topk_weights, "topk_idx", topk_idx)

@@ -189,10 +189,13 @@ class Receive(torch.autograd.Function):
 
 
 class Return(torch.autograd.Function):
-    """Results leave for the tokens; the gradients of the tokens' sums and their weights arrive."""
+    """Results leave for the tokens; the gradients of the tokens' sums and their weights arrive.
+
+    The rows are an input so that their gradients leave on every rank, used or not.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, topk_weights: Tensor, crossing: Crossing) -> Tensor:
+    def forward(ctx: Any, y: Tensor, topk_weights: Tensor, _rows: Tensor | None, crossing: Crossing) -> Tensor:
         ctx.crossing = crossing
         ctx.save_for_backward(y)
         crossing.forward = crossing.handle.back(y)
@@ -207,8 +210,8 @@ class Return(torch.autograd.Function):
         pos_to_token, slot_to_pos, _ = handle.mapping
         grad_y, grad_weights = ops.moe_combine_backward(grad, y, pos_to_token, slot_to_pos, weights)
         if not ctx.needs_input_grad[1]:
-            return grad_y, None, None
-        return grad_y, handle.weights_back(grad_weights), None
+            return grad_y, None, None, None
+        return grad_y, handle.weights_back(grad_weights), None, None
 
 
 class Collect(torch.autograd.Function):

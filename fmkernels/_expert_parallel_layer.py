@@ -58,12 +58,12 @@ def run(
     """
     out, extra = run_steps(
         "expert_parallel.run",
-        _step(experts),
+        _step(experts, requires_grad and torch.is_grad_enabled()),
         x,
         topk_weights,
         topk_idx,
-        num_experts,
-        shared=None if shared is None else lambda: shared(x),
+        lambda: num_experts,
+        shared=shared,
         requires_grad=requires_grad,
         check_more=lambda: None,
         group=group,
@@ -77,14 +77,16 @@ def run(
 Step = Callable[[Tensor, Crossing, Tensor, Crossing], Tensor]
 
 
-def _step(experts: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """From tokens that travel to results that travel."""
+def _step(experts: Callable[[Tensor, Tensor], Tensor], requires_grad: bool) -> Step:
+    """From tokens that travel to results that travel; autograd records it where no row came, too."""
 
     def step(ticket: Tensor, there: Crossing, topk_weights: Tensor, back: Crossing) -> Tensor:
         rows = Receive.apply(ticket, there)
         y = experts(rows, there.handle.mapping.expert_offsets[0])
         check_rows("expert_parallel.run", y, there.handle)
-        return Return.apply(y, topk_weights, back)
+        if requires_grad and not y.requires_grad:
+            y = y.detach().requires_grad_()
+        return Return.apply(y, topk_weights, rows, back)
 
     return step
 
@@ -95,10 +97,10 @@ def run_steps(
     x: Tensor,
     topk_weights: Tensor,
     topk_idx: Tensor,
-    num_experts: int,
+    count_experts: Callable[[], Any],
     *,
     num_chunks: int,
-    shared: Callable[[], Tensor] | None,
+    shared: Callable[[Tensor], Tensor] | None,
     requires_grad: bool,
     check_more: Callable[[], None],
     **options: Any,
@@ -109,17 +111,17 @@ def run_steps(
     """
 
     def check_all() -> None:
-        check_weights(op, topk_weights, topk_idx, x)
+        check_weights(op, topk_weights, topk_idx, "x", x)
         check_more()
 
     needs = (needs_grad(x), needs_grad(topk_weights), requires_grad and torch.is_grad_enabled())
     options |= {"num_chunks": num_chunks, "requires_grad": needs, "check_more": check_all}
-    parts = plan(op, x, topk_idx, num_experts, **options)
+    parts = plan(op, x, topk_idx, count_experts, **options)
     weights = topk_weights.split([rows.shape[0] for rows, _ in parts])
     crossings = [Crossing(handle, by_slot=True) for _, handle in parts]
     returns = [Crossing(handle) for _, handle in parts]
     leaving = Send.apply(parts[0][0], crossings[0])
-    extra = None if shared is None else shared()
+    extra = None if shared is None else shared(x)
     tickets = []
     for i, crossing in enumerate(crossings):
         arriving = leaving

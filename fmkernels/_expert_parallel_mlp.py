@@ -65,7 +65,7 @@ def moe_mlp(
         max_tokens=max_tokens,
         payload=payload,
         num_chunks=num_chunks,
-        shared=None if shared is None else lambda: shared(x),
+        shared=shared,
     )
     return out if extra is None else out + extra
 
@@ -76,10 +76,12 @@ def moe_mlp_parts(
     """(what the experts give, what `shared` gives)."""
     op = "expert_parallel.moe_mlp"
     groups = groups_of(op, group)
-    check.is_tensor(op, "w_gate_up", w_gate_up)
-    check.rank(op, "w_gate_up", w_gate_up, 3, "[local experts, 2 * width, hidden]")
-
     keeps = needs_grad(x, w_gate_up, w_down, topk_weights)
+
+    def count_experts() -> int:
+        check.is_tensor(op, "w_gate_up", w_gate_up)
+        check.rank(op, "w_gate_up", w_gate_up, 3, "[local experts, 2 * width, hidden]")
+        return w_gate_up.shape[0] * math.prod(dist.get_world_size(member) for member in groups)
 
     def step(ticket: Tensor, there: Crossing, weights: Tensor, back: Crossing) -> Tensor:
         return _Mlp.apply(ticket, w_gate_up, w_down, weights, there, back, keeps)
@@ -90,7 +92,7 @@ def moe_mlp_parts(
         x,
         topk_weights,
         topk_idx,
-        w_gate_up.shape[0] * math.prod(dist.get_world_size(member) for member in groups),
+        count_experts,
         requires_grad=needs_grad(w_gate_up, w_down),
         check_more=lambda: _check_experts(op, x, w_gate_up, w_down),
         group=groups,

@@ -15,6 +15,7 @@ from . import _check as check
 from ._expert_parallel_handle import Handle
 from ._expert_parallel_payload import PAYLOADS
 from ._moe_mapping import MAX_EXPERTS, check_ids
+from ._moe_permute import MAX_TOPK
 
 MAX_CHUNKS = 16  # the message has room for so many counts, so that its size agrees where the arguments do not
 NAMES = ("hidden", "num_topk", "num_experts", "dtype", "payload", "max_tokens", "num_chunks", "requires_grad")
@@ -40,7 +41,7 @@ def plan(
     op: str,
     x: Any,
     topk_idx: Any,
-    num_experts: Any,
+    count_experts: Callable[[], Any],
     group: Any,
     *,
     max_tokens: int | None,
@@ -60,6 +61,7 @@ def plan(
     signature = [0] * len(NAMES)
     chunks: list[tuple[Tensor, Handle]] = []
     try:
+        num_experts = count_experts()
         _check(op, x, topk_idx, num_experts, groups, max_tokens, payload, num_chunks)
         check_more()
         signature = [
@@ -77,13 +79,15 @@ def plan(
         options = (num_experts, x.dtype, payload, None if max_tokens is None else most)
         handles = [Handle(groups, part, *options) for part in topk_idx.split(sizes)]
         chunks = list(zip(x.split(sizes), handles, strict=True))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the others must hear of it
         failure = error
-    if max_tokens is None or failure is not None or check.sees_values(x):
+    if max_tokens is None or check.sees_values(x):
         counts = [handle.legs[0].counts for _, handle in chunks if handle.legs[0].counts is not None]
         sent, received = _agree(op, groups, signature, failure, counts, x.device)
         for i, _ in enumerate(counts):
             chunks[i][1].legs[0].set_counts(sent[i], received[i])
+    elif failure is not None:
+        raise failure
     return chunks
 
 
@@ -103,8 +107,6 @@ def _check(
     check.integer(op, "num_experts", num_experts, 1)
     num_ranks = 1
     for group in groups:
-        if dist.get_rank(group) < 0:
-            raise ValueError(f"{op}: group must have this process in it.")
         num_ranks *= dist.get_world_size(group)
     if num_experts > MAX_EXPERTS or num_experts % num_ranks:
         raise ValueError(
@@ -117,13 +119,15 @@ def _check(
     for name, t in (("x", x), ("topk_idx", topk_idx)):
         if t.shape[1] < 1:
             raise ValueError(f"{op}: {name} must have a column or more, got {list(t.shape)}.")
+    if topk_idx.shape[1] > MAX_TOPK:
+        raise ValueError(f"{op}: topk_idx must have at most {MAX_TOPK} columns, got {topk_idx.shape[1]}.")
     check_options(op, max_tokens, payload, num_chunks)
     if max_tokens is not None and x.shape[0] > max_tokens:
         raise ValueError(f"{op}: x must have at most max_tokens = {max_tokens} tokens, got {x.shape[0]}.")
 
 
 def check_options(op: str, max_tokens: Any, payload: Any, num_chunks: Any) -> None:
-    if payload is not None and payload not in PAYLOADS:
+    if payload not in (None, *PAYLOADS):
         raise ValueError(f"{op}: payload must be None or {' or '.join(PAYLOADS)}, got {payload!r}.")
     check.integer(op, "num_chunks", num_chunks, 1)
     if num_chunks > MAX_CHUNKS:

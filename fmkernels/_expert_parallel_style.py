@@ -108,7 +108,7 @@ class _Forward:
         shared: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         x, *experts = autocast(3, x, *(_local(getattr(module, name)) for name in NAMES))
-        args, meanwhile = (x, topk_weights, topk_idx), None if shared is None else lambda: shared(x)
+        args, meanwhile = (x, topk_weights, topk_idx), None if shared is None else lambda _part: shared(x)
         if self.split_tokens is not None:
             args = tuple(_part(t, self.split_tokens) for t in args)
         out, extra = moe_mlp_parts(args[0], *experts, *args[1:], group=self.mesh, shared=meanwhile, **self.options)

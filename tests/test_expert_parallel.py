@@ -205,6 +205,41 @@ def check_run(rank):
     assert weight.grad is not None
 
 
+def check_experts_without_rows(rank):
+    """A loop over the experts that have rows: on a rank of none its result depends on nothing. All walk back."""
+    layer = Layer(ENDS[4], change=all_to_the_last_rank)
+
+    def loop(weights):
+        def experts(rows, offsets):
+            begins = [0, *offsets.tolist()]
+            parts = [(weights[i], rows[begin:end]) for i, (begin, end) in enumerate(itertools.pairwise(begins))]
+            ys = [part[:, :24] @ weight.t() for weight, part in parts if len(part) > 0]
+            return torch.cat(ys) if ys else rows.new_zeros(0, 40)
+
+        return experts
+
+    def alone(x, weights, topk_weights):
+        mapping = moe.build_mapping(layer.topk_idx, 12)
+        y = loop(weights)(moe.permute(x, mapping), mapping.expert_offsets[0])
+        return moe.combine(y, mapping, topk_weights)
+
+    names = ("x", "w_down", "topk_weights")
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        leaves, mine = [], []
+        for t, name, need in zip((layer.x, layer.w_down, layer.topk_weights), names, needs, strict=True):
+            leaves.append(t.clone().requires_grad_(need))
+            mine.append(layer.part(name, t, rank).clone().requires_grad_(need))
+        wanted = alone(*leaves)
+        wanted.backward(layer.grad)
+        idx, experts = layer.part("topk_idx", layer.topk_idx, rank), loop(mine[1])
+        out = expert_parallel.run(experts, mine[0], mine[2], idx, 12, requires_grad=needs[1])
+        assert torch.equal(out, layer.part("out", wanted, rank))
+        out.backward(layer.part("grad", layer.grad, rank))
+        for name, t, leaf in zip(names, mine, leaves, strict=True):
+            if name != "w_down" or rank == 3:
+                assert t.grad is leaf.grad is None or torch.equal(t.grad, layer.part(name, leaf.grad, rank)), name
+
+
 def check_again(rank):
     """Backward twice, of some inputs alone, and with the layer computed again in backward."""
     layer = Layer(ENDS[4])
@@ -245,6 +280,7 @@ def check_all(rank):
     check_pieces(rank, mesh)
     check_payload(rank, mesh)
     check_run(rank)
+    check_experts_without_rows(rank)
     check_again(rank)
     check_rows(rank, mesh)
 
@@ -318,5 +354,7 @@ def test_nothing_waits_for_the_device_with_max_tokens(four_fake_ranks):
     assert fake_step(max_tokens=8, payload="int8", num_chunks=2) == shapes
     mesh = init_device_mesh("cpu", (2, 2))
     assert fake_step(max_tokens=8, group=mesh) == shapes
+    with pytest.raises(ValueError, match="x must have at most max_tokens = 4 tokens, got 5"):
+        fake_step(max_tokens=4)  # no rank hears of it, and none is asked
     with pytest.raises(DataDependentOutputException):
         fake_step()

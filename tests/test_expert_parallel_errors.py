@@ -58,10 +58,17 @@ def check_agreement(rank):
             assert text.startswith(wanted), text
         else:
             assert "every rank of the group must give valid arguments, rank 1 refused its own." in text, text
-    for group in (None, mesh):
-        text = call({"topk_idx": idx + 20}, group=group)
-        wanted = "topk_idx must be from -1 to 11, got" if rank == 2 else "every rank of the group must give valid"
-        assert wanted in text, text
+    refused = (
+        ({"topk_idx": idx + 20}, "ValueError: expert_parallel.moe_mlp: topk_idx must be from -1 to 11, got"),
+        ({"w_gate_up": gate_up[0]}, "ValueError: expert_parallel.moe_mlp: w_gate_up must be [local experts, 2 * width"),
+        ({"w_gate_up": None}, "TypeError: expert_parallel.moe_mlp: w_gate_up must be a tensor, got NoneType."),
+        ({"payload": ["int8"]}, "ValueError: expert_parallel.moe_mlp: payload must be None or int8 or"),
+        ({"max_tokens": 2**50}, "RuntimeError: "),  # there is no memory for so many
+    )
+    for group, (change, wanted) in itertools.product((None, mesh), refused):
+        text = call(change, group=group)
+        others = "ValueError: expert_parallel.moe_mlp: every rank of the group must give valid arguments, rank "
+        assert text.startswith(wanted if rank == 2 else others), text
         assert call(group=group) == "nothing"
 
 
@@ -139,6 +146,7 @@ DISPATCH = [
     ({"topk_idx": IDX + 4}, ValueError, "topk_idx must be from -1 to 3, got 4."),
     ({"topk_idx": IDX - 2}, ValueError, "topk_idx must be from -1 to 3, got -2."),
     ({"topk_idx": IDX[:, :0]}, ValueError, "topk_idx must have a column or more, got [6, 0]."),
+    ({"topk_idx": IDX[:, :1].repeat(1, 1025)}, ValueError, "topk_idx must have at most 1024 columns, got 1025."),
     ({"num_experts": 0}, ValueError, "num_experts must be at least 1, got 0."),
     ({"num_experts": 2.0}, TypeError, "num_experts must be an integer, got float."),
     ({"num_experts": 1025}, ValueError, "num_experts must be at most 1024 and a multiple of the 1 ranks, got 1025."),
@@ -146,6 +154,7 @@ DISPATCH = [
     ({"max_tokens": 5}, ValueError, "x must have at most max_tokens = 5 tokens, got 6."),
     ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0."),
     ({"payload": "int4"}, ValueError, "payload must be None or int8 or float8_e4m3fn, got 'int4'."),
+    ({"payload": ["int8"]}, ValueError, "payload must be None or int8 or float8_e4m3fn, got ['int8']."),
     ({"async_op": 1}, TypeError, "async_op must be True or False, got int."),
 ]
 
@@ -163,6 +172,7 @@ COMBINE = [
     ({"y": X}, ValueError, "y must have the rows of handle.mapping, 12, got 6."),
     ({"handle": 1}, TypeError, "handle must be a Handle of dispatch, got int."),
     ({"topk_weights": WEIGHTS.double()}, ValueError, "topk_weights must be float32, got float64."),
+    ({"topk_weights": WEIGHTS.to("meta")}, ValueError, "topk_weights must be on the device of y, cpu, got meta."),
     ({"topk_weights": WEIGHTS[:, :1]}, ValueError, "topk_weights must have the shape of topk_idx, [6, 2], got [6, 1]."),
 ]
 
@@ -185,6 +195,7 @@ MLP = [
     ({"w_gate_up": torch.zeros(4, 6, 8).half()}, "w_gate_up must have the dtype of x, float32, got float16."),
     ({"w_down": torch.zeros(4, 8, 2)}, "w_down must be [4, 8, 3] for this w_gate_up, got [4, 8, 2]."),
     ({"topk_weights": WEIGHTS[:, :1]}, "topk_weights must have the shape of topk_idx, [6, 2], got [6, 1]."),
+    ({"topk_weights": WEIGHTS.to("meta")}, "topk_weights must be on the device of x, cpu, got meta."),
     ({"num_chunks": 17}, "num_chunks must be at most 16, got 17."),
 ]
 
@@ -202,7 +213,7 @@ def test_experts_that_lose_rows(one_rank):
     assert text == "ValueError: expert_parallel.run: y must have the rows of handle.mapping, 12, got 11."
 
 
-def test_a_dispatch_is_waited_for_once_and_first(one_rank):
+def test_a_dispatch_is_waited_for_once(one_rank):
     pending = expert_parallel.dispatch(X, IDX, 4, async_op=True)
     handle = pending.wait()[2]
     assert raised(pending.wait) == "ValueError: expert_parallel: wait must be called once, it was called before."

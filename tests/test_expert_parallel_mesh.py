@@ -76,7 +76,7 @@ def check_clipping(model):
     """Torch's own has one mesh: the rest of the model is on another than the experts."""
     alone = make()
     train(alone, batch(4))
-    for max_norm, norm_type in ((100.0, 2.0), (0.01, 2.0), (0.001, math.inf)):
+    for max_norm, norm_type in ((100.0, 2.0), (math.inf, 2.0), (0.01, 2.0), (0.001, math.inf)):
         norm = clip_grad_norm_(model.parameters(), max_norm, norm_type)
         assert_close(norm, torch.nn.utils.clip_grad_norm_(alone.parameters(), max_norm, norm_type))
         grads = full({name: t.grad for name, t in model.named_parameters()})

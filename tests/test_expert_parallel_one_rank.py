@@ -82,6 +82,9 @@ def test_clipping_without_a_mesh():
         wanted = torch.nn.utils.clip_grad_norm_(copies, 0.5, norm_type)
         torch.testing.assert_close(expert_parallel.clip_grad_norm_(iter(parameters), 0.5, norm_type), wanted)
         torch.testing.assert_close([t.grad for t in parameters[:2]], [t.grad for t in copies[:2]])
+    wanted, grad = torch.nn.utils.get_total_norm([t.grad for t in parameters[:2]]), parameters[0].grad.clone()
+    torch.testing.assert_close(expert_parallel.clip_grad_norm_(parameters, math.inf), wanted)
+    assert torch.equal(parameters[0].grad, grad)
     assert expert_parallel.clip_grad_norm_([], 1.0) == 0
     parameters[0].grad[0, 0] = torch.nan
     with pytest.raises(RuntimeError, match=r"the norm of the gradients must be finite, got nan\."):
