@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import _check as check
 from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
 from ._moe_grouped import check_either_way, check_extents, dtypes_of_products
-from ._moe_mapping import MAX_EXPERTS, check_ids
+from ._moe_mapping import MAX_EXPERTS, check_choices
 from ._moe_permute import MAX_TOPK
 
 OP = "moe.moe_mlp"
@@ -90,11 +90,7 @@ def _check(x: Any, w_gate_up: Any, w_down: Any, topk_weights: Any, topk_idx: Any
     if tuple(w_down.shape) != (num_experts, hidden, two_widths // 2):
         expected = [num_experts, hidden, two_widths // 2]
         raise ValueError(f"{OP}: w_down must be {expected} for this w_gate_up, got {list(w_down.shape)}.")
-    check_ids(OP, topk_idx, num_experts)
-    check.size(OP, "topk_idx", topk_idx, 0, "the tokens of x,", x.shape[0])
-    check.same_device(OP, "topk_idx", topk_idx, "x", x)
-    check.plain(OP, "topk_weights", topk_weights, 2, "[num_tokens, num_topk]", torch.float32, "x", x)
-    check.shape(OP, "topk_weights", topk_weights, "topk_idx", topk_idx)
+    check_choices(OP, topk_weights, topk_idx, num_experts, x)
     if topk_idx.shape[1] > MAX_TOPK:
         raise ValueError(f"{OP}: topk_idx must have at most {MAX_TOPK} columns, got {topk_idx.shape[1]}.")
     check.kernel_exists(OP, "moe_mlp", x)

@@ -12,14 +12,13 @@ from torch.autograd import forward_ad
 from . import _check as check
 from ._library import autocast, call, needs_grad, ops, register_fake, register_flop_formula
 from ._moe_grouped import check_offsets, dtypes_of_products
-from ._moe_mapping import build_mapping, check_ids
+from ._moe_mapping import build_mapping, check_choices
 from ._moe_permute import combine, permute
 from .glu import swiglu
-from .quantized_weight import QuantizedWeight, quantize_weight
+from .quantized_weight import PANEL, QuantizedWeight, quantize_weight
 
 OP = "moe.quantized_grouped_mm"
 MLP = "moe.quantized_moe_mlp"
-PANEL = 32  # output features that are stored together; an expert has whole panels
 
 
 def quantize_experts(
@@ -188,11 +187,7 @@ def _check_mlp(x: Any, w_gate_up: Any, w_down: Any, topk_weights: Any, topk_idx:
             f"{MLP}: w_gate_up must have for each of the {num_experts} experts of w_down 2 * width = {rows} rows, "
             f"a multiple of {PANEL}, got {w_gate_up.out_features}."
         )
-    check_ids(MLP, topk_idx, num_experts)
-    check.size(MLP, "topk_idx", topk_idx, 0, "the tokens of x,", x.shape[0])
-    check.same_device(MLP, "topk_idx", topk_idx, "x", x)
-    check.plain(MLP, "topk_weights", topk_weights, 2, "[num_tokens, num_topk]", torch.float32, "x", x)
-    check.shape(MLP, "topk_weights", topk_weights, "topk_idx", topk_idx)
+    check_choices(MLP, topk_weights, topk_idx, num_experts, x)
     return num_experts
 
 

@@ -75,19 +75,15 @@ void launch_moe_quantized_mm(const MoeQuantizedParams& params, cudaStream_t stre
   const KernelParams p{params, aligned, Divisor(static_cast<int32_t>(params.panels_of_group())),
                        Divisor(static_cast<int32_t>(params.weight.chunks_per_group))};
   const int64_t average = (p.num_rows + p.num_groups - 1) / p.num_groups;
+  const int tiles = average <= 8 ? 1 : average <= 16 ? 2 : 4;
   dispatch_half(p.dtype, [&]<class T>() {
     dispatch_int<4, 8>("bits", p.weight.bits, [&]<int kBits>() {
-      dispatch_int<1, 2, 4>("tiles",
-                            average <= 8    ? 1
-                            : average <= 16 ? 2
-                                            : 4,
-                            [&]<int kTiles>() {
-                              using Kernel = Traits<T, kBits, kTiles>;
-                              const int64_t num_tiles = most_tiles(p.num_rows, p.num_groups, Kernel::kRows);
-                              launch("moe_quantized_mm", moe_quantized_kernel<Kernel>,
-                                     grid_of("moe_quantized_mm", num_tiles * p.panels_of_group(), 1), kThreads, 0,
-                                     stream, p);
-                            });
+      dispatch_int<1, 2, 4>("tiles", tiles, [&]<int kTiles>() {
+        using Kernel = Traits<T, kBits, kTiles>;
+        const int64_t num_tiles = most_tiles(p.num_rows, p.num_groups, Kernel::kRows);
+        launch("moe_quantized_mm", moe_quantized_kernel<Kernel>,
+               grid_of("moe_quantized_mm", num_tiles * p.panels_of_group(), 1), kThreads, 0, stream, p);
+      });
     });
   });
 }
