@@ -34,7 +34,7 @@ def permute(x: Tensor, mapping: Mapping) -> Tensor:
     which takes the rows of token_topk_to_pos.
     """
     op = "moe.permute"
-    check_mapping(op, mapping)
+    _check_mapping(op, mapping)
     if needs_grad(x):
         return call(_Permute.apply, (x, mapping.pos_to_token, mapping.token_topk_to_pos), _check_permute)
     return call(ops.moe_permute, (x, mapping.pos_to_token), _check_permute)
@@ -62,13 +62,13 @@ def combine(y: Tensor, mapping: Mapping, topk_weights: Tensor | None) -> Tensor:
     several slots name, as no mapping of `build_mapping` has one, gets that of one slot.
     """
     op = "moe.combine"
-    check_mapping(op, mapping)
+    _check_mapping(op, mapping)
     if needs_grad(y, topk_weights):
         return call(_Combine.apply, (y, mapping.token_topk_to_pos, topk_weights, mapping.pos_to_token), _check_combine)
     return call(ops.moe_combine, (y, mapping.token_topk_to_pos, topk_weights), _check_combine)
 
 
-def check_mapping(op: str, mapping: Mapping) -> None:
+def _check_mapping(op: str, mapping: Mapping) -> None:
     if not isinstance(mapping, Mapping):
         raise TypeError(f"{op}: mapping must be a Mapping of build_mapping, got {type(mapping).__name__}.")
 

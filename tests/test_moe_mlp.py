@@ -85,6 +85,14 @@ def test_it_has_the_bits_of_its_parts(dtype, backend):
     assert torch.equal(out, backend.run(moe.moe_mlp, x, *by_rows, weights, idx))
 
 
+@EVERY_BACKEND
+def test_gradients_without_columns_of_x_are_zeros(backend):
+    args = inputs(hidden=0, dtype=torch.bfloat16, device=backend.device)
+    actual = backend.run(gradients, moe.moe_mlp, *args)
+    assert [grad.shape for grad in actual] == [t.shape for t in args[:4]]
+    assert not any(grad.any() for grad in actual)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_threads_change_no_bits(num_threads):
     """Of many rows tasks are blocks of them; of few, parts of the columns."""

@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kMinPartPanels = 8;
 
-int64_t begin_of(const int32_t* offsets, int64_t group) { return group == 0 ? 0 : offsets[group - 1]; }
-
 // Null: zeros.
 template <class T>
 const T* row_of(const MoeGatedMmParams& p, int64_t row) {

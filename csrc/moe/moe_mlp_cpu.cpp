@@ -19,8 +19,6 @@ struct Block {
   int64_t expert, first, count;  // rows
 };
 
-int64_t begin_of(const int32_t* offsets, int64_t expert) { return expert == 0 ? 0 : offsets[expert - 1]; }
-
 template <class T>
 void mlp(const MoeMlpParams& p) {
   run_moe_mapping<kIsa>(p.mapping);

@@ -38,7 +38,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp(const Tensor& x, cons
   const float* weights = view_weights(topk_weights, topk_idx, x);
 
   Tensor out = torch::stable::new_empty(x, {tokens.rows, hidden});
-  Tensor kept = torch::stable::new_empty(x, {keeps ? num_rows : 0, keeps ? 2 * width : 0});
+  const int64_t kept_rows = keeps ? num_rows : 0, kept_columns = keeps ? 2 * width : 0;
+  Tensor kept = hidden > 0 ? torch::stable::new_empty(x, {kept_rows, kept_columns})
+                           : torch::stable::new_zeros(x, {kept_rows, kept_columns});  // sums of no products
 #ifdef FM_CUDA
   const Tensor inner = torch::stable::new_empty(x, {num_rows, width});
   const Tensor y = torch::stable::new_empty(x, {num_rows, hidden});
