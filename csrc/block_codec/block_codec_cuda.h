@@ -250,14 +250,12 @@ __device__ __forceinline__ float float8_as_float(uint32_t code) {
   return float_from_bits((magnitude < 8 ? float_bits(small) : (magnitude + kFloat8Rebias) << 20) | (code & 0x80u)
                                                                                                        << 24);
 }
-__device__ __forceinline__ void encode_float8(float (&x)[kLaneElements], const BlockScale (&s)[2],
+__device__ __forceinline__ void encode_float8(const float (&x)[kLaneElements], const BlockScale (&s)[2],
                                               uint32_t (&words)[2]) {
   words[0] = words[1] = 0;
   for (int i = 0; i < kLaneElements; ++i) {
     const float v = s[i / kQuad].has_codes ? __fmul_rn(x[i], s[i / kQuad].inverse) : 0.0f;
-    const uint32_t code = float8_of(__fadd_rn(v, 0.0f));
-    words[i / kQuad] |= code << (8 * (i % kQuad));
-    x[i] = float8_as_float(code);
+    words[i / kQuad] |= float8_of(__fadd_rn(v, 0.0f)) << (8 * (i % kQuad));
   }
 }
 // 1 bit: words[i] has the four signs of quad i.
@@ -274,6 +272,7 @@ __device__ __forceinline__ void encode_signs(float (&x)[kLaneElements], const Bl
 __device__ __forceinline__ void store_word(uint8_t* to, uint32_t word) { *reinterpret_cast<uint32_t*>(to) = word; }
 __device__ __forceinline__ uint32_t load_word(const uint8_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 
+// x becomes its codes, as floats, but for float8, whose words have them.
 template <int kCode>
 __device__ __forceinline__ void encode_as(float (&x)[kLaneElements], const BlockScale (&s)[2],
                                           const CodecRounding& rounding, const LanePlace& place, uint32_t (&words)[2]) {
