@@ -47,7 +47,10 @@ __global__ void __launch_bounds__(kTileThreads) block_codec_quantize_kernel(Bloc
   if (p.residual == nullptr) return;
   for (int i = 0; i < 2; ++i) {
     const float scale = s[i].template scale<kCode>(stochastic);
-    for (int j = i * kQuad; j < (i + 1) * kQuad; ++j) x[j] = __fadd_rn(0.0f, __fmul_rn(x[j], scale));
+    for (int j = i * kQuad; j < (i + 1) * kQuad; ++j) {
+      if constexpr (kCode == kFloat8) x[j] = float8_as_float(words[i] >> (8 * (j % kQuad)));
+      x[j] = __fadd_rn(0.0f, __fmul_rn(x[j], scale));
+    }
   }
   if (p.hadamard) rotate_groups(x, place.t);
   for (int i = 0; i < 2; ++i) {

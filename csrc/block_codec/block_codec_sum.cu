@@ -7,7 +7,7 @@
 // Numerics   float32, each operation rounded by itself: the bits are those of the CPU, whatever the number of elements.
 // Cost       One read of the wires, one write: bound by memory; 4 operations for a code of a wire.
 
-#include "block_codec_cuda.h"
+#include "block_codec_wires_cuda.h"
 
 #include "../common/dispatch.h"
 

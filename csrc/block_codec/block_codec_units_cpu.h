@@ -112,6 +112,13 @@ FM_INLINE V8 floor_of(V8 x) {  // of |x| < 2^22
 #endif
 }
 
+#ifdef __AVX2__
+// Bytes of four vectors that were packed, of which words 0 and 4 are those of the first.
+FM_INLINE Bytes32 in_order(__m256i packed) {
+  return (Bytes32)_mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+#endif
+
 // v[i] to the nearest integer, as bytes from -2^(kCode - 1) to 2^(kCode - 1) - 1, for kGroup numbers.
 template <int kCode>
 FM_INLINE Bytes32 codes_of(const V8 (&v)[4]) {
@@ -120,11 +127,11 @@ FM_INLINE Bytes32 codes_of(const V8 (&v)[4]) {
   __m256i q[4];
   for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32((__m256)v[i]);
   const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
-  __m256i bytes = _mm256_packs_epi16(low, high);  // saturates; words 0 and 4 are those of q[0]
+  __m256i bytes = _mm256_packs_epi16(low, high);  // saturates
   if constexpr (kCode < 8) {
     bytes = _mm256_max_epi8(_mm256_min_epi8(bytes, _mm256_set1_epi8(kMax)), _mm256_set1_epi8(kMin));
   }
-  return (Bytes32)_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  return in_order(bytes);
 #else
   Bytes8 bytes[4];
   for (int i = 0; i < 4; ++i) {
@@ -139,17 +146,24 @@ FM_INLINE Bytes32 codes_of(const V8 (&v)[4]) {
 
 // v[i] to the nearest float8 e4m3, of |v[i]| up to 448.
 FM_INLINE Bytes32 float8_of(const V8 (&v)[4]) {
-  uint8_t bytes[4][8];
+  V8u codes[4];
   for (int i = 0; i < 4; ++i) {
-    const V8 x = v[i] + 0.0f;  // of -0 too
-    const V8u bits = (V8u)x, magnitude = bits & 0x7fffffffu;
+    const V8u bits = (V8u)v[i], magnitude = bits & 0x7fffffffu;
     const V8u normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - kFloat8Rebias;
     const V8u small = (V8u)((V8)magnitude + kFloat8Shifter) - float_bits(kFloat8Shifter);
-    const V8u code =
-        ((V8i)magnitude < static_cast<int32_t>(kFloat8SmallestNormal) ? small : normal) | ((bits >> 24) & 0x80u);
-    write(bytes[i], __builtin_convertvector(code, Bytes8));
+    const V8i is_small = (V8i)magnitude < static_cast<int32_t>(kFloat8SmallestNormal);
+    const V8u code = is_small ? small : normal;
+    codes[i] = code | ((bits >> 24) & 0x80u & (V8u)(code != 0));
   }
+#ifdef __AVX2__
+  const __m256i low = _mm256_packus_epi32((__m256i)codes[0], (__m256i)codes[1]);
+  const __m256i high = _mm256_packus_epi32((__m256i)codes[2], (__m256i)codes[3]);
+  return in_order(_mm256_packus_epi16(low, high));
+#else
+  Bytes8 bytes[4];
+  for (int i = 0; i < 4; ++i) bytes[i] = __builtin_convertvector(codes[i], Bytes8);
   return read<Bytes32>(bytes);
+#endif
 }
 
 // Of each byte.
