@@ -101,25 +101,25 @@ __attribute__((noinline)) void multiply_few(const Halves<T>& b, int64_t first, c
         }
       }
     };
-    // Of each column the line at a distance that is a line more than that of the one before: columns that are a power of two
-    // apart would be asked of one channel of the memory together.
+    // Of four neighbours each another line: columns that are a power of two apart would be asked of one channel of the memory
+    // together.
     auto ask = [&](int64_t at) __attribute__((always_inline)) {
-      if (at + kAhead + (kPanel - 1) * kLine < inner) {
+      const int64_t further = at + kAhead;
+      auto ask_of = [&](const T* const* base, int64_t column_step, auto&& is_wanted) __attribute__((always_inline)) {
         for (int half = 0; half < 2; ++half) {
-          const T* ahead = from[half] + at + kAhead + half * kLanes * kLine;
-          for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * (step + kLine), 0, 2);
-        }
-      } else {
-        for (int i = 0; i < kPanel; ++i) {
-          const int half = i / kLanes;
-          const int64_t further = at + kAhead + i * kLine, line = i % kLanes;
-          if (further < inner) {
-            __builtin_prefetch(from[half] + line * step + further, 0, 2);
-          } else if (next != nullptr) {
-            __builtin_prefetch(next->base[half] + (next_first + line) * next->step + further - inner, 0, 2);
+          for (int i = 0; i < kLanes; ++i) {
+            if (is_wanted(i % 4 * kLine)) __builtin_prefetch(base[half] + i * column_step + i % 4 * kLine, 0, 2);
           }
         }
-      }
+      };
+      const T* here[2] = {from[0] + further, from[1] + further};
+      if (further + 3 * kLine < inner) return ask_of(here, step, [](int64_t) { return true; });
+      if (further < inner) ask_of(here, step, [&](int64_t skew) { return further + skew < inner; });
+      if (next == nullptr) return;
+      const int64_t begin_of_next = next_first * next->step + further - inner;
+      const T* there[2] = {next->base[0] + begin_of_next, next->base[1] + begin_of_next};
+      if (further >= inner) return ask_of(there, next->step, [](int64_t) { return true; });
+      ask_of(there, next->step, [&](int64_t skew) { return further + skew >= inner; });
     };
     int64_t k = begin;
     if (!std::is_same_v<T, Half> && count[0] == kLanes && count[1] == kLanes) {
