@@ -16,7 +16,7 @@ namespace fmkernels {
 namespace {
 
 template <class T, int kCode>
-__global__ void __launch_bounds__(kTileThreads) block_codec_quantize_kernel(BlockCodecQuantizeParams p) {
+__global__ void __launch_bounds__(kTileThreads, 5) block_codec_quantize_kernel(BlockCodecQuantizeParams p) {
   __shared__ TileShared shared;
   const LanePlace place;
   const int64_t numel = p.wire.numel;
