@@ -16,7 +16,7 @@ from ._collectives_transport import MAX_MESSAGES, make_transport, resolve_group
 from ._collectives_work import Job, Work, run, start
 from ._library import check_values
 
-BITS = (8, 6, 4)
+BITS = (8, 6, 4, 1)
 DEFAULT_CHUNK = 1 << 20
 _MESSAGES_OF_CHUNK = 4  # at most; the first message of a call is its header
 _MAX_CHUNKS = (MAX_MESSAGES - 1) // _MESSAGES_OF_CHUNK
@@ -130,13 +130,12 @@ class Call:
         """After the last check of an argument: from here on the other ranks count on this one."""
         o = self.options
         transport = self.transport = make_transport(self.name, self._group, self.device)
-        factor = 1.0 / self.world_size if o.op == "avg" else 1.0
         codec, inter_codec = (Codec(bits, o.block, o.hadamard) for bits in (o.bits, o.inter_bits))
         node_size = self._node_size
         if node_size in (1, self.world_size):  # one of the two hops leads nowhere, and would only round
             codec = inter_codec if node_size < self.world_size else codec
             node_size = 0
-        self.route = Route(transport, codec, inter_codec, node_size, factor, o.decay)
+        self.route = Route(transport, codec, inter_codec, node_size, o.op, o.decay)
         if self.device.type == "cpu" or check_values:
             header = Header(
                 function=self.name,

@@ -57,20 +57,20 @@ class Codec:
                 wire, out.numel(), bits=self.bits, block=self.block, hadamard=self.hadamard, dtype=out.dtype, out=out
             )
 
-    def sum(self, wires: Tensor, out: Tensor, factor: float) -> Tensor:
-        """Of [ranks, bytes], in the order of ranks and in float32."""
+    def sum(self, wires: Tensor, out: Tensor, op: str) -> Tensor:
+        """Of [ranks, bytes], in the order of ranks and in float32; divided by their number where op is "avg"."""
         if out.numel():
             block_codec.sum_wires(
-                wires, out.numel(), bits=self.bits, block=self.block, hadamard=self.hadamard, factor=factor, out=out
+                wires, out.numel(), bits=self.bits, block=self.block, hadamard=self.hadamard, op=op, out=out
             )
         return out
 
-    def reduce(self, wires: Tensor, numel: int, factor: float, to: Codec) -> Tensor:
+    def reduce(self, wires: Tensor, numel: int, op: str, to: Codec) -> Tensor:
         """The wire of the sum, in one pass."""
         if numel == 0:
             return wires.new_empty(0)
         return block_codec.reduce_wires(
-            wires, numel, bits=self.bits, block=self.block, hadamard=self.hadamard, factor=factor, out_bits=to.bits
+            wires, numel, bits=self.bits, block=self.block, hadamard=self.hadamard, op=op, out_bits=to.bits
         )
 
 
@@ -82,7 +82,7 @@ class Route:
     codec: Codec
     inter_codec: Codec  # between nodes
     node_size: int  # 0: all ranks are alike
-    factor: float  # of the sum
+    op: str  # "avg" divides by the ranks of each hop
     decay: float  # of the residual
 
     @property
@@ -98,15 +98,18 @@ class Route:
         return self.inter_codec if self.node_size else self.codec
 
     def requantise(
-        self, wires: Tensor, numel: int, factor: float, codec: Codec, to: Codec, residual: Tensor | None
+        self, wires: Tensor, numel: int, weight: int, codec: Codec, to: Codec, residual: Tensor | None
     ) -> Tensor:
-        """The wire of the sum. What it lacks goes to the residual of this rank: nobody else knows the sum."""
+        """The wire of the sum. What it lacks goes to the residual of this rank: nobody else knows the sum.
+
+        `weight` ranks are in it, of whose sum the residual speaks.
+        """
         if residual is None:
-            return codec.reduce(wires, numel, factor, to)
-        total = codec.sum(wires, wires.new_empty(numel, dtype=torch.float32), factor)
+            return codec.reduce(wires, numel, self.op, to)
+        total = codec.sum(wires, wires.new_empty(numel, dtype=torch.float32), self.op)
         lack = torch.zeros_like(total)
         wire = to.encode(total, lack)
-        residual.add_(lack, alpha=(1.0 - self.decay) / factor)
+        residual.add_(lack, alpha=(1.0 - self.decay) * (weight if self.op == "avg" else 1))
         return wire
 
     def encode_all(self, pieces: Sequence[Tensor], residuals: Sequence[Tensor] | None) -> list[Tensor]:
@@ -141,7 +144,7 @@ class Route:
         for owner, part in zip(mine, parts, strict=True):
             lack = None if residuals is None else residuals[owner]
             numel = pieces[owner].numel()
-            sends[owner] = self.requantise(part.contiguous(), numel, 1.0, self.codec, self.inter_codec, lack)
+            sends[owner] = self.requantise(part.contiguous(), numel, self.node_size, self.codec, self.inter_codec, lack)
         size = self.inter_codec.wire_bytes(pieces[self.rank].numel())
         pending = self.transport.exchange(
             message + 1, sends, [size if j in mine else 0 for j in range(self.world_size)]
@@ -197,7 +200,9 @@ def two_shot(
     wires, codec = yield from route.reduce_to_owner(message, pieces, residuals)
     to = route.result_codec
     numel = pieces[route.rank].numel()
-    wire = route.requantise(wires, numel, route.factor, codec, to, None if residuals is None else residuals[route.rank])
+    wire = route.requantise(
+        wires, numel, route.world_size, codec, to, None if residuals is None else residuals[route.rank]
+    )
     results = yield from route.gather_from_owners(message, wire, [to.wire_bytes(x.numel()) for x in pieces])
     for result, out in zip(results, outs, strict=True):
         to.decode(result, out)
@@ -209,7 +214,7 @@ def one_shot(route: Route, message: int, piece: Tensor, out: Tensor, residual: T
     pending = route.transport.gather(message, wire, [wire.numel()] * route.world_size)
     yield
     pending.wait()
-    route.codec.sum(pending.received.view(route.world_size, -1), out, route.factor)
+    route.codec.sum(pending.received.view(route.world_size, -1), out, route.op)
 
 
 def scatter(
@@ -217,7 +222,7 @@ def scatter(
 ) -> Steps:
     """reduce_scatter of one piece of each shard."""
     wires, codec = yield from route.reduce_to_owner(message, pieces, residuals)
-    codec.sum(wires, out, route.factor)
+    codec.sum(wires, out, route.op)
 
 
 def gather(route: Route, message: int, piece: Tensor, outs: Sequence[Tensor], residual: Tensor | None) -> Steps:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""all_reduce, reduce_scatter, all_gather and all_to_all of torch.distributed, 8, 6 or 4 bits an element on the wire.
+"""all_reduce, reduce_scatter, all_gather and all_to_all of torch.distributed, 8 to 1 bits an element on the wire.
 
 Each block of elements is sent as codes and one scale (`fmkernels.block_codec`). Ranks are summed in their order, in
 float32, and every rank decodes the same bytes, so that results are bit-identical on all of them. Nothing is requantised
@@ -39,6 +39,9 @@ from ._collectives_work import Work
 
 __all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 
+ALGORITHMS = ("two_shot", "one_shot", "hierarchical")
+SCATTER_ALGORITHMS = ("direct", "hierarchical")
+
 
 @torch.no_grad()
 def all_reduce(
@@ -62,17 +65,18 @@ def all_reduce(
         tensor: float32, bfloat16 or float16, contiguous, any length; the same dtype and length on every rank.
         op: "sum" or "avg".
         group: a process group; None: the default group.
-        bits: 8, 6 or 4.
+        bits: 8, 6, 4 or 1.
         block: elements to a scale, a power of two from 32 to 2048.
         algorithm: "two_shot": every rank sums a shard and sends it to all; of W ranks each sends and gets
-            2 (W - 1) / W wires, two roundings. "one_shot": every rank sums everything; W - 1 wires, one rounding, for few elements.
+            2 (W - 1) / W wires, two roundings. "one_shot": every rank sums everything; W - 1
+            wires, one rounding, for few elements.
             "hierarchical": two_shot in two hops each way, `bits` inside a node and `inter_bits` between nodes.
         error_feedback: float32, as many elements as tensor, zeros at first: what was lost is added in the next call.
             Written in place. Over calls with op "sum", the sum of all tensors is that of all results plus what the
             residuals of all ranks hold; a rank that sums a shard keeps what was lost there too.
         async_op: return at once with a Work; tensor and error_feedback belong to the call until its `wait`.
         node_size: for "hierarchical": ranks to a node, of consecutive numbers; divides the size of the group.
-        inter_bits: for "hierarchical": 8, 6 or 4.
+        inter_bits: for "hierarchical": 8, 6, 4 or 1.
         hadamard: rotate 32 elements at a time before they are rounded, for data with outliers.
         chunk_numel: elements that are encoded at a time while others travel; changes no bit.
 
@@ -85,7 +89,7 @@ def all_reduce(
     options = Options(op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel)
     check_tensor("all_reduce", "tensor", tensor)
     check_feedback("all_reduce", error_feedback, tensor, "tensor")
-    call = Call("all_reduce", tensor, options, ("two_shot", "one_shot", "hierarchical"))
+    call = Call("all_reduce", tensor, options, ALGORITHMS)
     flat = tensor.detach().view(-1)
     residual = None if error_feedback is None else error_feedback.detach().view(-1)
     bounds = shard_bounds(flat.numel(), call.world_size, block)
@@ -152,7 +156,7 @@ def reduce_scatter(
         input: float32, bfloat16 or float16, contiguous; the same dtype and length on every rank.
         op: "sum" or "avg".
         group: a process group; None: the default group.
-        bits: 8, 6 or 4.
+        bits: 8, 6, 4 or 1.
         block: elements to a scale, a power of two from 32 to 2048; counted from the beginning of each part.
         algorithm: "direct": one exchange, one rounding. "hierarchical": inside a node with `bits`, then between nodes
             with `inter_bits`; two roundings.
@@ -160,7 +164,7 @@ def reduce_scatter(
         error_feedback: float32, as many elements as input; see `all_reduce`.
         async_op: return at once with a Work.
         node_size: for "hierarchical": ranks to a node.
-        inter_bits: for "hierarchical": 8, 6 or 4.
+        inter_bits: for "hierarchical": 8, 6, 4 or 1.
         hadamard: rotate 32 elements at a time before they are rounded.
         chunk_numel: elements that are encoded at a time; changes no bit.
 
@@ -178,7 +182,7 @@ def launch_reduce_scatter(
     check_tensor(name, "input", input)
     check_like(name, "output", output, input, "input")
     check_feedback(name, error_feedback, input, "input")
-    call = Call(name, input, options, ("direct", "hierarchical"))
+    call = Call(name, input, options, SCATTER_ALGORITHMS)
     splits = check_splits(name, "input_splits", splits, input.numel(), call.world_size, "input")
     if output.numel() != splits[call.rank]:
         raise ValueError(f"{name}: output must have this rank's {splits[call.rank]} elements, it has {output.numel()}.")
@@ -215,7 +219,7 @@ def all_gather(
         output: as many elements as all inputs together, dtype and device of input; contiguous. May hold input.
         input: float32, bfloat16 or float16, contiguous; the same dtype on every rank.
         group: a process group; None: the default group.
-        bits: 8, 6 or 4.
+        bits: 8, 6, 4 or 1.
         block: elements to a scale, a power of two from 32 to 2048; counted from the beginning of each input.
         output_splits: elements of each rank's input, the same list on every rank; by default equal parts of output.
         error_feedback: float32, as many elements as input; see `all_reduce`.
@@ -268,7 +272,7 @@ def all_to_all(
         output: the parts of all ranks one behind another, dtype and device of input; contiguous.
         input: float32, bfloat16 or float16, contiguous; the same dtype on every rank.
         group: a process group; None: the default group.
-        bits: 8, 6 or 4.
+        bits: 8, 6, 4 or 1.
         block: elements to a scale, a power of two from 32 to 2048; counted from the beginning of each part.
         output_splits: elements from each rank; by default equal parts.
         input_splits: elements to each rank; by default equal parts.
