@@ -63,6 +63,15 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "block_sparse_sdd(Tensor a, Tensor b, Tensor row_indices, Tensor column_indices, Tensor? scale, Tensor? bias, "
       "int block_rows, int block_columns, int activation) -> Tensor");
 
+  // block_codec: wires [ranks, bytes] uint8, as docs/block_codec.md draws one; x, residual and a sum of any shape
+  m.def(
+      "block_codec_quantize(Tensor x, Tensor(a!)? residual, int bits, int block, bool hadamard, bool stochastic, "
+      "int seed, int step, int offset, Tensor(b!) out) -> ()");
+  m.def("block_codec_sum(Tensor wires, int bits, int block, bool hadamard, float factor, Tensor(a!) out) -> ()");
+  m.def(
+      "block_codec_reduce(Tensor wires, int numel, int bits, int out_bits, int block, bool hadamard, float factor, "
+      "bool stochastic, int seed, int step, int offset, Tensor(a!) out) -> ()");
+
   // semi_structured: x, mask [rows, columns]; values [rows, columns / 2], metadata [rows / 16, ceil(columns / 64), 32] int32
   m.def("semi_structured_mask(Tensor x, bool both_directions) -> Tensor");
   m.def("semi_structured_pack(Tensor x, Tensor mask, bool transposed) -> (Tensor values, Tensor metadata)");

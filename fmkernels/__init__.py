@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels for foundation models: attention, caches, sparsity, experts and collectives, on the CPU and on CUDA."""
 
-from . import moe, nn, paged_kv
+from . import block_codec, moe, nn, paged_kv
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
@@ -37,6 +37,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "banded_blocks",
+    "block_codec",
     "block_norms",
     "butterfly_blocks",
     "create_block_mask",

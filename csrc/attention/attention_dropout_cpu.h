@@ -3,29 +3,11 @@
 // in the order of the keys. Internal linkage, as in common/vec.h.
 #pragma once
 
-#include "../common/philox.h"
+#include "../common/philox_cpu.h"
 #include "attention_rows_cpu.h"
 
 namespace fmkernels {
 namespace {
-
-// 32 bytes whatever the instruction set: the compiler splits them where its registers are shorter.
-typedef uint64_t Philox64 __attribute__((vector_size(32)));
-typedef uint32_t Philox32 __attribute__((vector_size(32)));
-
-// The words of four calls, each in the low half of 64 bits; the high halves hold anything.
-struct PhiloxWords {
-  Philox64 bits;
-};
-FM_INLINE PhiloxWords operator^(PhiloxWords a, PhiloxWords b) { return {a.bits ^ b.bits}; }
-FM_INLINE PhiloxProduct<PhiloxWords> philox_multiply(PhiloxWords x, uint32_t factor) {
-#ifdef __AVX2__  // the generic form below becomes three products
-  const Philox64 product = (Philox64)_mm256_mul_epu32((__m256i)x.bits, _mm256_set1_epi64x(factor));
-#else
-  const Philox64 product = (x.bits & 0xffffffffu) * factor;
-#endif
-  return {{product >> 32}, {product}};
-}
 
 constexpr int kDropoutGroup = 32;  // keys of four calls
 constexpr int kDropoutStep = 8;    // keys of one word of each

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of each op in plain torch: slow on purpose, exact in float64, differentiable by autograd."""
 
-from . import moe, paged_kv
+from . import block_codec, moe, paged_kv
 from .attention import attention, attention_scores, attention_varlen
 from .block_sparse import dds, dsd, sdd, topology_moe
 from .cross_entropy import cross_entropy, linear_cross_entropy
@@ -20,6 +20,7 @@ __all__ = [
     "attention",
     "attention_scores",
     "attention_varlen",
+    "block_codec",
     "cross_entropy",
     "dds",
     "dequantize_weight",

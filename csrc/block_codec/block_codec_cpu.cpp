@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// block_codec_cpu.cpp: the CPU kernels of the codec.
+//
+// Work       A task is kTaskTiles tiles. Of a tile all scales are found first, which brings it into the first-level cache,
+//            then its codes. Sums are in registers for a unit at a time, over all wires.
+// Numerics   As block_codec.h says, and compiled without contraction: a product is rounded before it is added.
+// Cost       Bound by memory: 4 + bits / 8 bytes an element of float32 for a few operations on eight elements each.
+
+#include "../common/dispatch_cpu.h"
+#include "../common/parallel.h"
+#include "block_codec_tiles_cpu.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int64_t kTaskTiles = 8;
+
+// f(first element, number of elements) for every tile.
+template <class F>
+void for_each_tile(int64_t numel, int64_t num_bytes, F&& f) {
+  const int64_t tiles = ceil_div(numel, kTile);
+  parallel_for(ceil_div(tiles, kTaskTiles), workers_for(num_bytes), [&](int64_t task, int) {
+    const int64_t end = min(tiles, (task + 1) * kTaskTiles);
+    for (int64_t tile = task * kTaskTiles; tile < end; ++tile) {
+      f(tile * kTile, min(kTile, numel - tile * kTile));
+    }
+  });
+}
+
+void clear_padding(const CodecWire& wire, uint8_t* out) {
+  memset(out + wire.code_bytes(), 0, static_cast<size_t>(wire.scales() - wire.code_bytes()));
+  const int64_t end = wire.scales() + wire.scale_bytes();
+  memset(out + end, 0, static_cast<size_t>(wire.bytes() - end));
+}
+
+// Elements of a tile that a scale counts: of rotated groups all.
+FM_INLINE int64_t counted(int64_t valid, bool hadamard) { return hadamard ? round_up(valid, kGroup) : valid; }
+
+// x + residual of a tile as floats, zeros behind them.
+template <class T>
+FM_INLINE void gather_tile(const T* x, const float* residual, int64_t valid, float* h) {
+  int64_t i = 0;
+  for (; i + 8 <= valid; i += 8) {
+    V8 v = load8(x + i);
+    if (residual != nullptr) v += load8(residual + i);
+    store8(h + i, v);
+  }
+  for (; i < valid; ++i) h[i] = residual != nullptr ? to_float(x[i]) + residual[i] : to_float(x[i]);
+  for (; i < round_up(valid, kUnit); ++i) h[i] = 0.0f;
+}
+
+FM_INLINE void rotate_tile(const float* h, int64_t count, float* rotated) {
+  for (int64_t i = 0; i < count; i += kGroup) {
+    V8 group[4];
+    for (int j = 0; j < 4; ++j) group[j] = load8(h + i + 8 * j) * kRotation;
+    rotate_group(group);
+    for (int j = 0; j < 4; ++j) store8(rotated + i + 8 * j, group[j]);
+  }
+}
+
+// residual = h less what the wire stands for, but where its scale is NaN.
+template <int kBits>
+void update_residual(const CodecSum& sum, const float* h, int64_t first, int64_t valid, float* residual) {
+  for (int64_t u = 0; u * kUnit < valid; ++u) {
+    V8 acc[kUnitVectors];
+    sum_unit<kBits>(sum, first / kUnit + u, acc);
+    if (sum.hadamard) rotate_unit(acc);
+    for (int i = 0; i < kUnitVectors; ++i) {
+      const int64_t at = u * kUnit + 8 * i, n = min(8, valid - at);
+      if (n <= 0) break;
+      float lost[8];
+      store8(lost, load8(h + at) - acc[i]);
+      const uint8_t* scale = sum.wires + sum.wire.scales() + (first + at) / sum.wire.block * 4;
+      const float s = read<float>(scale);
+      if (s == s) memcpy(residual + first + at, lost, static_cast<size_t>(n) * 4);
+    }
+  }
+}
+
+}  // namespace
+
+template <>
+void run_block_codec_quantize<kIsa>(const BlockCodecQuantizeParams& p) {
+  const int64_t numel = p.wire.numel, num_bytes = numel * element_bytes(p.dtype);
+  clear_padding(p.wire, p.out);
+  const Draws own(p.rounding), *draws = p.rounding.stochastic ? &own : nullptr;
+  dispatch_dtype(p.dtype, [&]<class T>() {
+    dispatch_checked_int<1, 4, 6, 8>(p.wire.bits, [&]<int kBits>() {
+      const T* x = static_cast<const T*>(p.x);
+      for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
+        if (p.residual == nullptr && !p.hadamard && valid == kTile) {
+          return encode_tile<kBits>(p.wire, draws, x + first, first, valid, p.out);
+        }
+        alignas(64) float h[kTile], rotated[kTile];
+        float* residual = p.residual == nullptr ? nullptr : p.residual + first;
+        gather_tile(x + first, residual, valid, h);
+        if (p.hadamard) rotate_tile(h, round_up(valid, kUnit), rotated);
+        encode_tile<kBits>(p.wire, draws, p.hadamard ? rotated : h, first, counted(valid, p.hadamard), p.out);
+        if (residual != nullptr) {
+          const CodecSum sum{p.wire, p.out, 0, 1, 1.0f, p.hadamard};
+          update_residual<kBits>(sum, h, first, valid, p.residual);
+        }
+      });
+    });
+  });
+}
+
+template <>
+void run_block_codec_sum<kIsa>(const BlockCodecSumParams& p) {
+  const int64_t numel = p.sum.wire.numel, num_bytes = numel * (element_bytes(p.dtype) + p.sum.num_wires);
+  dispatch_dtype(p.dtype, [&]<class T>() {
+    dispatch_checked_int<1, 4, 6, 8>(p.sum.wire.bits, [&]<int kBits>() {
+      T* out = static_cast<T*>(p.out);
+      for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
+        for (int64_t at = first; at < first + valid; at += kUnit) {
+          V8 acc[kUnitVectors];
+          sum_unit<kBits>(p.sum, at / kUnit, acc);
+          if (p.sum.hadamard) rotate_unit(acc);
+          for (V8& v : acc) v *= p.sum.factor;
+          if (at + kUnit <= first + valid) {
+            for (int i = 0; i < kUnitVectors; ++i) store8(out + at + 8 * i, acc[i]);
+          } else {
+            T last[kUnit];
+            for (int i = 0; i < kUnitVectors; ++i) store8(last + 8 * i, acc[i]);
+            memcpy(out + at, last, static_cast<size_t>(first + valid - at) * sizeof(T));
+          }
+        }
+      });
+    });
+  });
+}
+
+template <>
+void run_block_codec_reduce<kIsa>(const BlockCodecReduceParams& p) {
+  const int64_t numel = p.wire.numel, num_bytes = numel * (1 + p.sum.num_wires);
+  clear_padding(p.wire, p.out);
+  const Draws own(p.rounding), *draws = p.rounding.stochastic ? &own : nullptr;
+  dispatch_checked_int<1, 4, 6, 8>(p.sum.wire.bits, [&]<int kBits>() {
+    dispatch_checked_int<1, 4, 6, 8>(p.wire.bits, [&]<int kOutBits>() {
+      for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
+        alignas(64) float h[kTile];
+        for (int64_t i = 0; i < valid; i += kUnit) {
+          V8 acc[kUnitVectors];
+          sum_unit<kBits>(p.sum, (first + i) / kUnit, acc);
+          for (int j = 0; j < kUnitVectors; ++j) store8(h + i + 8 * j, acc[j] * p.sum.factor);
+        }
+        const int64_t count = counted(valid, p.sum.hadamard);
+        for (int64_t i = count; i < round_up(valid, kUnit); ++i) h[i] = 0.0f;
+        encode_tile<kOutBits>(p.wire, draws, h, first, count, p.out);
+      });
+    });
+  });
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// A unit of the codec on the CPU: its codes to and from bytes, and vectors of eight floats whatever the instruction set,
+// of which the compiler makes two where registers are shorter. Internal linkage, as in common/vec.h.
+#pragma once
+
+#include "../common/philox_cpu.h"
+#include "../common/vec.h"
+#include "block_codec.h"
+
+namespace fmkernels {
+namespace {
+
+typedef float V8 __attribute__((vector_size(32)));
+typedef int32_t V8i __attribute__((vector_size(32)));
+typedef int8_t Bytes8 __attribute__((vector_size(8)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint8_t Bytes32 __attribute__((vector_size(32)));
+
+constexpr int kUnitVectors = kUnit / 8;
+
+template <class V>
+FM_INLINE V read(const void* p) {
+  V x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class V>
+FM_INLINE void write(void* p, V x) {
+  memcpy(p, &x, sizeof x);
+}
+
+template <class T>
+FM_INLINE V8 load8(const T* p) {
+  if constexpr (kLanes == 8) {
+    return (V8)load(p);
+  } else {
+    const VecF halves[2] = {load(p), load(p + kLanes)};
+    return read<V8>(halves);
+  }
+}
+template <class T>
+FM_INLINE void store8(T* p, V8 x) {
+  if constexpr (kLanes == 8) {
+    store(p, read<VecF>(&x));
+  } else {
+    VecF halves[2];
+    memcpy(halves, &x, sizeof x);
+    store(p, halves[0]);
+    store(p + kLanes, halves[1]);
+  }
+}
+
+template <int kStep>
+FM_INLINE V8 swap8(V8 x) {
+  return __builtin_shuffle(x,
+                           V8i{0 ^ kStep, 1 ^ kStep, 2 ^ kStep, 3 ^ kStep, 4 ^ kStep, 5 ^ kStep, 6 ^ kStep, 7 ^ kStep});
+}
+
+// ---- the rotation ----------------------------------------------------------------------------------------------------
+
+// One stage inside a vector: lane i becomes x[i] + x[i + kStep], lane i + kStep their difference.
+template <int kStep>
+FM_INLINE V8 butterfly_lanes(V8 x) {
+  const uint32_t minus = 0x80000000u;
+  typedef uint32_t V8u __attribute__((vector_size(32)));
+  constexpr uint32_t m1 = kStep & 1 ? minus : 0, m2 = kStep & 2 ? minus : 0, m4 = kStep & 4 ? minus : 0;
+  const V8u signs{0, m1, m2, m1 | m2, m4, m1 | m4, m2 | m4, m1 | m2 | m4};
+  return swap8<kStep>(x) + (V8)((V8u)x ^ signs);
+}
+// H times the kGroup elements of four vectors: places that differ in bit 0 of their number first, in bit 4 last.
+FM_INLINE void rotate_group(V8 (&x)[4]) {
+  for (V8& v : x) v = butterfly_lanes<4>(butterfly_lanes<2>(butterfly_lanes<1>(v)));
+  const V8 a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+  x[0] = a + c;
+  x[1] = b + d;
+  x[2] = a - c;
+  x[3] = b - d;
+}
+
+// ---- codes -----------------------------------------------------------------------------------------------------------
+
+FM_INLINE V8 round_to_even(V8 x) {  // of |x| < 2^22
+  const float shifter = 0x1.8p23f;
+  return (x + shifter) - shifter;
+}
+FM_INLINE V8 floor_of(V8 x) {  // of |x| < 2^22
+#ifdef __AVX2__
+  return (V8)_mm256_floor_ps((__m256)x);
+#else
+  const V8 nearest = round_to_even(x);
+  return nearest - (V8)((V8i)(nearest > x) & (V8i)(V8{} + 1.0f));
+#endif
+}
+
+// v[i] to the nearest integer, as bytes from -2^(kBits - 1) to 2^(kBits - 1) - 1, for kGroup numbers.
+template <int kBits>
+FM_INLINE Bytes32 codes_of(const V8 (&v)[4]) {
+  constexpr int kMax = (1 << (kBits - 1)) - 1, kMin = -kMax - 1;
+#ifdef __AVX2__
+  __m256i q[4];
+  for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32((__m256)v[i]);
+  const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+  __m256i bytes = _mm256_packs_epi16(low, high);  // saturates; words 0 and 4 are those of q[0]
+  if constexpr (kBits < 8) {
+    bytes = _mm256_max_epi8(_mm256_min_epi8(bytes, _mm256_set1_epi8(kMax)), _mm256_set1_epi8(kMin));
+  }
+  return (Bytes32)_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#else
+  Bytes8 bytes[4];
+  for (int i = 0; i < 4; ++i) {
+    V8i q = __builtin_convertvector(round_to_even(v[i]), V8i);
+    q = q > kMax ? V8i{} + kMax : q;
+    q = q < kMin ? V8i{} + kMin : q;
+    bytes[i] = __builtin_convertvector(q, Bytes8);
+  }
+  return read<Bytes32>(bytes);
+#endif
+}
+
+FM_INLINE Bytes32 shifted_left(Bytes32 x, int bits) {
+  typedef uint16_t Words __attribute__((vector_size(32)));
+  return (Bytes32)((Words)x << bits) & static_cast<uint8_t>(0xff << bits);
+}
+FM_INLINE Bytes32 shifted_right(Bytes32 x, int bits) {
+  typedef uint16_t Words __attribute__((vector_size(32)));
+  return (Bytes32)((Words)x >> bits) & static_cast<uint8_t>(0xff >> bits);
+}
+
+// The planes of a wire at one of its units.
+template <int kBits, class Byte>
+struct Planes {
+  Byte *lower, *upper;
+
+  Planes(const CodecWire& wire, Byte* data, int64_t unit)
+      : lower(data + unit * lower_plane_bytes(kBits)),
+        upper(kBits == 6 ? data + wire.upper_plane() + unit * upper_plane_bytes(kBits) : nullptr) {}
+};
+
+// The codes of a unit, its first and its second half, to its planes.
+template <int kBits>
+FM_INLINE void write_codes(const Planes<kBits, uint8_t>& to, Bytes32 first, Bytes32 second) {
+  if constexpr (kBits == 8) {
+    write(to.lower, first);
+    write(to.lower + 32, second);
+  } else {
+    write(to.lower, (first & 15) | shifted_left(second, 4));
+    if constexpr (kBits == 6) {
+      const Bytes32 pairs = (shifted_right(first, 4) & 3) | (second & 0x30);
+      const char* halves = reinterpret_cast<const char*>(&pairs);
+      const Bytes16 even = read<Bytes16>(halves), odd = read<Bytes16>(halves + 16);
+      write(to.upper, even | (odd << 2));
+    }
+  }
+}
+
+// The codes of a unit as bytes: where they are on the wire, or in `buffer`.
+template <int kBits>
+FM_INLINE const int8_t* read_codes(const Planes<kBits, const uint8_t>& from, int8_t* buffer) {
+  if constexpr (kBits == 8) {
+    return reinterpret_cast<const int8_t*>(from.lower);
+  } else if constexpr (kBits == 1) {
+    for (int i = 0; i < kUnitVectors; ++i) {
+      const uint64_t ones = 0x0101010101010101u,
+                     spread = from.lower[i] * ones & 0x8040201008040201u;  // bit j in byte j
+      const uint64_t minus = (spread + 0x7f * ones) >> 7 & ones;
+      write(buffer + 8 * i, minus * 0xfe | ones);
+    }
+    return buffer;
+  } else {
+    constexpr uint8_t kSign = 1 << (kBits - 1);
+    const Bytes32 lower = read<Bytes32>(from.lower);
+    Bytes32 first = lower & 15, second = shifted_right(lower, 4);
+    if constexpr (kBits == 6) {
+      const Bytes16 upper = read<Bytes16>(from.upper);
+      const Bytes16 halves[2] = {upper, upper >> 2};  // bits 0, 1 and 4, 5 of each byte
+      const Bytes32 pairs = read<Bytes32>(halves);
+      first |= shifted_left(pairs & 3, 4);
+      second |= pairs & 0x30;
+    }
+    write(buffer, (first ^ kSign) - kSign);
+    write(buffer + 32, (second ^ kSign) - kSign);
+    return buffer;
+  }
+}
+
+FM_INLINE V8 codes_as_floats(const int8_t* codes) {
+#ifdef __AVX2__
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  return (V8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+  return __builtin_convertvector(read<Bytes8>(codes), V8);
+#endif
+}
+
+// ---- random bits -----------------------------------------------------------------------------------------------------
+
+// What the elements of a unit draw: k, of kUnit elements, and (k + 1/2) / 2^16 of eight of them.
+class Draws {
+ public:
+  explicit Draws(const CodecRounding& rounding)
+      : keys_(rounding.seed), step_(rounding.step), first_unit_(rounding.offset / kUnit) {}
+
+  FM_INLINE void draw(int64_t unit, uint16_t* k) const {
+    for (int half = 0; half < 2; ++half) {
+      const Philox64 call = Philox64{0, 1, 2, 3} + static_cast<uint64_t>((first_unit_ + unit) * 8 + half * 4);
+      PhiloxWords x[4] = {{call}, {call >> 32}, {Philox64{} + step_}, {Philox64{} + (step_ >> 32)}};
+      philox(x, keys_);
+      const uint64_t low = 0xffffffffu;
+      write(k + half * 16, (x[0].bits & low) | (x[1].bits << 32));
+      write(k + 32 + half * 16, (x[2].bits & low) | (x[3].bits << 32));
+    }
+  }
+  FM_INLINE static V8 fractions(const uint16_t* k) {
+#ifdef __AVX2__
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(k));
+    const V8 x = (V8)_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(bits));
+#else
+    typedef uint16_t V8u16 __attribute__((vector_size(16)));
+    const V8 x = __builtin_convertvector(__builtin_convertvector(read<V8u16>(k), V8i), V8);
+#endif
+    return (x + 0.5f) * 0x1p-16f;
+  }
+
+ private:
+  PhiloxKeys keys_;
+  uint64_t step_;
+  int64_t first_unit_;
+};
+
+}  // namespace
+}  // namespace fmkernels
