@@ -13,16 +13,18 @@ from torch import Tensor
 class BucketLayout:
     """The parameters of a bucket, cut into a piece for each rank, ordered by ranks.
 
-    A parameter begins a block and fills its last one with zeros. Its pieces are as long as whole blocks allow; which
+    A parameter begins a block and fills its last one with zeros, or (`repeats`) with elements of its own once more, so
+    that a mean over the block is about that of the parameter. Its pieces are as long as whole blocks allow; which
     rank has the longer ones and the first one depends on its name, so that small parameters do not all go to one rank.
 
         buffer    | a0 a1 a2 | b0 b1 b2 |            pieces of a belong to ranks 0 1 2, of b to 1 2 0
         staged    | a0 b2 | a1 b0 | a2 b1 |          bounds: where ranks begin
     """
 
-    def __init__(self, names: Sequence[str], numels: Sequence[int], world_size: int, block: int) -> None:
+    def __init__(self, names: Sequence[str], numels: Sequence[int], world_size: int, block: int, repeats: bool) -> None:
         self.names, self._numels = tuple(names), tuple(numels)
-        self.is_aligned = all(numel % block == 0 for numel in numels[:-1])
+        self._repeats = repeats
+        self.is_aligned = all(numel % block == 0 for numel in (numels if repeats else numels[:-1]))
         """Whether the buffer itself has every parameter at the beginning of a block."""
         num_blocks = [-(-numel // block) for numel in numels]
         first = [zlib.crc32(name.encode()) % world_size for name in names]  # the owner of piece 0
@@ -49,20 +51,31 @@ class BucketLayout:
         return min(stop, self._numels[index]) - begin
 
     def stage(self, buffer: Tensor, staged: Tensor) -> None:
-        gradients = buffer.split(list(self._numels))
-        self._stage(gradients, staged)
+        """Copies a bucket into place."""
+        self._stage(buffer.split(list(self._numels)), staged, self._repeats)
 
-    def _stage(self, gradients: Sequence[Tensor], staged: Tensor) -> None:
+    def _stage(self, gradients: Sequence[Tensor], staged: Tensor, repeats: bool) -> None:
         parts = []
-        zeros = staged.new_zeros(max(self._sizes, default=0))
         for piece, (index, begin, stop) in enumerate(self._pieces):
-            parts.append(gradients[index][begin:stop])
-            if self._valid(piece) < stop - begin:
-                parts.append(zeros[: stop - begin - self._valid(piece)])
+            gradient = gradients[index]
+            parts.append(gradient[begin:stop])
+            missing = stop - begin - self._valid(piece)
+            if missing and repeats:
+                parts.append(gradient.repeat(-(-missing // gradient.numel()))[:missing])
+            elif missing:
+                parts.append(gradient.new_zeros(missing))
         if parts:
             torch.cat(parts, out=staged)
 
+    def clear_padding(self, staged: Tensor) -> None:
+        end = 0
+        for piece, size in enumerate(self._sizes):
+            if self._valid(piece) < size:
+                staged[end + self._valid(piece) : end + size].zero_()
+            end += size
+
     def unstage(self, staged: Tensor, buffer: Tensor) -> None:
+        """Copies the result back."""
         parts = self._parts(staged)
         if parts:
             torch.cat(parts, out=buffer)
@@ -84,4 +97,4 @@ class BucketLayout:
             tensors[name].to(staged) if name in tensors else staged.new_zeros(numel)
             for name, numel in zip(self.names, self._numels, strict=True)
         ]
-        self._stage(gradients, staged)
+        self._stage(gradients, staged, False)

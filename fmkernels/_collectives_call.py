@@ -17,7 +17,7 @@ from ._collectives_work import Job, Work, run, start
 from ._library import check_values
 
 BITS = (8, 6, 4, 1)
-DEFAULT_CHUNK = 1 << 20
+DEFAULT_CHUNK = 1 << 22
 _MESSAGES_OF_CHUNK = 4  # at most; the first message of a call is its header
 _MAX_CHUNKS = (MAX_MESSAGES - 1) // _MESSAGES_OF_CHUNK
 

@@ -61,10 +61,14 @@ class Pending:
             try:
                 work.wait()
             except RuntimeError as error:
-                who = "a rank" if peer < 0 else f"rank {peer}"
-                raise RuntimeError(f"{self._name}: {who} of the group did not answer: {error}") from error
+                raise _lost(self._name, peer, error) from error
         self._works, self._sent = (), None
         return list(self.received.split(list(self._sizes)))
+
+
+def _lost(name: str, peer: int, error: RuntimeError) -> RuntimeError:
+    who = "a rank" if peer < 0 else f"rank {peer}"
+    return RuntimeError(f"{name}: {who} of the group is gone or late: {error}")
 
 
 class _Transport:
@@ -96,11 +100,16 @@ class TaggedTransport(_Transport):
         parts = received.split(list(sizes))
         # Begins with the next rank, so that not all send to rank 0 at once.
         peers = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
-        tag = self._tag + message
-        works = [(j, self.group.recv([parts[j]], j, tag)) for j in peers if sizes[j]]
-        works += [(j, self.group.send([sends[j]], j, tag)) for j in peers if sends[j].numel()]
+        works = [(j, self._post(self.group.recv, parts[j], j, message)) for j in peers if sizes[j]]
+        works += [(j, self._post(self.group.send, sends[j], j, message)) for j in peers if sends[j].numel()]
         parts[self.rank].copy_(sends[self.rank])
         return Pending(self.name, works, received, sizes, sends)
+
+    def _post(self, way: Callable[..., Any], data: Tensor, peer: int, message: int) -> Any:
+        try:
+            return way([data], peer, self._tag + message)
+        except RuntimeError as error:
+            raise _lost(self.name, peer, error) from error
 
     def gather(self, message: int, wire: Tensor, sizes: Sequence[int]) -> Pending:
         """Sends `wire` to every rank."""

@@ -55,7 +55,7 @@ def run(job: Job) -> None:
     job.end()
 
 
-class Work(dist.Work):
+class Work(dist.Work if dist.is_available() else object):  # type: ignore[misc]
     """What an asynchronous call returns: `wait`, `is_completed`, `exception`, `result` and `get_future` as in torch."""
 
     def __init__(self, job: Job, event: Any = None) -> None:

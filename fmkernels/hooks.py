@@ -103,16 +103,23 @@ class QuantizedAllReduce:
         layout = self._layout(bucket.parameters(), call.world_size)
         if self._has_feedback or not layout.is_aligned:
             staged = buffer.new_empty(layout.staged_numel)
+            residual = self._residual(layout, buffer.device) if self._has_feedback else None
+
+            def finish() -> None:
+                layout.unstage(staged, buffer)
+                if residual is not None:
+                    layout.clear_padding(residual)
+
             work = launch_all_reduce(
                 call,
                 staged,
                 staged,
-                self._residual(layout, buffer.device) if self._has_feedback else None,
+                residual,
                 layout.bounds,
                 buffer,
                 async_op=True,
                 before=lambda: layout.stage(buffer, staged),
-                finish=lambda: layout.unstage(staged, buffer),
+                finish=finish,
             )
         else:
             bounds = shard_bounds(buffer.numel(), call.world_size, self._options.block)
@@ -133,7 +140,8 @@ class QuantizedAllReduce:
         names = tuple(self._names[id(tensor)] for tensor in parameters)
         if names not in self._layouts:
             numels = [tensor.numel() for tensor in parameters]
-            self._layouts[names] = BucketLayout(names, numels, world_size, self._options.block)
+            repeats = 1 in (self._options.bits, self._options.inter_bits)
+            self._layouts[names] = BucketLayout(names, numels, world_size, self._options.block, repeats)
             self._numels.update(zip(names, numels, strict=True))
         return self._layouts[names]
 
