@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -119,35 +120,41 @@ class Finisher:
     """The thread of a group that finishes its asynchronous calls, all that are under way in one pipeline."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="fmkernels collectives", daemon=True).start()
+        jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.submit = jobs.put
+        threading.Thread(target=_Loop(jobs).run, name="fmkernels collectives", daemon=True).start()
+        weakref.finalize(self, jobs.put, None)  # the thread ends with the group
 
-    def submit(self, job: Job) -> None:
-        self._jobs.put(job)
 
-    def _run(self) -> None:
+class _Loop:
+    """What that thread does. Between rounds it holds nothing of calls that are done, nor of their group."""
+
+    def __init__(self, jobs: queue.SimpleQueue[Job | None]) -> None:
+        self._jobs = jobs
+        self._current: Job | None = None  # whose chunks begin
+        self._in_flight: list[tuple[Steps, Job]] = []
+
+    def run(self) -> None:
         torch.set_grad_enabled(False)
-        in_flight: list[tuple[Steps, Job]] = []
-        current: Job | None = None  # whose chunks begin
-        while True:
-            if current is None and (not in_flight or not self._jobs.empty()):
-                current = self._jobs.get()
-            started: list[tuple[Steps, Job]] = []
-            if current is not None:
-                chunk = self._next_chunk(current)
-                if chunk is None:
-                    self._end_if_done(current)
-                    current = None
-                    if not in_flight:
-                        continue
-                else:
-                    started = [(chunk, current)]
-            alive = []
-            for steps, job in (*started, *in_flight):
-                if self._step(steps, job):
-                    alive.append((steps, job))
-            in_flight = alive
-            del steps, job, alive, started
+        while self._round():
+            pass
+
+    def _round(self) -> bool:
+        """Begins a chunk, if there is one, and takes those before it a step on."""
+        if self._current is None and (not self._in_flight or not self._jobs.empty()):
+            self._current = self._jobs.get()
+            if self._current is None:
+                return False
+        started = []
+        if self._current is not None:
+            chunk = self._next_chunk(self._current)
+            if chunk is not None:
+                started = [(chunk, self._current)]
+            else:
+                self._end_if_done(self._current)
+                self._current = None
+        self._in_flight = [pair for pair in (*started, *self._in_flight) if self._step(*pair)]
+        return True
 
     def _next_chunk(self, job: Job) -> Steps | None:
         try:

@@ -67,8 +67,9 @@ class QuantizedAllReduce:
         name = type(self).__name__
         if isinstance(parameters, nn.Module):
             parameters = parameters.named_parameters()
-        self._names = {id(tensor): key.removeprefix("module.") for key, tensor in parameters}
-        self._numels = {}
+        named = [(key.removeprefix("module."), tensor) for key, tensor in parameters]
+        self._names = {id(tensor): key for key, tensor in named}
+        self._numels = {key: tensor.numel() for key, tensor in named}
         self._options = Options(
             op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel, decay=decay
         )
@@ -142,7 +143,6 @@ class QuantizedAllReduce:
             numels = [tensor.numel() for tensor in parameters]
             repeats = 1 in (self._options.bits, self._options.inter_bits)
             self._layouts[names] = BucketLayout(names, numels, world_size, self._options.block, repeats)
-            self._numels.update(zip(names, numels, strict=True))
         return self._layouts[names]
 
     # ---- errors ----
@@ -185,11 +185,10 @@ class QuantizedAllReduce:
                 f"{name}: errors must be empty where error_feedback is off, there are {len(state['errors'])}."
             )
         for key, tensor in state["errors"].items():
-            numel = self._numels.get(key, tensor.numel())
-            if tensor.dtype != torch.float32 or tensor.numel() != numel:
+            if tensor.dtype != torch.float32 or tensor.numel() != self._numels[key]:
                 raise ValueError(
-                    f"{name}: the error of {key} must be float32 with {numel} elements, it is {tensor.dtype} with "
-                    f"{tensor.numel()}."
+                    f"{name}: the error of {key} must be float32 with {self._numels[key]} elements, it is "
+                    f"{tensor.dtype} with {tensor.numel()}."
                 )
         self._flat.clear()
         self._loose = {key: tensor.detach().clone().view(-1) for key, tensor in state["errors"].items()}
