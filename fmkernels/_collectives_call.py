@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._collectives_codec import Codec, Strip, cut, padded_numel
 from ._collectives_header import DTYPES, OPS, Header, send_header
-from ._collectives_schedules import Codec, Route, Steps
+from ._collectives_schedules import Route, Steps
 from ._collectives_transport import MAX_MESSAGES, make_transport, resolve_group
 from ._collectives_work import Job, Work, run, start
 from ._library import check_values
@@ -130,7 +131,7 @@ class Call:
         """After the last check of an argument: from here on the other ranks count on this one."""
         o = self.options
         transport = self.transport = make_transport(self.name, self._group, self.device)
-        codec, inter_codec = (Codec(bits, o.block, o.hadamard) for bits in (o.bits, o.inter_bits))
+        codec, inter_codec = (Codec(bits, o.block, o.hadamard, self.device) for bits in (o.bits, o.inter_bits))
         node_size = self._node_size
         if node_size in (1, self.world_size):  # one of the two hops leads nowhere, and would only round
             codec = inter_codec if node_size < self.world_size else codec
@@ -153,17 +154,21 @@ class Call:
             )
             send_header(transport, header, sends, expects, self.device)
 
-    def _step(self, numel: int) -> int:
-        """Elements of a chunk in a part: a function of that part alone, which two ranks have in common."""
-        step = max(self.options.chunk_numel // self.world_size, -(-numel // _MAX_CHUNKS), 1)
-        return -(-step // self.options.block) * self.options.block
+    def _step(self, strip: Strip) -> int:
+        """Elements of a chunk in a strip: a function of that strip alone, which two ranks have in common."""
+        block = self.options.block
+        step = max(self.options.chunk_numel // self.world_size, -(-padded_numel(strip, block) // _MAX_CHUNKS), 1)
+        return -(-step // block) * block
 
-    def num_chunks(self, parts: Sequence[Tensor]) -> int:
-        return max((-(-part.numel() // self._step(part.numel())) for part in parts), default=0)
+    def num_chunks(self, strips: Sequence[Strip]) -> int:
+        lengths = [(padded_numel(strip, self.options.block), self._step(strip)) for strip in strips]
+        return max((-(-length // step) for length, step in lengths), default=0)
 
-    def pieces(self, parts: Sequence[Tensor], chunk: int) -> list[Tensor]:
-        """What every part has of a chunk: nothing, where others are longer."""
-        return [part[chunk * step : (chunk + 1) * step] for part in parts for step in (self._step(part.numel()),)]
+    def pieces(self, strips: Sequence[Strip], chunk: int) -> list[Strip]:
+        """What every strip has of a chunk: nothing, where others are longer."""
+        steps = [self._step(strip) for strip in strips]
+        block = self.options.block
+        return [cut(strip, block, chunk * n, (chunk + 1) * n) for strip, n in zip(strips, steps, strict=True)]
 
     def launch(
         self,
@@ -192,3 +197,8 @@ class Call:
             return start(job, self.transport.channel, used)
         run(job)
         return None
+
+
+def strips_of(tensor: Tensor, splits: Sequence[int]) -> list[Strip]:
+    """The parts of a tensor, each a strip."""
+    return [[part] for part in tensor.detach().view(-1).split(list(splits))]

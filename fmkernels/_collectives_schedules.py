@@ -21,57 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import block_codec
+from ._collectives_codec import Codec, Strip
 from ._collectives_transport import Transport
 
 Steps = Generator[None, None, None]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """One way to write elements as bytes."""
-
-    bits: int
-    block: int
-    hadamard: bool
-
-    def wire_bytes(self, numel: int) -> int:
-        return block_codec.wire_bytes(numel, bits=self.bits, block=self.block) if numel else 0
-
-    def encode(self, x: Tensor, residual: Tensor | None = None, decay: float = 0.0) -> Tensor:
-        """The wire of x, or of x + residual, of which the residual then keeps what the wire lacks.
-
-        With a decay it keeps a moving average of that. A block whose sum is not finite leaves its residual as it is.
-        """
-        if x.numel() == 0:
-            return x.new_empty(0, dtype=torch.uint8)
-        before = residual.clone() if residual is not None and decay else None
-        wire = block_codec.quantize(x, bits=self.bits, block=self.block, hadamard=self.hadamard, residual=residual)
-        if before is not None:
-            residual.lerp_(before, decay)
-        return wire
-
-    def decode(self, wire: Tensor, out: Tensor) -> None:
-        if out.numel():
-            block_codec.dequantize(
-                wire, out.numel(), bits=self.bits, block=self.block, hadamard=self.hadamard, dtype=out.dtype, out=out
-            )
-
-    def sum(self, wires: Tensor, out: Tensor, op: str) -> Tensor:
-        """Of [ranks, bytes], in the order of ranks and in float32; divided by their number where op is "avg"."""
-        if out.numel():
-            block_codec.sum_wires(
-                wires, out.numel(), bits=self.bits, block=self.block, hadamard=self.hadamard, op=op, out=out
-            )
-        return out
-
-    def reduce(self, wires: Tensor, numel: int, op: str, to: Codec) -> Tensor:
-        """The wire of the sum, in one pass."""
-        if numel == 0:
-            return wires.new_empty(0)
-        return block_codec.reduce_wires(
-            wires, numel, bits=self.bits, block=self.block, hadamard=self.hadamard, op=op, out_bits=to.bits
-        )
 
 
 @dataclass(frozen=True)
@@ -98,30 +51,23 @@ class Route:
         return self.inter_codec if self.node_size else self.codec
 
     def requantise(
-        self, wires: Tensor, numel: int, weight: int, codec: Codec, to: Codec, residual: Tensor | None
+        self, messages: Tensor, strip: Strip, weight: int, codec: Codec, to: Codec, residuals: Strip | None
     ) -> Tensor:
-        """The wire of the sum. What it lacks goes to the residual of this rank: nobody else knows the sum.
+        """The message of the sum of `weight` ranks. What it lacks is this rank's to keep: nobody else knows the sum."""
+        if residuals is None:
+            return codec.reduce(messages, strip, self.op, to)
+        return codec.reduce_with(messages, strip, residuals, self.decay, self.op, weight, to)
 
-        `weight` ranks are in it, of whose sum the residual speaks.
-        """
-        if residual is None:
-            return codec.reduce(wires, numel, self.op, to)
-        total = codec.sum(wires, wires.new_empty(numel, dtype=torch.float32), self.op)
-        lack = torch.zeros_like(total)
-        wire = to.encode(total, lack)
-        residual.add_(lack, alpha=(1.0 - self.decay) * (weight if self.op == "avg" else 1))
-        return wire
-
-    def encode_all(self, pieces: Sequence[Tensor], residuals: Sequence[Tensor] | None) -> list[Tensor]:
+    def encode_all(self, pieces: Sequence[Strip], residuals: Sequence[Strip] | None) -> list[Tensor]:
         lacks = [None] * len(pieces) if residuals is None else residuals
-        return [self.codec.encode(x, lack, self.decay) for x, lack in zip(pieces, lacks, strict=True)]
+        return [self.codec.encode(strip, lack, self.decay) for strip, lack in zip(pieces, lacks, strict=True)]
 
     # ---- messages 0, 1 of a chunk: to the owner ----
 
     def reduce_to_owner(
-        self, message: int, pieces: Sequence[Tensor], residuals: Sequence[Tensor] | None
+        self, message: int, pieces: Sequence[Strip], residuals: Sequence[Strip] | None
     ) -> Generator[None, None, tuple[Tensor, Codec]]:
-        """[ranks, bytes] of the wires whose sum is this rank's piece, and what they are written in."""
+        """[ranks, bytes] of the messages whose sum is this rank's piece, and what they are written in."""
         wires = self.encode_all(pieces, residuals)
         if not self.node_size:
             pending = self.transport.exchange(message, wires, [wires[self.rank].numel()] * self.world_size)
@@ -143,9 +89,8 @@ class Route:
         sends = [nothing] * self.world_size
         for owner, part in zip(mine, parts, strict=True):
             lack = None if residuals is None else residuals[owner]
-            numel = pieces[owner].numel()
-            sends[owner] = self.requantise(part.contiguous(), numel, self.node_size, self.codec, self.inter_codec, lack)
-        size = self.inter_codec.wire_bytes(pieces[self.rank].numel())
+            sends[owner] = self.requantise(part, pieces[owner], self.node_size, self.codec, self.inter_codec, lack)
+        size = self.inter_codec.message_bytes(pieces[self.rank])
         pending = self.transport.exchange(
             message + 1, sends, [size if j in mine else 0 for j in range(self.world_size)]
         )
@@ -162,7 +107,7 @@ class Route:
     def gather_from_owners(
         self, message: int, wire: Tensor, sizes: Sequence[int]
     ) -> Generator[None, None, Sequence[Tensor]]:
-        """The wires of all pieces, of `sizes` bytes, in the order of their owners."""
+        """The messages of all pieces, of `sizes` bytes, in the order of their owners."""
         if not self.node_size:
             pending = self.transport.gather(message + 2, wire, sizes)
             yield
@@ -194,52 +139,50 @@ class Route:
 
 
 def two_shot(
-    route: Route, message: int, pieces: Sequence[Tensor], outs: Sequence[Tensor], residuals: Sequence[Tensor] | None
+    route: Route, message: int, pieces: Sequence[Strip], outs: Sequence[Strip], residuals: Sequence[Strip] | None
 ) -> Steps:
     """all_reduce of one piece of each shard; also the hierarchical one."""
-    wires, codec = yield from route.reduce_to_owner(message, pieces, residuals)
-    to = route.result_codec
-    numel = pieces[route.rank].numel()
-    wire = route.requantise(
-        wires, numel, route.world_size, codec, to, None if residuals is None else residuals[route.rank]
-    )
-    results = yield from route.gather_from_owners(message, wire, [to.wire_bytes(x.numel()) for x in pieces])
+    messages, codec = yield from route.reduce_to_owner(message, pieces, residuals)
+    to, rank = route.result_codec, route.rank
+    lack = None if residuals is None else residuals[rank]
+    mine = route.requantise(messages, pieces[rank], route.world_size, codec, to, lack)
+    results = yield from route.gather_from_owners(message, mine, [to.message_bytes(strip) for strip in pieces])
     for result, out in zip(results, outs, strict=True):
         to.decode(result, out)
 
 
-def one_shot(route: Route, message: int, piece: Tensor, out: Tensor, residual: Tensor | None) -> Steps:
+def one_shot(route: Route, message: int, piece: Strip, out: Strip, residual: Strip | None) -> Steps:
     """all_reduce of a piece that every rank sums by itself: one rounding, and as many bytes as ranks."""
-    wire = route.codec.encode(piece, residual, route.decay)
-    pending = route.transport.gather(message, wire, [wire.numel()] * route.world_size)
+    mine = route.codec.encode(piece, residual, route.decay)
+    pending = route.transport.gather(message, mine, [mine.numel()] * route.world_size)
     yield
     pending.wait()
     route.codec.sum(pending.received.view(route.world_size, -1), out, route.op)
 
 
 def scatter(
-    route: Route, message: int, pieces: Sequence[Tensor], out: Tensor, residuals: Sequence[Tensor] | None
+    route: Route, message: int, pieces: Sequence[Strip], out: Strip, residuals: Sequence[Strip] | None
 ) -> Steps:
     """reduce_scatter of one piece of each shard."""
-    wires, codec = yield from route.reduce_to_owner(message, pieces, residuals)
-    codec.sum(wires, out, route.op)
+    messages, codec = yield from route.reduce_to_owner(message, pieces, residuals)
+    codec.sum(messages, out, route.op)
 
 
-def gather(route: Route, message: int, piece: Tensor, outs: Sequence[Tensor], residual: Tensor | None) -> Steps:
+def gather(route: Route, message: int, piece: Strip, outs: Sequence[Strip], residual: Strip | None) -> Steps:
     """all_gather of a piece of what every rank has."""
-    wire = route.codec.encode(piece, residual, route.decay)
-    pending = route.transport.gather(message, wire, [route.codec.wire_bytes(out.numel()) for out in outs])
+    mine = route.codec.encode(piece, residual, route.decay)
+    pending = route.transport.gather(message, mine, [route.codec.message_bytes(out) for out in outs])
     yield
     for part, out in zip(pending.wait(), outs, strict=True):
         route.codec.decode(part, out)
 
 
 def exchange(
-    route: Route, message: int, pieces: Sequence[Tensor], outs: Sequence[Tensor], residuals: Sequence[Tensor] | None
+    route: Route, message: int, pieces: Sequence[Strip], outs: Sequence[Strip], residuals: Sequence[Strip] | None
 ) -> Steps:
     """all_to_all of a piece of each part."""
-    wires = route.encode_all(pieces, residuals)
-    pending = route.transport.exchange(message, wires, [route.codec.wire_bytes(out.numel()) for out in outs])
+    messages = route.encode_all(pieces, residuals)
+    pending = route.transport.exchange(message, messages, [route.codec.message_bytes(out) for out in outs])
     yield
     for part, out in zip(pending.wait(), outs, strict=True):
         route.codec.decode(part, out)

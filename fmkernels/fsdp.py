@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._collectives_call import Options
+from ._collectives_launch import SCATTER_ALGORITHMS, launch_reduce_scatter
 from ._collectives_work import Work
-from .quantized_collectives import SCATTER_ALGORITHMS, all_gather, launch_reduce_scatter
+from .quantized_collectives import all_gather
 
 __all__ = ["QuantizedAllGather", "QuantizedReduceScatter", "quantize_communication"]
 

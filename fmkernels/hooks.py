@@ -2,6 +2,7 @@
 """Communication hooks of DistributedDataParallel: gradients travel as codes (`fmkernels.quantized_collectives`)."""
 
 # No `from __future__ import annotations`: DDP compares the annotation of `bucket` with dist.GradBucket itself.
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._bucket_layout import BucketLayout
-from ._collectives_call import DEFAULT_CHUNK, Call, Options, shard_bounds
-from .quantized_collectives import ALGORITHMS, launch_all_reduce
+from ._collectives_call import DEFAULT_CHUNK, Call, Options
+from ._collectives_launch import ALGORITHMS, launch_all_reduce
 
 __all__ = ["QuantizedAllReduce"]
+
+_MIN_PIECE = 4096  # elements that are worth a wire of their own
 
 
 class QuantizedAllReduce:
@@ -82,9 +84,8 @@ class QuantizedAllReduce:
             raise ValueError(f"{name}: decay and reset_interval must not be given without error_feedback.")
         self._has_feedback, self._reset_interval = error_feedback, reset_interval
         self._num_steps = 0
-        self._layouts: dict[tuple[str, ...], BucketLayout] = {}
-        self._flat: dict[tuple[str, ...], Tensor] = {}  # errors as the buckets of now have them
-        self._loose: dict[str, Tensor] = {}  # errors of parameters that no bucket has had yet
+        self._plans: dict[tuple[str, int], list[tuple[int, slice]]] = {}
+        self._errors: dict[str, Tensor] = {}
 
     def register(self, model: nn.parallel.DistributedDataParallel) -> None:
         """Makes this the communication hook of the model, which can have one."""
@@ -97,34 +98,26 @@ class QuantizedAllReduce:
 
     @torch.no_grad()
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer()
+        buffer, parameters = bucket.buffer(), bucket.parameters()
         call = Call("all_reduce", buffer, self._options, ALGORITHMS)
+        unknown = [list(tensor.shape) for tensor in parameters if id(tensor) not in self._names]
+        if unknown:
+            raise ValueError(
+                f"QuantizedAllReduce: parameters must be all those of the DDP model, one of {unknown[0]} is missing."
+            )
         if bucket.index() == 0:
             self._begin_step()
-        layout = self._layout(bucket.parameters(), call.world_size)
-        if self._has_feedback or not layout.is_aligned:
-            staged = buffer.new_empty(layout.staged_numel)
-            residual = self._residual(layout, buffer.device) if self._has_feedback else None
-
-            def finish() -> None:
-                layout.unstage(staged, buffer)
-                if residual is not None:
-                    layout.clear_padding(residual)
-
-            work = launch_all_reduce(
-                call,
-                staged,
-                staged,
-                residual,
-                layout.bounds,
-                buffer,
-                async_op=True,
-                before=lambda: layout.stage(buffer, staged),
-                finish=finish,
-            )
-        else:
-            bounds = shard_bounds(buffer.numel(), call.world_size, self._options.block)
-            work = launch_all_reduce(call, buffer, buffer, None, bounds, buffer, async_op=True)
+        names = [self._names[id(tensor)] for tensor in parameters]
+        gradients = buffer.split([self._numels[name] for name in names])
+        errors = [self._error(name, buffer.device) for name in names] if self._has_feedback else None
+        shards: list[list[Tensor]] = [[] for _ in range(call.world_size)]
+        residuals: list[list[Tensor]] = [[] for _ in range(call.world_size)]
+        for index, name in enumerate(names):
+            for owner, piece in self._pieces(name, call.world_size):
+                shards[owner].append(gradients[index][piece])
+                if errors is not None:
+                    residuals[owner].append(errors[index][piece])
+        work = launch_all_reduce(call, shards, residuals if self._has_feedback else None, buffer, async_op=True)
         return work.get_future()
 
     def _begin_step(self) -> None:
@@ -132,43 +125,39 @@ class QuantizedAllReduce:
             self.rescale(0.0)
         self._num_steps += 1
 
-    def _layout(self, parameters: list[Tensor], world_size: int) -> BucketLayout:
-        unknown = [list(tensor.shape) for tensor in parameters if id(tensor) not in self._names]
-        if unknown:
-            raise ValueError(
-                f"QuantizedAllReduce: parameters must be all those of the DDP model, one of {unknown[0]} is missing."
-            )
-        names = tuple(self._names[id(tensor)] for tensor in parameters)
-        if names not in self._layouts:
-            numels = [tensor.numel() for tensor in parameters]
-            repeats = 1 in (self._options.bits, self._options.inter_bits)
-            self._layouts[names] = BucketLayout(names, numels, world_size, self._options.block, repeats)
-        return self._layouts[names]
+    def _pieces(self, name: str, world_size: int) -> list[tuple[int, slice]]:
+        """The pieces of a parameter and their owners, whatever the bucket: a piece for each rank, if it is worth it.
+
+        The first owner depends on the name, so that small parameters do not all go to one rank.
+        """
+        if (name, world_size) not in self._plans:
+            numel, block = self._numels[name], self._options.block
+            num_blocks = -(-numel // block)
+            count = max(1, min(world_size, num_blocks * block // _MIN_PIECE))
+            ends = [min(num_blocks * i // count * block, numel) for i in range(count + 1)]
+            first = zlib.crc32(name.encode())
+            self._plans[name, world_size] = [
+                ((first + i) % world_size, slice(ends[i], ends[i + 1])) for i in range(count) if ends[i] < ends[i + 1]
+            ]
+        return self._plans[name, world_size]
 
     # ---- errors ----
 
-    def _residual(self, layout: BucketLayout, device: torch.device) -> Tensor:
-        """The errors of a bucket, as it is staged; taken from other buckets when DDP has formed new ones."""
-        if layout.names not in self._flat:
-            wanted = set(layout.names)
-            for names in [names for names in self._flat if wanted & set(names)]:
-                self._loose.update(self._layouts[names].split(self._flat.pop(names)))
-            flat = torch.zeros(layout.staged_numel, dtype=torch.float32, device=device)
-            layout.join({name: self._loose.pop(name) for name in layout.names if name in self._loose}, flat)
-            self._flat[layout.names] = flat
-        return self._flat[layout.names]
+    def _error(self, name: str, device: torch.device) -> Tensor:
+        error = self._errors.get(name)
+        if error is None:
+            error = torch.zeros(self._numels[name], dtype=torch.float32, device=device)
+        self._errors[name] = error = error.to(device)
+        return error
 
     def errors(self) -> dict[str, Tensor]:
         """The error of every parameter that has been through the hook, flat, on its device; copies."""
-        errors = {name: tensor.clone() for name, tensor in self._loose.items()}
-        for names, flat in self._flat.items():
-            errors.update(self._layouts[names].split(flat))
-        return dict(sorted(errors.items()))
+        return {name: error.clone() for name, error in sorted(self._errors.items())}
 
     def rescale(self, factor: float) -> None:
         """Multiplies the errors, as when a loss is scaled by another factor from now on."""
-        for tensor in (*self._flat.values(), *self._loose.values()):
-            tensor.mul_(factor) if factor else tensor.zero_()
+        for error in self._errors.values():
+            error.mul_(factor) if factor else error.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The errors by the names of parameters, and the number of steps. Of this rank."""
@@ -190,6 +179,5 @@ class QuantizedAllReduce:
                     f"{name}: the error of {key} must be float32 with {self._numels[key]} elements, it is "
                     f"{tensor.dtype} with {tensor.numel()}."
                 )
-        self._flat.clear()
-        self._loose = {key: tensor.detach().clone().view(-1) for key, tensor in state["errors"].items()}
+        self._errors = {key: tensor.detach().clone().view(-1) for key, tensor in state["errors"].items()}
         self._num_steps = state["num_steps"]

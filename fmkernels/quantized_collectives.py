@@ -33,14 +33,13 @@ from ._collectives_call import (
     check_splits,
     check_tensor,
     shard_bounds,
+    strips_of,
 )
-from ._collectives_schedules import Steps, exchange, gather, one_shot, scatter, two_shot
+from ._collectives_launch import ALGORITHMS, launch_all_reduce, launch_reduce_scatter
+from ._collectives_schedules import Steps, exchange, gather
 from ._collectives_work import Work
 
 __all__ = ["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
-
-ALGORITHMS = ("two_shot", "one_shot", "hierarchical")
-SCATTER_ALGORITHMS = ("direct", "hierarchical")
 
 
 @torch.no_grad()
@@ -90,45 +89,10 @@ def all_reduce(
     check_tensor("all_reduce", "tensor", tensor)
     check_feedback("all_reduce", error_feedback, tensor, "tensor")
     call = Call("all_reduce", tensor, options, ALGORITHMS)
-    flat = tensor.detach().view(-1)
-    residual = None if error_feedback is None else error_feedback.detach().view(-1)
-    bounds = shard_bounds(flat.numel(), call.world_size, block)
-    return launch_all_reduce(call, flat, flat, residual, bounds, tensor, async_op)
-
-
-def launch_all_reduce(
-    call: Call,
-    source: Tensor,
-    result: Tensor,
-    residual: Tensor | None,
-    bounds: Sequence[int],
-    value: Tensor,
-    async_op: bool,
-    **around: Any,
-) -> Work | None:
-    """From flat `source` to flat `result`; shard j is [bounds[j], bounds[j + 1]), and begins a block."""
-    numel, has_feedback = source.numel(), residual is not None
-    zeros = [0] * call.world_size
-    call.begin(numel, zeros, zeros, has_feedback)
-    whole = [source, result] if residual is None else [source, result, residual]
-    if call.options.algorithm == "one_shot":
-
-        def steps(message: int, chunk: int) -> Steps:
-            piece, out, *lacks = call.pieces(whole, chunk)
-            return one_shot(call.route, message, piece, out, lacks[0] if lacks else None)
-
-        num_chunks = call.num_chunks(whole)
-    else:
-        sizes = [b - a for a, b in pairwise(bounds)]
-        sources, results = source.split(sizes), result.split(sizes)
-        residuals = None if residual is None else residual.split(sizes)
-
-        def steps(message: int, chunk: int) -> Steps:
-            lacks = None if residuals is None else call.pieces(residuals, chunk)
-            return two_shot(call.route, message, call.pieces(sources, chunk), call.pieces(results, chunk), lacks)
-
-        num_chunks = call.num_chunks(sources)
-    return call.launch(steps, num_chunks, value, whole, async_op, has_feedback, **around)
+    bounds = shard_bounds(tensor.numel(), call.world_size, block)
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    residuals = None if error_feedback is None else strips_of(error_feedback, sizes)
+    return launch_all_reduce(call, strips_of(tensor, sizes), residuals, tensor, async_op)
 
 
 @torch.no_grad()
@@ -175,30 +139,6 @@ def reduce_scatter(
     return launch_reduce_scatter(output, input, options, input_splits, error_feedback, async_op)
 
 
-def launch_reduce_scatter(
-    output: Tensor, input: Tensor, options: Options, splits: Any, error_feedback: Tensor | None, async_op: bool
-) -> Work | None:
-    name = "reduce_scatter"
-    check_tensor(name, "input", input)
-    check_like(name, "output", output, input, "input")
-    check_feedback(name, error_feedback, input, "input")
-    call = Call(name, input, options, SCATTER_ALGORITHMS)
-    splits = check_splits(name, "input_splits", splits, input.numel(), call.world_size, "input")
-    if output.numel() != splits[call.rank]:
-        raise ValueError(f"{name}: output must have this rank's {splits[call.rank]} elements, it has {output.numel()}.")
-    flat, out = input.detach().view(-1), output.detach().view(-1)
-    parts = flat.split(splits)
-    residuals = None if error_feedback is None else error_feedback.detach().view(-1).split(splits)
-    call.begin(flat.numel(), splits, [splits[call.rank]] * call.world_size, residuals is not None)
-
-    def steps(message: int, chunk: int) -> Steps:
-        lacks = None if residuals is None else call.pieces(residuals, chunk)
-        return scatter(call.route, message, call.pieces(parts, chunk), *call.pieces((out,), chunk), lacks)
-
-    used = [flat, out] if error_feedback is None else [flat, out, error_feedback]
-    return call.launch(steps, call.num_chunks(parts), output, used, async_op, residuals is not None)
-
-
 @torch.no_grad()
 def all_gather(
     output: Tensor,
@@ -239,16 +179,23 @@ def all_gather(
     splits = check_splits(name, "output_splits", output_splits, output.numel(), call.world_size, "output")
     if input.numel() != splits[call.rank]:
         raise ValueError(f"{name}: input must have this rank's {splits[call.rank]} elements, it has {input.numel()}.")
-    flat, outs = input.detach().view(-1), output.detach().view(-1).split(splits)
+    flat, outs = input.detach().view(-1), strips_of(output, splits)
     residual = None if error_feedback is None else error_feedback.detach().view(-1)
-    own = [flat] if residual is None else [flat, residual]
+    own = [[flat]] if residual is None else [[flat], [residual]]
     call.begin(output.numel(), [flat.numel()] * call.world_size, splits, residual is not None)
 
     def steps(message: int, chunk: int) -> Steps:
         piece, *lacks = call.pieces(own, chunk)
         return gather(call.route, message, piece, call.pieces(outs, chunk), lacks[0] if lacks else None)
 
-    return call.launch(steps, call.num_chunks(outs), output, [*own, output], async_op, residual is not None)
+    return call.launch(
+        steps,
+        call.num_chunks(outs),
+        output,
+        [flat, output] if residual is None else [flat, output, residual],
+        async_op,
+        residual is not None,
+    )
 
 
 @torch.no_grad()
@@ -292,8 +239,8 @@ def all_to_all(
     call = Call(name, input, options, ("direct",))
     sends = check_splits(name, "input_splits", input_splits, input.numel(), call.world_size, "input")
     expects = check_splits(name, "output_splits", output_splits, output.numel(), call.world_size, "output")
-    parts, outs = input.detach().view(-1).split(sends), output.detach().view(-1).split(expects)
-    residuals = None if error_feedback is None else error_feedback.detach().view(-1).split(sends)
+    parts, outs = strips_of(input, sends), strips_of(output, expects)
+    residuals = None if error_feedback is None else strips_of(error_feedback, sends)
     call.begin(0, sends, expects, residuals is not None)
 
     def steps(message: int, chunk: int) -> Steps:
