@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _block_codec_checks as checks
 from . import _check as check
 from ._library import call, needs_grad, ops, register_fake
 
 __all__ = ["dequantize", "quantize", "reduce_wires", "sum_wires", "wire_bytes"]
-
-BITS = (8, 6, 4, 1)
-MIN_BLOCK, MAX_BLOCK = 32, 2048
-UNIT, ALIGNMENT = 64, 16
-MAX_NUMEL = 2**40
 
 
 def wire_bytes(numel: int, *, bits: int = 8, block: int = 128) -> int:
@@ -33,8 +29,8 @@ def wire_bytes(numel: int, *, bits: int = 8, block: int = 128) -> int:
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
-    _check_format("wire_bytes", bits, block, numel)
-    return _wire_bytes(numel, bits, block)
+    checks.check_format("wire_bytes", bits, block, numel)
+    return checks.num_bytes(numel, bits, block)
 
 
 def quantize(
@@ -81,15 +77,15 @@ def quantize(
     decodes to zeros. CPU and CUDA (sm_80 and later). No gradient. Deterministic; a block does not depend on the others.
     """
     op = "quantize"
-    _check_format(op, bits, block)
-    seed = _checked_rounding(op, rounding, bits, block, seed, step, offset)
+    checks.check_format(op, bits, block)
+    seed = checks.checked_rounding(op, rounding, bits, block, seed, step, offset)
     check.flag(op, "hadamard", hadamard)
     if isinstance(x, Tensor) and needs_grad(x):
         x = x.detach()
     if out is None:
         out = _new_wire(x, x.numel() if isinstance(x, Tensor) else 0, bits, block)
     options = (bits, block, hadamard, rounding == "stochastic", seed, step, offset)
-    call(ops.block_codec_quantize, (x, residual, *options, out), _check_quantize)
+    call(ops.block_codec_quantize, (x, residual, *options, out), checks.check_quantize)
     return out
 
 
@@ -122,7 +118,9 @@ def dequantize(
 
     CPU and CUDA (sm_80 and later). Deterministic.
     """
-    wires = wire.unsqueeze(0) if isinstance(wire, Tensor) and wire.dim() == 1 else wire
+    if isinstance(wire, Tensor):
+        check.rank("dequantize", "wire", wire, 1, "[bytes]")
+    wires = wire.unsqueeze(0) if isinstance(wire, Tensor) else wire
     return _sum("dequantize", "wire", wires, numel, bits, block, hadamard, 1.0, dtype, out)
 
 
@@ -201,27 +199,29 @@ def reduce_wires(
     CPU and CUDA (sm_80 and later). Deterministic.
     """
     name = "reduce_wires"
-    _check_format(name, bits, block, numel)
+    checks.check_format(name, bits, block, numel)
     out_bits = bits if out_bits is None else out_bits
-    _check_bits(name, "out_bits", out_bits)
-    seed = _checked_rounding(name, rounding, out_bits, block, seed, step, offset)
+    checks.check_bits(name, "out_bits", out_bits)
+    seed = checks.checked_rounding(name, rounding, out_bits, block, seed, step, offset)
     check.flag(name, "hadamard", hadamard)
     factor = _factor(name, op, wires)
     if out is None:
+        if not _has_size(wires, numel, bits, block):
+            checks.check_wires(name, "wires", wires, numel, bits, block)
         out = _new_wire(wires, numel, out_bits, block)
     options = (bits, out_bits, block, hadamard, factor, rounding == "stochastic", seed, step, offset)
-    call(ops.block_codec_reduce, (wires, numel, *options, out), _check_reduce)
+    call(ops.block_codec_reduce, (wires, numel, *options, out), checks.check_reduce)
     return out
-
-
-def _wire_bytes(numel: int, bits: int, block: int) -> int:
-    code_bytes, scale_bytes = (numel + UNIT - 1) // UNIT * 8 * bits, (numel + block - 1) // block * 4
-    return sum((n + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT for n in (code_bytes, scale_bytes))
 
 
 def _new_wire(like: Any, numel: int, bits: int, block: int) -> Tensor:
     device = like.device if isinstance(like, Tensor) else None
-    return torch.empty(_wire_bytes(numel, bits, block), dtype=torch.uint8, device=device)
+    return torch.empty(checks.num_bytes(numel, bits, block), dtype=torch.uint8, device=device)
+
+
+def _has_size(wires: Any, numel: int, bits: int, block: int) -> bool:
+    """Asked before a result of numel elements is made."""
+    return isinstance(wires, Tensor) and wires.dim() == 2 and wires.shape[1] == checks.num_bytes(numel, bits, block)
 
 
 def _sum(
@@ -236,9 +236,11 @@ def _sum(
     dtype: torch.dtype,
     out: Any,
 ) -> Tensor:
-    _check_format(op, bits, block, numel)
+    checks.check_format(op, bits, block, numel)
     check.flag(op, "hadamard", hadamard)
     if out is None:
+        if not _has_size(wires, numel, bits, block):
+            checks.check_wires(op, name, wires, numel, bits, block)
         if dtype not in check.FLOAT_DTYPES:
             got = check.dtype_names((dtype,)) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise ValueError(f"{op}: dtype must be {check.dtype_names(check.FLOAT_DTYPES)}, got {got}.")
@@ -248,8 +250,8 @@ def _sum(
         raise ValueError(f"{op}: out must be a tensor of numel, {numel}, elements, got {got}.")
 
     def explain(wires: Any, bits: int, block: int, hadamard: bool, factor: float, out: Any) -> None:
-        _check_wires(op, name, wires, numel, bits, block)
-        _check_out(op, out, "a tensor", check.FLOAT_DTYPES, name, wires)
+        checks.check_wires(op, name, wires, numel, bits, block)
+        checks.check_out(op, out, check.FLOAT_DTYPES, name, wires)
         check.kernel_exists(op, "block_codec_sum", wires)
 
     call(ops.block_codec_sum, (wires, bits, block, hadamard, factor, out), explain)
@@ -263,125 +265,17 @@ def _factor(name: str, op: Any, wires: Any) -> float:
     return 1 / wires.shape[0] if is_mean else 1.0
 
 
-def _check_bits(op: str, name: str, bits: Any) -> None:
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"{op}: {name} must be 8, 6, 4 or 1, got {bits!r}.")
-
-
-def _check_format(op: str, bits: Any, block: Any, numel: Any = 0) -> None:
-    _check_bits(op, "bits", bits)
-    check.integer(op, "block", block, 1)
-    if not MIN_BLOCK <= block <= MAX_BLOCK or block & (block - 1):
-        raise ValueError(f"{op}: block must be a power of two from 32 to 2048, got {block}.")
-    check.integer(op, "numel", numel, 0)
-    if numel > MAX_NUMEL:
-        raise ValueError(f"{op}: numel must be at most 2**40, got {numel}.")
-
-
-def _checked_rounding(op: str, rounding: Any, bits: int, block: int, seed: Any, step: Any, offset: Any) -> int:
-    """The seed; 0 where there is none to be had."""
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"{op}: rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
-    if seed is not None:
-        check.integer(op, "seed", seed, 0)
-    elif rounding == "stochastic":
-        raise ValueError(f"{op}: seed must be given where rounding is 'stochastic', got None.")
-    check.integer(op, "step", step, 0)
-    check.integer(op, "offset", offset, 0)
-    if rounding == "stochastic":
-        if bits == 1:
-            raise ValueError(f"{op}: rounding must be 'nearest' where a code has 1 bit, got 'stochastic'.")
-        if offset % max(block, UNIT) != 0:
-            raise ValueError(f"{op}: offset must be a multiple of {max(block, UNIT)} for this block, got {offset}.")
-    return 0 if seed is None else seed
-
-
-def _check_dense(op: str, name: str, value: Tensor) -> None:
-    if not value.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {list(value.stride())}.")
-
-
-def _check_out(op: str, out: Any, layout: str, dtypes: tuple[torch.dtype, ...], like_name: str, like: Tensor) -> None:
-    check.is_tensor(op, "out", out)
-    check.dtype(op, "out", out, dtypes)
-    check.same_device(op, "out", out, like_name, like)
-    _check_dense(op, "out", out)
-
-
-def _check_aligned(op: str, name: str, value: Tensor) -> None:
-    if check.sees_values(value) and value.data_ptr() % ALIGNMENT != 0:
-        raise ValueError(
-            f"{op}: {name} must begin on a boundary of 16 bytes, got {value.data_ptr() % ALIGNMENT} behind."
-        )
-
-
-def _check_wire(op: str, name: str, wire: Any, numel: int, bits: int, block: int, like_name: str, like: Tensor) -> None:
-    _check_out(op, wire, "a wire", (torch.uint8,), like_name, like)
-    check.rank(op, name, wire, 1, "[bytes]")
-    check.size(op, name, wire, 0, "wire_bytes", _wire_bytes(numel, bits, block))
-    _check_aligned(op, name, wire)
-
-
-def _check_wires(op: str, name: str, wires: Any, numel: int, bits: int, block: int) -> None:
-    check.is_tensor(op, name, wires)
-    check.dtype(op, name, wires, (torch.uint8,))
-    check.rank(op, name, wires, 2, "[bytes]" if name == "wire" else "[ranks, bytes]")
-    if wires.shape[0] == 0:
-        raise ValueError(f"{op}: {name} must have at least 1 row, got 0.")
-    check.size(op, name, wires, 1, "wire_bytes", _wire_bytes(numel, bits, block))
-    check.last_dim_contiguous(op, name, wires)
-    _check_aligned(op, name, wires)
-    if wires.shape[0] > 1 and wires.stride(0) % ALIGNMENT != 0:
-        raise ValueError(f"{op}: {name} must have rows on boundaries of 16 bytes, got stride {wires.stride(0)}.")
-
-
-def _check_quantize(
-    x: Any,
-    residual: Any,
-    bits: int,
-    block: int,
-    hadamard: bool,
-    stochastic: bool,
-    seed: int,
-    step: int,
-    offset: int,
-    out: Any,
-) -> None:
-    op = "quantize"
-    check.is_tensor(op, "x", x)
-    check.dtype(op, "x", x, check.FLOAT_DTYPES)
-    _check_dense(op, "x", x)
-    if residual is not None:
-        check.is_tensor(op, "residual", residual)
-        check.dtype(op, "residual", residual, (torch.float32,))
-        check.same_device(op, "residual", residual, "x", x)
-        if residual.numel() != x.numel():
-            raise ValueError(f"{op}: residual must have the {x.numel()} elements of x, got {residual.numel()}.")
-        _check_dense(op, "residual", residual)
-    _check_wire(op, "out", out, x.numel(), bits, block, "x", x)
-    check.kernel_exists(op, "block_codec_quantize", x)
-
-
-def _check_reduce(
-    wires: Any, numel: int, bits: int, out_bits: int, block: int, hadamard: bool, factor: float, *options: Any
-) -> None:
-    op = "reduce_wires"
-    _check_wires(op, "wires", wires, numel, bits, block)
-    _check_wire(op, "out", options[-1], numel, out_bits, block, "wires", wires)
-    check.kernel_exists(op, "block_codec_reduce", wires)
-
-
 @register_fake("block_codec_quantize")
 def _(x, residual, bits, block, hadamard, stochastic, seed, step, offset, out):
-    _check_quantize(x, residual, bits, block, hadamard, stochastic, seed, step, offset, out)
+    checks.check_quantize(x, residual, bits, block, hadamard, stochastic, seed, step, offset, out)
 
 
 @register_fake("block_codec_sum")
 def _(wires, bits, block, hadamard, factor, out):
-    _check_wires("sum_wires", "wires", wires, out.numel(), bits, block)
-    _check_out("sum_wires", out, "a tensor", check.FLOAT_DTYPES, "wires", wires)
+    checks.check_wires("sum_wires", "wires", wires, out.numel(), bits, block)
+    checks.check_out("sum_wires", out, check.FLOAT_DTYPES, "wires", wires)
 
 
 @register_fake("block_codec_reduce")
 def _(wires, numel, bits, out_bits, block, hadamard, factor, stochastic, seed, step, offset, out):
-    _check_reduce(wires, numel, bits, out_bits, block, hadamard, factor, stochastic, seed, step, offset, out)
+    checks.check_reduce(wires, numel, bits, out_bits, block, hadamard, factor, stochastic, seed, step, offset, out)

@@ -15,7 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import _library, _self_tests_layers, _self_tests_moe, _self_tests_paged_kv, _self_tests_tokens, reference
+from . import (
+    _library,
+    _self_tests_block_codec,
+    _self_tests_layers,
+    _self_tests_moe,
+    _self_tests_paged_kv,
+    _self_tests_tokens,
+    reference,
+)
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .merge_attention import merge_attention
@@ -237,6 +245,7 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "merge_attention_forward": _test_merge_attention,
     "merge_attention_backward": _test_merge_attention_backward,
     **_self_tests_paged_kv.SELF_TESTS,
+    **_self_tests_block_codec.SELF_TESTS,
     **_self_tests_layers.SELF_TESTS,
     **_self_tests_moe.SELF_TESTS,
     **_self_tests_tokens.SELF_TESTS,

@@ -43,10 +43,11 @@ constexpr int64_t upper_plane_bytes(int bits) { return bits == 6 ? 16 : 0; }
 
 struct CodecWire {
   int64_t numel;
-  int32_t bits, block;
+  int32_t bits, block_log2;
 
+  FM_HOST_DEVICE int64_t block() const { return int64_t{1} << block_log2; }
   FM_HOST_DEVICE int64_t units() const { return (numel + kUnit - 1) / kUnit; }
-  FM_HOST_DEVICE int64_t blocks() const { return (numel + block - 1) / block; }
+  FM_HOST_DEVICE int64_t blocks() const { return (numel + block() - 1) >> block_log2; }
   FM_HOST_DEVICE int64_t code_bytes() const { return units() * 8 * bits; }  // without what follows them
   FM_HOST_DEVICE int64_t upper_plane() const { return units() * 32; }       // where it begins
   FM_HOST_DEVICE int64_t scales() const { return aligned(code_bytes()); }   // where they begin

@@ -40,19 +40,16 @@ FM_INLINE int64_t counted(int64_t valid, bool hadamard) { return hadamard ? roun
 template <class T>
 FM_INLINE void gather_tile(const T* x, const float* residual, int64_t valid, float* h) {
   int64_t i = 0;
-  for (; i + 8 <= valid; i += 8) {
-    V8 v = load8(x + i);
-    if (residual != nullptr) v += load8(residual + i);
-    store8(h + i, v);
-  }
-  for (; i < valid; ++i) h[i] = residual != nullptr ? to_float(x[i]) + residual[i] : to_float(x[i]);
+  for (; i + 8 <= valid; i += 8) store8(h + i, residual == nullptr ? load8(x + i) : load8(x + i) + load8(residual + i));
+  for (; i < valid; ++i) h[i] = residual == nullptr ? to_float(x[i]) : to_float(x[i]) + residual[i];
   for (; i < round_up(valid, kUnit); ++i) h[i] = 0.0f;
 }
 
-FM_INLINE void rotate_tile(const float* h, int64_t count, float* rotated) {
+template <class T>
+FM_INLINE void rotate_tile(const T* x, int64_t count, float* rotated) {
   for (int64_t i = 0; i < count; i += kGroup) {
     V8 group[4];
-    for (int j = 0; j < 4; ++j) group[j] = load8(h + i + 8 * j) * kRotation;
+    for (int j = 0; j < 4; ++j) group[j] = load8(x + i + 8 * j) * kRotation;
     rotate_group(group);
     for (int j = 0; j < 4; ++j) store8(rotated + i + 8 * j, group[j]);
   }
@@ -61,18 +58,19 @@ FM_INLINE void rotate_tile(const float* h, int64_t count, float* rotated) {
 // residual = h less what the wire stands for, but where its scale is NaN.
 template <int kBits>
 void update_residual(const CodecSum& sum, const float* h, int64_t first, int64_t valid, float* residual) {
-  for (int64_t u = 0; u * kUnit < valid; ++u) {
+  for (int64_t at = 0; at < valid; at += kUnit) {
     V8 acc[kUnitVectors];
-    sum_unit<kBits>(sum, first / kUnit + u, acc);
+    sum_unit<kBits>(sum, (first + at) / kUnit, acc);
     if (sum.hadamard) rotate_unit(acc);
-    for (int i = 0; i < kUnitVectors; ++i) {
-      const int64_t at = u * kUnit + 8 * i, n = min(8, valid - at);
-      if (n <= 0) break;
-      float lost[8];
-      store8(lost, load8(h + at) - acc[i]);
-      const uint8_t* scale = sum.wires + sum.wire.scales() + (first + at) / sum.wire.block * 4;
-      const float s = read<float>(scale);
-      if (s == s) memcpy(residual + first + at, lost, static_cast<size_t>(n) * 4);
+    const uint8_t* scales = sum.wires + sum.wire.scales();
+    for (int half = 0; half < 2 && at + half * kGroup < valid; ++half) {
+      const int64_t i = at + half * kGroup, n = min(kGroup, valid - i);
+      const float s = read<float>(scales + ((first + i) >> sum.wire.block_log2) * 4);
+      if (s != s) continue;
+      float lost[kGroup];
+      float* to = n == kGroup ? residual + i : lost;
+      for (int j = 0; j < 4; ++j) store8(to + 8 * j, load8(h + i + 8 * j) - acc[4 * half + j]);
+      if (n < kGroup) memcpy(residual + i, lost, static_cast<size_t>(n) * 4);
     }
   }
 }
@@ -93,12 +91,13 @@ void run_block_codec_quantize<kIsa>(const BlockCodecQuantizeParams& p) {
         }
         alignas(64) float h[kTile], rotated[kTile];
         float* residual = p.residual == nullptr ? nullptr : p.residual + first;
-        gather_tile(x + first, residual, valid, h);
-        if (p.hadamard) rotate_tile(h, round_up(valid, kUnit), rotated);
+        const bool is_direct = residual == nullptr && valid == kTile;
+        if (!is_direct) gather_tile(x + first, residual, valid, h);
+        if (p.hadamard)
+          is_direct ? rotate_tile(x + first, kTile, rotated) : rotate_tile(h, round_up(valid, kUnit), rotated);
         encode_tile<kBits>(p.wire, draws, p.hadamard ? rotated : h, first, counted(valid, p.hadamard), p.out);
         if (residual != nullptr) {
-          const CodecSum sum{p.wire, p.out, 0, 1, 1.0f, p.hadamard};
-          update_residual<kBits>(sum, h, first, valid, p.residual);
+          update_residual<kBits>({p.wire, p.out, 0, 1, 1.0f, p.hadamard}, h, first, valid, residual);
         }
       });
     });
@@ -118,7 +117,7 @@ void run_block_codec_sum<kIsa>(const BlockCodecSumParams& p) {
           if (p.sum.hadamard) rotate_unit(acc);
           for (V8& v : acc) v *= p.sum.factor;
           if (at + kUnit <= first + valid) {
-            for (int i = 0; i < kUnitVectors; ++i) store8(out + at + 8 * i, acc[i]);
+            for (int i = 0; i < kUnitVectors; i += 2) store16(out + at + 8 * i, acc[i], acc[i + 1]);
           } else {
             T last[kUnit];
             for (int i = 0; i < kUnitVectors; ++i) store8(last + 8 * i, acc[i]);

@@ -50,23 +50,38 @@ FM_INLINE float extreme_of(const T* x, int64_t count, bool* is_finite) {
   return extreme;
 }
 
+// Of 32 elements: places that differ in bit 0 of their number first, in bit 4 last.
+FM_INLINE float sum_of(const V8 (&x)[4]) {
+#ifdef __AVX2__
+  const __m256 pairs[2] = {_mm256_hadd_ps((__m256)x[0], (__m256)x[1]), _mm256_hadd_ps((__m256)x[2], (__m256)x[3])};
+  const __m256 quads = _mm256_hadd_ps(pairs[0], pairs[1]);
+  const __m128 sums = _mm256_castps256_ps128(quads) + _mm256_extractf128_ps(quads, 1);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#else
+  float sums[4];
+  for (int i = 0; i < 4; ++i) {
+    V8 sum = x[i] + swap8<1>(x[i]);
+    sum += swap8<2>(sum);
+    sum += swap8<4>(sum);
+    sums[i] = sum[0];
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#endif
+}
+
 // The mean magnitude of `valid` elements. Those behind them are 0, to a multiple of kGroup. The order of the sum: places
 // that differ in bit 5 of their number, then in bits 0, 1, 2, 3, 4, then from bit 6 on.
 template <class T>
 float mean_magnitude(const T* x, int64_t count, int64_t valid, int64_t block) {
   float units[kTile / kUnit] = {};
   for (int64_t u = 0; u * kUnit < count; ++u) {
-    float sums[4];
+    auto magnitudes = [&](int64_t at) { return at < count ? (V8)((V8i)load8(x + at) & 0x7fffffff) * 0x1p-11f : V8{}; };
+    V8 sums[4];
     for (int i = 0; i < 4; ++i) {
-      auto magnitude = [&](int64_t at) { return at < count ? (V8)((V8i)load8(x + at) & 0x7fffffff) * 0x1p-11f : V8{}; };
-      V8 sum = magnitude(u * kUnit + 8 * i);
-      if (block > kGroup) sum += magnitude(u * kUnit + 32 + 8 * i);
-      sum += swap8<1>(sum);
-      sum += swap8<2>(sum);
-      sum += swap8<4>(sum);
-      sums[i] = sum[0];
+      sums[i] = magnitudes(u * kUnit + 8 * i);
+      if (block > kGroup) sums[i] += magnitudes(u * kUnit + kGroup + 8 * i);
     }
-    units[u] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    units[u] = sum_of(sums);
   }
   for (int64_t step = 1; step * kUnit < block; step *= 2) {
     for (int64_t u = 0; u < block / kUnit; u += 2 * step) units[u] += units[u + step];
@@ -126,7 +141,7 @@ FM_INLINE uint32_t signs_of(const T* x) {
 // A tile from `first` on, of `valid` elements; behind them x has zeros, to a multiple of kUnit.
 template <int kBits, class T>
 void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t first, int64_t valid, uint8_t* out) {
-  const int64_t count = round_up(valid, kUnit), block = wire.block, num_blocks = ceil_div(valid, block);
+  const int64_t count = round_up(valid, kUnit), block = wire.block(), num_blocks = ceil_div(valid, block);
   float scales[kTileBlocks];
   float inverse[kTileBlocks + 1];
   bool has_codes[kTileBlocks + 1], has_all = true;
@@ -145,11 +160,10 @@ void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t 
   }
   inverse[num_blocks] = 0.0f;  // of the second half of a unit, where blocks are shorter
   has_codes[num_blocks] = true;
-  memcpy(out + wire.scales() + first / block * 4, scales, static_cast<size_t>(num_blocks) * 4);
+  memcpy(out + wire.scales() + (first >> wire.block_log2) * 4, scales, static_cast<size_t>(num_blocks) * 4);
 
-  const int block_log2 = __builtin_ctzll(static_cast<uint64_t>(block));
   for (int64_t u = 0; u * kUnit < count; ++u) {
-    const int64_t at = u * kUnit, b0 = at >> block_log2, b1 = (at + kGroup) >> block_log2;
+    const int64_t at = u * kUnit, b0 = at >> wire.block_log2, b1 = (at + kGroup) >> wire.block_log2;
     const Planes<kBits, uint8_t> to(wire, out, first / kUnit + u);
     if constexpr (kBits == 1) {
       auto signs = [&](int half, int64_t b) { return has_codes[b] ? signs_of(x + at + half * kGroup) : 0; };
@@ -176,16 +190,21 @@ void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t 
 // acc[i] = the sum of the codes times the scales of a unit, of all wires in their order.
 template <int kBits>
 FM_INLINE void sum_unit(const CodecSum& p, int64_t unit, V8 (&acc)[kUnitVectors]) {
-  const int64_t num_blocks = p.wire.blocks(), b0 = unit * kUnit / p.wire.block;
-  const int64_t b1 = min((unit * kUnit + kGroup) / p.wire.block, num_blocks - 1);
+  const int64_t b0 = unit * kUnit >> p.wire.block_log2, b1 = (unit * kUnit + kGroup) >> p.wire.block_log2;
+  const uint8_t* data = p.wires;
   const int64_t scales = p.wire.scales();
+  const int64_t first_scale = scales + 4 * b0, second_scale = scales + 4 * min(b1, p.wire.blocks() - 1);
   for (V8& v : acc) v = V8{};
-  for (int64_t w = 0; w < p.num_wires; ++w) {
-    const uint8_t* data = p.wires + w * p.wire_stride;
-    int8_t buffer[kUnit];
-    const int8_t* codes = read_codes<kBits>(Planes<kBits, const uint8_t>(p.wire, data, unit), buffer);
-    const float s[2] = {read<float>(data + scales + 4 * b0), read<float>(data + scales + 4 * b1)};
-    for (int i = 0; i < kUnitVectors; ++i) acc[i] += codes_as_floats(codes + 8 * i) * s[i / 4];
+  for (int64_t w = 0; w < p.num_wires; ++w, data += p.wire_stride) {
+    const Planes<kBits, const uint8_t> from(p.wire, data, unit);
+    const float s[2] = {read<float>(data + first_scale), read<float>(data + second_scale)};
+    if constexpr (kBits == 1) {
+      for (int i = 0; i < kUnitVectors; ++i) acc[i] += with_signs(s[i / 4], from.lower[i]);
+    } else {
+      int8_t buffer[kUnit];
+      const int8_t* codes = read_codes<kBits>(from, buffer);
+      for (int i = 0; i < kUnitVectors; ++i) acc[i] += codes_as_floats(codes + 8 * i) * s[i / 4];
+    }
   }
 }
 

@@ -3,6 +3,8 @@
 // of which the compiler makes two where registers are shorter. Internal linkage, as in common/vec.h.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/philox_cpu.h"
 #include "../common/vec.h"
 #include "block_codec.h"
@@ -12,6 +14,7 @@ namespace {
 
 typedef float V8 __attribute__((vector_size(32)));
 typedef int32_t V8i __attribute__((vector_size(32)));
+typedef uint32_t V8u __attribute__((vector_size(32)));
 typedef int8_t Bytes8 __attribute__((vector_size(8)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint8_t Bytes32 __attribute__((vector_size(32)));
@@ -50,6 +53,24 @@ FM_INLINE void store8(T* p, V8 x) {
   }
 }
 
+// 16 elements.
+template <class T>
+FM_INLINE void store16(T* p, V8 a, V8 b) {
+#ifdef __AVX2__
+  if constexpr (std::is_same_v<T, BFloat16>) {  // one packing of two vectors
+    auto rounded = [](V8 x) {
+      const V8u bits = (V8u)x, upper = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      return (__m256i)(x != x ? V8u{} + 0x7fffu : upper);
+    };
+    const __m256i halves = _mm256_packus_epi32(rounded(a), rounded(b));
+    write(p, _mm256_permute4x64_epi64(halves, 0xd8));
+    return;
+  }
+#endif
+  store8(p, a);
+  store8(p + 8, b);
+}
+
 template <int kStep>
 FM_INLINE V8 swap8(V8 x) {
   return __builtin_shuffle(x,
@@ -62,7 +83,6 @@ FM_INLINE V8 swap8(V8 x) {
 template <int kStep>
 FM_INLINE V8 butterfly_lanes(V8 x) {
   const uint32_t minus = 0x80000000u;
-  typedef uint32_t V8u __attribute__((vector_size(32)));
   constexpr uint32_t m1 = kStep & 1 ? minus : 0, m2 = kStep & 2 ? minus : 0, m4 = kStep & 4 ? minus : 0;
   const V8u signs{0, m1, m2, m1 | m2, m4, m1 | m4, m2 | m4, m1 | m2 | m4};
   return swap8<kStep>(x) + (V8)((V8u)x ^ signs);
@@ -158,22 +178,18 @@ template <int kBits>
 FM_INLINE const int8_t* read_codes(const Planes<kBits, const uint8_t>& from, int8_t* buffer) {
   if constexpr (kBits == 8) {
     return reinterpret_cast<const int8_t*>(from.lower);
-  } else if constexpr (kBits == 1) {
-    for (int i = 0; i < kUnitVectors; ++i) {
-      const uint64_t ones = 0x0101010101010101u,
-                     spread = from.lower[i] * ones & 0x8040201008040201u;  // bit j in byte j
-      const uint64_t minus = (spread + 0x7f * ones) >> 7 & ones;
-      write(buffer + 8 * i, minus * 0xfe | ones);
-    }
-    return buffer;
   } else {
     constexpr uint8_t kSign = 1 << (kBits - 1);
     const Bytes32 lower = read<Bytes32>(from.lower);
     Bytes32 first = lower & 15, second = shifted_right(lower, 4);
     if constexpr (kBits == 6) {
-      const Bytes16 upper = read<Bytes16>(from.upper);
-      const Bytes16 halves[2] = {upper, upper >> 2};  // bits 0, 1 and 4, 5 of each byte
+      const Bytes16 upper = read<Bytes16>(from.upper), later = upper >> 2;  // bits 0, 1 and 4, 5 of each byte
+#ifdef __AVX2__  // two halves in memory would be read before they are written
+      const Bytes32 pairs = (Bytes32)_mm256_set_m128i((__m128i)later, (__m128i)upper);
+#else
+      const Bytes16 halves[2] = {upper, later};
       const Bytes32 pairs = read<Bytes32>(halves);
+#endif
       first |= shifted_left(pairs & 3, 4);
       second |= pairs & 0x30;
     }
@@ -181,6 +197,12 @@ FM_INLINE const int8_t* read_codes(const Planes<kBits, const uint8_t>& from, int
     write(buffer + 32, (second ^ kSign) - kSign);
     return buffer;
   }
+}
+
+// The scale of 1 bit, with its signs.
+FM_INLINE V8 with_signs(float scale, uint32_t signs) {
+  const V8i minus = (V8i{} + static_cast<int32_t>(signs)) << V8i{31, 30, 29, 28, 27, 26, 25, 24};
+  return (V8)((minus & INT32_MIN) ^ (V8i)(V8{} + scale));
 }
 
 FM_INLINE V8 codes_as_floats(const int8_t* codes) {

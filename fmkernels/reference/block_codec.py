@@ -111,7 +111,7 @@ def _draws(numel: int, seed: int, step: int, offset: int) -> Tensor:
 
 
 def _mean_magnitudes(x: Tensor, counts: Tensor) -> Tensor:
-    """Of the rows [blocks, block]: a sum by halves, places that differ in bit 5 first, then bits 0 to 4, then the others."""
+    """Of the rows [blocks, block]: sums of two, of places that differ in bit 5, in bits 0 to 4, then in the others."""
     x = x.abs() * 2.0**-11
     block = x.shape[1]
     x = x.view(-1, block // 64, 2, 32).sum(2) if block > 32 else x.view(-1, 1, 32)
