@@ -89,8 +89,10 @@ def all_reduce(
     check_tensor("all_reduce", "tensor", tensor)
     check_feedback("all_reduce", error_feedback, tensor, "tensor")
     call = Call("all_reduce", tensor, options, ALGORITHMS)
-    bounds = shard_bounds(tensor.numel(), call.world_size, block)
-    sizes = [end - begin for begin, end in pairwise(bounds)]
+    if algorithm == "one_shot":
+        sizes = [tensor.numel()]
+    else:
+        sizes = [end - begin for begin, end in pairwise(shard_bounds(tensor.numel(), call.world_size, block))]
     residuals = None if error_feedback is None else strips_of(error_feedback, sizes)
     return launch_all_reduce(call, strips_of(tensor, sizes), residuals, tensor, async_op)
 

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """fmkernels.quantized_collectives over 1 to 8 ranks: the bits of the definition, on every rank, however it is cut."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
 from collective_ranks import as_threads
 
+from fmkernels import block_codec
 from fmkernels import quantized_collectives as collectives
+from fmkernels._collectives_call import shard_bounds
+from fmkernels._collectives_header import header_bytes
 from fmkernels.reference import quantized_collectives as reference
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -258,3 +263,43 @@ def test_a_block_that_is_not_finite_keeps_its_residual():
     before, after = as_threads(2, body)[0]
     assert torch.equal(before[128:256], after[128:256])
     assert not torch.equal(before, after)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A group that counts what it sends."""
+
+    def __init__(self, group):
+        self._group, self.num_bytes = group, 0
+        self.rank, self.size, self.name, self.recv = group.rank, group.size, group.name, group.recv
+
+    def send(self, tensors, peer, tag):
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors)
+        return self._group.send(tensors, peer, tag)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_bytes_sent_are_those_of_the_formula(bits):
+    world_size, numel, block = 3, 100_000, 128
+    bounds = shard_bounds(numel, world_size, block)
+    wires = [block_codec.wire_bytes(b - a, bits=bits, block=block) for a, b in pairwise(bounds)]
+    whole = block_codec.wire_bytes(numel, bits=bits, block=block)
+    headers = (world_size - 1) * header_bytes(world_size)
+
+    def body(rank, group):
+        counted = [Counting(group) for _ in range(3)]
+        collectives.all_reduce(torch.zeros(numel), group=counted[0], bits=bits)
+        collectives.all_reduce(torch.zeros(numel), group=counted[1], bits=bits, algorithm="one_shot")
+        out, sizes = torch.zeros(bounds[rank + 1] - bounds[rank]), [b - a for a, b in pairwise(bounds)]
+        collectives.reduce_scatter(out, torch.zeros(numel), group=counted[2], bits=bits, input_splits=sizes)
+        return [group.num_bytes for group in counted]
+
+    for rank, sent in enumerate(as_threads(world_size, body)):
+        others = sum(wires) - wires[rank]
+        assert sent == [
+            headers + others + (world_size - 1) * wires[rank],
+            headers + (world_size - 1) * whole,
+            headers + others,
+        ]
