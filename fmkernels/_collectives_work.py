@@ -7,6 +7,7 @@ meanwhile. On CUDA the caller enqueues everything on a stream of its own and nob
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import weakref
@@ -72,6 +73,10 @@ class Work(dist.Work if dist.is_available() else object):  # type: ignore[misc]
         self._future = self._base.then(_unwrap)
 
     def complete(self, error: BaseException | None = None) -> None:
+        part = error
+        while part is not None:  # frames would keep the group, and the future keeps the error
+            part.__traceback__ = None
+            part = part.__cause__ or part.__context__
         self._error = error
         self._done.set()
         self._base.set_result(self._result if error is None else _Failure(error))
@@ -81,7 +86,7 @@ class Work(dist.Work if dist.is_available() else object):  # type: ignore[misc]
         if not self._done.wait(None if timeout is None or not timeout else timeout.total_seconds()):
             raise RuntimeError(f"wait: the call must be done within {timeout}, it is not.")
         if self._error is not None:
-            raise self._error
+            raise copy.copy(self._error) from self._error.__cause__  # which takes the frames of this call along
         if self._event is not None:
             torch.cuda.current_stream(self._result.device).wait_event(self._event)
         return True
@@ -112,7 +117,7 @@ class _Failure:
 def _unwrap(future: torch.futures.Future[Any]) -> Tensor:
     value = future.value()
     if isinstance(value, _Failure):
-        raise value.error
+        raise copy.copy(value.error)
     return value
 
 

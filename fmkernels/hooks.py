@@ -70,7 +70,7 @@ class QuantizedAllReduce:
         if isinstance(parameters, nn.Module):
             parameters = parameters.named_parameters()
         named = [(key.removeprefix("module."), tensor) for key, tensor in parameters]
-        self._names = {id(tensor): key for key, tensor in named}
+        self._names = {tensor: key for key, tensor in named}  # a tensor is a key by its identity
         self._numels = {key: tensor.numel() for key, tensor in named}
         self._options = Options(
             op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel, decay=decay
@@ -100,14 +100,14 @@ class QuantizedAllReduce:
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer, parameters = bucket.buffer(), bucket.parameters()
         call = Call("all_reduce", buffer, self._options, ALGORITHMS)
-        unknown = [list(tensor.shape) for tensor in parameters if id(tensor) not in self._names]
+        unknown = [list(tensor.shape) for tensor in parameters if tensor not in self._names]
         if unknown:
             raise ValueError(
                 f"QuantizedAllReduce: parameters must be all those of the DDP model, one of {unknown[0]} is missing."
             )
         if bucket.index() == 0:
             self._begin_step()
-        names = [self._names[id(tensor)] for tensor in parameters]
+        names = [self._names[tensor] for tensor in parameters]
         gradients = buffer.split([self._numels[name] for name in names])
         errors = [self._error(name, buffer.device) for name in names] if self._has_feedback else None
         shards: list[list[Tensor]] = [[] for _ in range(call.world_size)]

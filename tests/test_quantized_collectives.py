@@ -16,7 +16,7 @@ from fmkernels.reference import quantized_collectives as reference
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
-WORLD_SIZES = (1, 2, 3, 4, 5, 8)
+WORLD_SIZES = range(1, 9)
 LENGTHS = (0, 1, 127, 128, 129, 4097)
 OPTIONS = (
     {"op": "avg"},

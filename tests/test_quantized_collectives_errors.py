@@ -2,6 +2,8 @@
 """fmkernels.quantized_collectives: bad arguments, ranks that disagree, are late or gone, and calls not waited for."""
 
 import datetime
+import gc
+import threading
 import time
 
 import pytest
@@ -217,6 +219,23 @@ def test_asynchronous_calls_overlap_and_are_waited_for_in_any_order():
         expected = reference.all_reduce([inputs(rank)[i] for rank in range(world_size)])
         for rank in range(world_size):
             assert torch.equal(results[rank][i], expected), (i, rank)
+
+
+def test_the_thread_of_a_group_ends_with_it():
+    def body(rank, group):
+        x = torch.ones(10)
+        collectives.all_reduce(x, group=group, async_op=True).wait()
+        return x
+
+    def finishers():
+        gc.collect()
+        return [thread for thread in threading.enumerate() if thread.name == "fmkernels collectives"]
+
+    as_threads(2, body)
+    end = time.monotonic() + 20
+    while finishers() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert finishers() == []
 
 
 def test_a_wait_ends_at_its_own_timeout():
