@@ -85,6 +85,17 @@ def check_feedback(name: str, residual: Any, tensor: Tensor, what: str) -> None:
             f"{name}: error_feedback must be float32 with the {tensor.numel()} elements of {what} on {tensor.device}, "
             f"it is {residual.dtype} with {residual.numel()} on {residual.device}."
         )
+    check_apart(name, "error_feedback", residual, tensor, what, None)
+
+
+def check_apart(name: str, argument: str, part: Tensor, whole: Tensor, what: str, place: int | None) -> None:
+    """A chunk that is written must not be one that is still to be read; `place` is where it never is."""
+    begin, other = part.data_ptr(), whole.data_ptr()
+    is_apart = not part.nbytes or begin + part.nbytes <= other or other + whole.nbytes <= begin
+    if is_apart or (place is not None and begin == other + place * whole.element_size()):
+        return
+    allowed = "" if place is None else f"be this rank's part of {what} or "
+    raise ValueError(f"{name}: {argument} must {allowed}share no memory with {what}.")
 
 
 def check_splits(name: str, argument: str, splits: Any, numel: int, world_size: int, what: str) -> list[int]:

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ._collectives_call import Call, Options, check_feedback, check_like, check_splits, check_tensor, strips_of
+from ._collectives_call import (
+    Call,
+    Options,
+    check_apart,
+    check_feedback,
+    check_like,
+    check_splits,
+    check_tensor,
+    strips_of,
+)
 from ._collectives_codec import Strip
 from ._collectives_schedules import Steps, one_shot, scatter, two_shot
 from ._collectives_work import Work
@@ -54,6 +63,7 @@ def launch_reduce_scatter(
     splits = check_splits(name, "input_splits", splits, input.numel(), call.world_size, "input")
     if output.numel() != splits[call.rank]:
         raise ValueError(f"{name}: output must have this rank's {splits[call.rank]} elements, it has {output.numel()}.")
+    check_apart(name, "output", output, input, "input", sum(splits[: call.rank]))
     flat, out = input.detach().view(-1), output.detach().view(-1)
     parts = strips_of(input, splits)
     residuals = None if error_feedback is None else strips_of(error_feedback, splits)

@@ -28,6 +28,7 @@ from ._collectives_call import (
     DEFAULT_CHUNK,
     Call,
     Options,
+    check_apart,
     check_feedback,
     check_like,
     check_splits,
@@ -158,7 +159,8 @@ def all_gather(
     """Writes to `output` what every rank has as `input`, one behind another; this rank's own as decoded, too.
 
     Args:
-        output: as many elements as all inputs together, dtype and device of input; contiguous. May hold input.
+        output: as many elements as all inputs together, dtype and device of input; contiguous. Input may be
+            this rank's part of it.
         input: float32, bfloat16 or float16, contiguous; the same dtype on every rank.
         group: a process group; None: the default group.
         bits: 8, 6, 4 or 1.
@@ -181,6 +183,7 @@ def all_gather(
     splits = check_splits(name, "output_splits", output_splits, output.numel(), call.world_size, "output")
     if input.numel() != splits[call.rank]:
         raise ValueError(f"{name}: input must have this rank's {splits[call.rank]} elements, it has {input.numel()}.")
+    check_apart(name, "input", input, output, "output", sum(splits[: call.rank]))
     flat, outs = input.detach().view(-1), strips_of(output, splits)
     residual = None if error_feedback is None else error_feedback.detach().view(-1)
     own = [[flat]] if residual is None else [[flat], [residual]]
@@ -241,6 +244,7 @@ def all_to_all(
     call = Call(name, input, options, ("direct",))
     sends = check_splits(name, "input_splits", input_splits, input.numel(), call.world_size, "input")
     expects = check_splits(name, "output_splits", output_splits, output.numel(), call.world_size, "output")
+    check_apart(name, "output", output, input, "input", None)
     parts, outs = strips_of(input, sends), strips_of(output, expects)
     residuals = None if error_feedback is None else strips_of(error_feedback, sends)
     call.begin(0, sends, expects, residuals is not None)

@@ -68,6 +68,10 @@ def test_bad_shapes_of_the_others_are_one_sentence():
             raised(collectives.all_gather, y, torch.zeros(2), group=group),
             raised(collectives.all_to_all, y, y, group=group, input_splits=[6]),
             raised(collectives.all_reduce, x, algorithm="direct", group=group),
+            raised(collectives.all_reduce, x, error_feedback=x, group=group),
+            raised(collectives.all_to_all, y, y, group=group),
+            raised(collectives.all_gather, y, y[1:4], group=group),
+            raised(collectives.reduce_scatter, y[1:4], y, group=group),
         ]
 
     texts = as_threads(2, body)[0]
@@ -83,6 +87,10 @@ def test_bad_shapes_of_the_others_are_one_sentence():
         "ValueError: all_to_all: input_splits must be 2 counts, one for each rank, with the sum of 6, the elements of "
         "input, got [6].",
         "ValueError: all_reduce: algorithm must be one of two_shot, one_shot, hierarchical, got direct.",
+        "ValueError: all_reduce: error_feedback must share no memory with tensor.",
+        "ValueError: all_to_all: output must share no memory with input.",
+        "ValueError: all_gather: input must be this rank's part of output or share no memory with output.",
+        "ValueError: reduce_scatter: output must be this rank's part of input or share no memory with input.",
     ]
 
 
