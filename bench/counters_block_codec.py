@@ -18,8 +18,8 @@ def normal(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 def cases() -> list[Case]:
     floats, halves = normal(torch.float32), normal(torch.bfloat16)
     result = []
-    for bits in (8, 6, 4, 1):
-        result.append(Case.of(f"quantize {NUMEL} fp32 to {bits} bits", block_codec.quantize, (floats,), bits=bits))
+    for bits, name in ((8, "8 bits"), (6, "6 bits"), (4, "4 bits"), (1, "1 bit"), ("float8_e4m3fn", "float8")):
+        result.append(Case.of(f"quantize {NUMEL} fp32 to {name}", block_codec.quantize, (floats,), bits=bits))
     drawn = {"bits": 4, "rounding": "stochastic", "seed": 1}
     result += [
         Case.of(f"quantize {NUMEL} bf16 to 8 bits", block_codec.quantize, (halves,), bits=8),

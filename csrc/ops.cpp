@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "block_sparse_sdd(Tensor a, Tensor b, Tensor row_indices, Tensor column_indices, Tensor? scale, Tensor? bias, "
       "int block_rows, int block_columns, int activation) -> Tensor");
 
-  // block_codec: wires [ranks, bytes] uint8, as docs/block_codec.md draws one; x, residual and a sum of any shape
+  // block_codec: wires [ranks, bytes] uint8, drawn in docs/layouts.md; x, residual, a sum: any shape; bits -8: float8 e4m3
   m.def(
       "block_codec_quantize(Tensor x, Tensor(a!)? residual, int bits, int block, bool hadamard, bool stochastic, "
       "int seed, int step, int offset, Tensor(b!) out) -> ()");

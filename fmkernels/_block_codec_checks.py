@@ -10,33 +10,37 @@ from torch import Tensor
 
 from . import _check as check
 
-BITS = (8, 6, 4, 1)
+FLOAT8 = "float8_e4m3fn"
+CODES = {8: 8, 6: 6, 4: 4, 1: 1, FLOAT8: -8}  # what the ops call them
 MIN_BLOCK, MAX_BLOCK = 32, 2048
 UNIT, ALIGNMENT = 64, 16
 MAX_NUMEL = 2**40
 
 
-def num_bytes(numel: int, bits: int, block: int) -> int:
-    code_bytes, scale_bytes = (numel + UNIT - 1) // UNIT * 8 * bits, (numel + block - 1) // block * 4
+def num_bytes(numel: int, code: int, block: int) -> int:
+    code_bytes, scale_bytes = (numel + UNIT - 1) // UNIT * 8 * abs(code), (numel + block - 1) // block * 4
     return sum((n + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT for n in (code_bytes, scale_bytes))
 
 
-def check_bits(op: str, name: str, bits: Any) -> None:
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"{op}: {name} must be 8, 6, 4 or 1, got {bits!r}.")
+def code_of(op: str, name: str, bits: Any) -> int:
+    if isinstance(bits, bool) or not isinstance(bits, int | str) or bits not in CODES:
+        raise ValueError(f"{op}: {name} must be 8, 6, 4, 1 or {FLOAT8!r}, got {bits!r}.")
+    return CODES[bits]
 
 
-def check_format(op: str, bits: Any, block: Any, numel: Any = 0) -> None:
-    check_bits(op, "bits", bits)
+def checked_format(op: str, bits: Any, block: Any, numel: Any = 0) -> int:
+    """The code."""
+    code = code_of(op, "bits", bits)
     check.integer(op, "block", block, 1)
     if not MIN_BLOCK <= block <= MAX_BLOCK or block & (block - 1):
         raise ValueError(f"{op}: block must be a power of two from 32 to 2048, got {block}.")
     check.integer(op, "numel", numel, 0)
     if numel > MAX_NUMEL:
         raise ValueError(f"{op}: numel must be at most 2**40, got {numel}.")
+    return code
 
 
-def checked_rounding(op: str, rounding: Any, bits: int, block: int, seed: Any, step: Any, offset: Any) -> int:
+def checked_rounding(op: str, rounding: Any, code: int, block: int, seed: Any, step: Any, offset: Any) -> int:
     """The seed; 0 where there is none to be had."""
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"{op}: rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
@@ -47,8 +51,8 @@ def checked_rounding(op: str, rounding: Any, bits: int, block: int, seed: Any, s
     check.integer(op, "step", step, 0)
     check.integer(op, "offset", offset, 0)
     if rounding == "stochastic":
-        if bits == 1:
-            raise ValueError(f"{op}: rounding must be 'nearest' where a code has 1 bit, got 'stochastic'.")
+        if code <= 1:
+            raise ValueError(f"{op}: rounding must be 'nearest' for 1 bit and for {FLOAT8!r}, got 'stochastic'.")
         if offset % max(block, UNIT) != 0:
             raise ValueError(f"{op}: offset must be a multiple of {max(block, UNIT)} for this block, got {offset}.")
     return 0 if seed is None else seed
@@ -73,20 +77,20 @@ def check_aligned(op: str, name: str, value: Tensor) -> None:
         )
 
 
-def check_wire(op: str, name: str, wire: Any, numel: int, bits: int, block: int, like_name: str, like: Tensor) -> None:
+def check_wire(op: str, name: str, wire: Any, numel: int, code: int, block: int, like_name: str, like: Tensor) -> None:
     check_out(op, wire, (torch.uint8,), like_name, like)
     check.rank(op, name, wire, 1, "[bytes]")
-    check.size(op, name, wire, 0, "wire_bytes", num_bytes(numel, bits, block))
+    check.size(op, name, wire, 0, "wire_bytes", num_bytes(numel, code, block))
     check_aligned(op, name, wire)
 
 
-def check_wires(op: str, name: str, wires: Any, numel: int, bits: int, block: int) -> None:
+def check_wires(op: str, name: str, wires: Any, numel: int, code: int, block: int) -> None:
     check.is_tensor(op, name, wires)
     check.dtype(op, name, wires, (torch.uint8,))
     check.rank(op, name, wires, 2, "[ranks, bytes]")
     if wires.shape[0] == 0:
         raise ValueError(f"{op}: {name} must have at least 1 row, got 0.")
-    check.size(op, name, wires, 1, "wire_bytes", num_bytes(numel, bits, block))
+    check.size(op, name, wires, 1, "wire_bytes", num_bytes(numel, code, block))
     check.last_dim_contiguous(op, name, wires)
     check_aligned(op, name, wires)
     if wires.shape[0] > 1 and wires.stride(0) % ALIGNMENT != 0:
@@ -96,7 +100,7 @@ def check_wires(op: str, name: str, wires: Any, numel: int, bits: int, block: in
 def check_quantize(
     x: Any,
     residual: Any,
-    bits: int,
+    code: int,
     block: int,
     hadamard: bool,
     stochastic: bool,
@@ -116,14 +120,14 @@ def check_quantize(
         if residual.numel() != x.numel():
             raise ValueError(f"{op}: residual must have the {x.numel()} elements of x, got {residual.numel()}.")
         check_dense(op, "residual", residual)
-    check_wire(op, "out", out, x.numel(), bits, block, "x", x)
+    check_wire(op, "out", out, x.numel(), code, block, "x", x)
     check.kernel_exists(op, "block_codec_quantize", x)
 
 
 def check_reduce(
-    wires: Any, numel: int, bits: int, out_bits: int, block: int, hadamard: bool, factor: float, *options: Any
+    wires: Any, numel: int, code: int, out_code: int, block: int, hadamard: bool, factor: float, *options: Any
 ) -> None:
     op = "reduce_wires"
-    check_wires(op, "wires", wires, numel, bits, block)
-    check_wire(op, "out", options[-1], numel, out_bits, block, "wires", wires)
+    check_wires(op, "wires", wires, numel, code, block)
+    check_wire(op, "out", options[-1], numel, out_code, block, "wires", wires)
     check.kernel_exists(op, "block_codec_reduce", wires)

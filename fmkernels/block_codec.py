@@ -15,28 +15,27 @@ from ._library import call, needs_grad, ops, register_fake
 __all__ = ["dequantize", "quantize", "reduce_wires", "sum_wires", "wire_bytes"]
 
 
-def wire_bytes(numel: int, *, bits: int = 8, block: int = 128) -> int:
+def wire_bytes(numel: int, *, bits: int | str = 8, block: int = 128) -> int:
     """Bytes of the wire of `numel` elements: codes, then scales, each to a multiple of 16.
 
     Args:
         numel: number of elements, up to 2**40.
-        bits: 8, 6, 4 or 1.
+        bits: 8, 6, 4, 1 or "float8_e4m3fn".
         block: elements that share a scale, a power of two from 32 to 2048.
 
     Returns:
-        round16(ceil(numel / 64) * 8 * bits) + round16(ceil(numel / block) * 4).
+        round16(ceil(numel / 64) * 8 * bits) + round16(ceil(numel / block) * 4), with 8 bits for "float8_e4m3fn".
 
     Raises:
         ValueError, TypeError: one sentence with the argument, its rule and what came.
     """
-    checks.check_format("wire_bytes", bits, block, numel)
-    return checks.num_bytes(numel, bits, block)
+    return checks.num_bytes(numel, checks.checked_format("wire_bytes", bits, block, numel), block)
 
 
 def quantize(
     x: Tensor,
     *,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     rounding: str = "nearest",
     seed: int | None = None,
@@ -51,13 +50,13 @@ def quantize(
     The element of largest magnitude of a block, with its sign, becomes the lowest code, -2^(bits - 1); the others are
     rounded to the nearest code, ties to even, and the highest code is the end of the other side. With stochastic
     rounding it becomes 1 - 2^(bits - 1), so that nothing is clipped and the mean over the draws is x. With 1 bit a code
-    is the sign, of 0 +, and the scale is the mean magnitude.
+    is the sign, of 0 +, and the scale is the mean magnitude. With "float8_e4m3fn" it becomes -448.
 
     Args:
         x: float32, bfloat16 or float16, any shape, contiguous: taken as one row of elements.
-        bits: 8, 6, 4 or 1.
+        bits: 8, 6, 4, 1 or "float8_e4m3fn".
         block: elements that share a scale, a power of two from 32 to 2048.
-        rounding: "nearest" or "stochastic"; 1 bit has "nearest" alone.
+        rounding: "nearest" or "stochastic"; 1 bit and floats have "nearest" alone.
         seed: of the draws of "stochastic", from 0 to 2**63 - 1; ranks and stages want different ones.
         step: of the draws too: another one, other draws.
         offset: elements of the whole before x[0], a multiple of block and of 64. A draw depends on seed, step and the
@@ -77,14 +76,14 @@ def quantize(
     decodes to zeros. CPU and CUDA (sm_80 and later). No gradient. Deterministic; a block does not depend on the others.
     """
     op = "quantize"
-    checks.check_format(op, bits, block)
-    seed = checks.checked_rounding(op, rounding, bits, block, seed, step, offset)
+    code = checks.checked_format(op, bits, block)
+    seed = checks.checked_rounding(op, rounding, code, block, seed, step, offset)
     check.flag(op, "hadamard", hadamard)
     if isinstance(x, Tensor) and needs_grad(x):
         x = x.detach()
     if out is None:
-        out = _new_wire(x, x.numel() if isinstance(x, Tensor) else 0, bits, block)
-    options = (bits, block, hadamard, rounding == "stochastic", seed, step, offset)
+        out = _new_wire(x, x.numel() if isinstance(x, Tensor) else 0, code, block)
+    options = (code, block, hadamard, rounding == "stochastic", seed, step, offset)
     call(ops.block_codec_quantize, (x, residual, *options, out), checks.check_quantize)
     return out
 
@@ -93,7 +92,7 @@ def dequantize(
     wire: Tensor,
     numel: int,
     *,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     hadamard: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -128,7 +127,7 @@ def sum_wires(
     wires: Tensor,
     numel: int,
     *,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     hadamard: bool = False,
     op: str = "sum",
@@ -163,8 +162,8 @@ def reduce_wires(
     wires: Tensor,
     numel: int,
     *,
-    bits: int = 8,
-    out_bits: int | None = None,
+    bits: int | str = 8,
+    out_bits: int | str | None = None,
     block: int = 128,
     rounding: str = "nearest",
     seed: int | None = None,
@@ -199,29 +198,28 @@ def reduce_wires(
     CPU and CUDA (sm_80 and later). Deterministic.
     """
     name = "reduce_wires"
-    checks.check_format(name, bits, block, numel)
-    out_bits = bits if out_bits is None else out_bits
-    checks.check_bits(name, "out_bits", out_bits)
-    seed = checks.checked_rounding(name, rounding, out_bits, block, seed, step, offset)
+    code = checks.checked_format(name, bits, block, numel)
+    out_code = code if out_bits is None else checks.code_of(name, "out_bits", out_bits)
+    seed = checks.checked_rounding(name, rounding, out_code, block, seed, step, offset)
     check.flag(name, "hadamard", hadamard)
     factor = _factor(name, op, wires)
     if out is None:
-        if not _has_size(wires, numel, bits, block):
-            checks.check_wires(name, "wires", wires, numel, bits, block)
-        out = _new_wire(wires, numel, out_bits, block)
-    options = (bits, out_bits, block, hadamard, factor, rounding == "stochastic", seed, step, offset)
+        if not _has_size(wires, numel, code, block):
+            checks.check_wires(name, "wires", wires, numel, code, block)
+        out = _new_wire(wires, numel, out_code, block)
+    options = (code, out_code, block, hadamard, factor, rounding == "stochastic", seed, step, offset)
     call(ops.block_codec_reduce, (wires, numel, *options, out), checks.check_reduce)
     return out
 
 
-def _new_wire(like: Any, numel: int, bits: int, block: int) -> Tensor:
+def _new_wire(like: Any, numel: int, code: int, block: int) -> Tensor:
     device = like.device if isinstance(like, Tensor) else None
-    return torch.empty(checks.num_bytes(numel, bits, block), dtype=torch.uint8, device=device)
+    return torch.empty(checks.num_bytes(numel, code, block), dtype=torch.uint8, device=device)
 
 
-def _has_size(wires: Any, numel: int, bits: int, block: int) -> bool:
+def _has_size(wires: Any, numel: int, code: int, block: int) -> bool:
     """Asked before a result of numel elements is made."""
-    return isinstance(wires, Tensor) and wires.dim() == 2 and wires.shape[1] == checks.num_bytes(numel, bits, block)
+    return isinstance(wires, Tensor) and wires.dim() == 2 and wires.shape[1] == checks.num_bytes(numel, code, block)
 
 
 def _sum(
@@ -229,18 +227,18 @@ def _sum(
     name: str,
     wires: Any,
     numel: int,
-    bits: int,
+    bits: int | str,
     block: int,
     hadamard: bool,
     factor: float,
     dtype: torch.dtype,
     out: Any,
 ) -> Tensor:
-    checks.check_format(op, bits, block, numel)
+    code = checks.checked_format(op, bits, block, numel)
     check.flag(op, "hadamard", hadamard)
     if out is None:
-        if not _has_size(wires, numel, bits, block):
-            checks.check_wires(op, name, wires, numel, bits, block)
+        if not _has_size(wires, numel, code, block):
+            checks.check_wires(op, name, wires, numel, code, block)
         if dtype not in check.FLOAT_DTYPES:
             got = check.dtype_names((dtype,)) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise ValueError(f"{op}: dtype must be {check.dtype_names(check.FLOAT_DTYPES)}, got {got}.")
@@ -249,12 +247,12 @@ def _sum(
         got = f"{out.numel()} elements" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"{op}: out must be a tensor of numel, {numel}, elements, got {got}.")
 
-    def explain(wires: Any, bits: int, block: int, hadamard: bool, factor: float, out: Any) -> None:
-        checks.check_wires(op, name, wires, numel, bits, block)
+    def explain(wires: Any, code: int, block: int, hadamard: bool, factor: float, out: Any) -> None:
+        checks.check_wires(op, name, wires, numel, code, block)
         checks.check_out(op, out, check.FLOAT_DTYPES, name, wires)
         check.kernel_exists(op, "block_codec_sum", wires)
 
-    call(ops.block_codec_sum, (wires, bits, block, hadamard, factor, out), explain)
+    call(ops.block_codec_sum, (wires, code, block, hadamard, factor, out), explain)
     return out
 
 

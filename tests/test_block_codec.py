@@ -20,7 +20,8 @@ BACKENDS = backends("block_codec_quantize")
 NATIVE = [backend for backend in BACKENDS if backend.namespace == "fmkernels"]
 ON_EACH = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BITS = [8, 6, 4, 1]
+FLOAT8 = "float8_e4m3fn"
+BITS = [8, 6, 4, 1, FLOAT8]
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048]
 EACH_BITS = pytest.mark.parametrize("bits", BITS)
 HADAMARD = pytest.mark.parametrize("hadamard", [False, True], ids=["plain", "rotated"])
@@ -44,7 +45,7 @@ def with_corners(numel, dtype=torch.float32, device="cpu"):
 
 
 def roundings(bits):
-    return [{}] if bits == 1 else [{}, {**DRAWN, "step": 2**33 + 5, "offset": 2**35}]
+    return [{}] if bits in (1, FLOAT8) else [{}, {**DRAWN, "step": 2**33 + 5, "offset": 2**35}]
 
 
 def same(a, b):
@@ -168,7 +169,7 @@ def test_a_wire_is_laid_out_as_it_is_drawn():
 # ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "least"), [(8, 43.0), (6, 31.0), (4, 19.0), (1, 4.0)])
+@pytest.mark.parametrize(("bits", "least"), [(8, 43.0), (6, 31.0), (4, 19.0), (1, 4.0), (FLOAT8, 31.0)])
 @HADAMARD
 def test_signal_over_noise_of_normal_numbers(hadamard, bits, least):
     """The figures that the documentation gives, in dB, for blocks of 128."""

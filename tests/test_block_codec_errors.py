@@ -13,9 +13,9 @@ MISALIGNED = torch.zeros(WIRE.numel() + 1, dtype=torch.uint8)[1:]
 STRIDED = torch.zeros(600)[::2]
 
 FORMAT = [
-    ("bits", 5, ValueError, "bits must be 8, 6, 4 or 1, got 5."),
-    ("bits", True, ValueError, "bits must be 8, 6, 4 or 1, got True."),
-    ("bits", "8", ValueError, "bits must be 8, 6, 4 or 1, got '8'."),
+    ("bits", 5, ValueError, "bits must be 8, 6, 4, 1 or 'float8_e4m3fn', got 5."),
+    ("bits", True, ValueError, "bits must be 8, 6, 4, 1 or 'float8_e4m3fn', got True."),
+    ("bits", "8", ValueError, "bits must be 8, 6, 4, 1 or 'float8_e4m3fn', got '8'."),
     ("block", 100, ValueError, "block must be a power of two from 32 to 2048, got 100."),
     ("block", 16, ValueError, "block must be a power of two from 32 to 2048, got 16."),
     ("block", 4096, ValueError, "block must be a power of two from 32 to 2048, got 4096."),
@@ -107,7 +107,7 @@ CALLS = {
             *OP,
             *WIRES_GIVEN,
             *WIRE_RESULT,
-            ("out_bits", 2, ValueError, "out_bits must be 8, 6, 4 or 1, got 2."),
+            ("out_bits", 2, ValueError, "out_bits must be 8, 6, 4, 1 or 'float8_e4m3fn', got 2."),
         ],
     ),
 }
@@ -128,8 +128,12 @@ def test_draws_want_a_place_and_more_than_one_bit():
         block_codec.quantize(X, **drawn, offset=64)
     with pytest.raises(ValueError, match=r"^quantize: offset must be a multiple of 64 for this block, got 32\.$"):
         block_codec.quantize(X, **drawn, block=32, offset=32)
-    with pytest.raises(ValueError, match=r"^reduce_wires: rounding must be 'nearest' where a code has 1 bit, got"):
+    with pytest.raises(ValueError, match=r"^reduce_wires: rounding must be 'nearest' for 1 bit and for 'float8_"):
         block_codec.reduce_wires(WIRES, 300, out_bits=1, **drawn)
+    with pytest.raises(
+        ValueError, match=r"^quantize: rounding must be 'nearest' for 1 bit and for 'float8_e4m3fn', got"
+    ):
+        block_codec.quantize(X, bits="float8_e4m3fn", **drawn)
     block_codec.quantize(X, offset=32)  # of no use, and no error
 
 
@@ -150,6 +154,7 @@ def test_the_ops_themselves_refuse():
     wrong += [("residual", t) for t in (X.half(), X[1:], STRIDED, shrunk(X))]
     wrong += [("out", t) for t in WRONG_WIRES]
     wrong += [("bits", 5), ("bits", 0), ("block", 0), ("block", -128), ("block", 96), ("block", 4096), ("offset", -1)]
+    wrong += [("bits", -4), ("bits", -1)]
     for name, value in wrong:
         with pytest.raises(RuntimeError):
             ops.block_codec_quantize(**{**right, name: value})

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes of 8, 6, 4 or 1 bit with one float32 scale a block: what a quantised collective sends.
+// Codes of 8, 6, 4 or 1 bit, or float8 e4m3, with one float32 scale a block: what a quantised collective sends.
 //
 //   extreme  the element of largest magnitude of a block, the positive one of two;  levels = 2^(bits - 1)
 //   nearest     inverse = -levels / extreme, q = min(rint(x * inverse), levels - 1), ties to even; x ~ q * (-extreme / levels)
 //   stochastic  levels - 1 in place of levels, so that nothing is clipped; v = x * inverse, q = floor(v), and one more where
 //               v - floor(v) exceeds the (k + 1/2) / 2^16 of a 16-bit k that belongs to the element
 //   1 bit       q is the sign, of 0 +; the scale is the mean of |x|
+//   float8      levels = 448, the largest of its numbers; q is that nearest to x * inverse + 0, ties to even
 //
 // Every operation is one of float32, rounded to nearest, in the order given here: all backends write the same bytes.
 // A block with a NaN or an infinity has a scale of NaN and codes of 0; one whose extreme (mean) is below kSmallest
@@ -18,6 +19,7 @@
 //   8 bits   code j
 //   4 bits   code j in the low half, code j + 32 in the high one
 //   6 bits   the low 4 bits as above; in a second plane bits 4 and 5 of the codes j, j + 16, j + 32, j + 48, from low to high
+//   float8   number j
 //   1 bit    the signs of 8 j, ... 8 j + 7, from low to high, 1 for -
 // Codes are in two's complement. Elements behind the last have codes of 0.
 #pragma once
@@ -37,20 +39,29 @@ constexpr float kSmallest = 0x1p-100f;
 constexpr uint32_t kNanBits = 0x7fc00000u, kInfinityBits = 0x7f800000u;
 constexpr float kRotation = 0x1p-5f;
 
-// Of the codes of `bits`.
-constexpr int64_t lower_plane_bytes(int bits) { return bits == 6 ? 32 : 8 * bits; }  // of a unit
-constexpr int64_t upper_plane_bytes(int bits) { return bits == 6 ? 16 : 0; }
+// What a code is: the bits of an integer, or kFloat8.
+constexpr int kFloat8 = -8;
+constexpr int bits_of(int code) { return code == kFloat8 ? 8 : code; }
+constexpr float levels_of(int code, bool stochastic) {
+  return code == kFloat8 ? 448.0f : static_cast<float>((1 << (code - 1)) - stochastic);
+}
+constexpr int64_t lower_plane_bytes(int code) { return code == 6 ? 32 : 8 * bits_of(code); }  // of a unit
+constexpr int64_t upper_plane_bytes(int code) { return code == 6 ? 16 : 0; }
+// float8: what its exponent is less than that of a float32, where its normal numbers begin, and 2^14, to which a smaller
+// number is added so that its multiple of 2^-9 lies in the low bits.
+constexpr uint32_t kFloat8Rebias = (127 - 7) << 3, kFloat8SmallestNormal = (127 - 6) << 23;
+constexpr float kFloat8Shifter = 0x1p14f;
 
 struct CodecWire {
   int64_t numel;
-  int32_t bits, block_log2;
+  int32_t code, block_log2;
 
   FM_HOST_DEVICE int64_t block() const { return int64_t{1} << block_log2; }
   FM_HOST_DEVICE int64_t units() const { return (numel + kUnit - 1) / kUnit; }
   FM_HOST_DEVICE int64_t blocks() const { return (numel + block() - 1) >> block_log2; }
-  FM_HOST_DEVICE int64_t code_bytes() const { return units() * 8 * bits; }  // without what follows them
-  FM_HOST_DEVICE int64_t upper_plane() const { return units() * 32; }       // where it begins
-  FM_HOST_DEVICE int64_t scales() const { return aligned(code_bytes()); }   // where they begin
+  FM_HOST_DEVICE int64_t code_bytes() const { return units() * 8 * bits_of(code); }  // without what follows them
+  FM_HOST_DEVICE int64_t upper_plane() const { return units() * 32; }                // where it begins
+  FM_HOST_DEVICE int64_t scales() const { return aligned(code_bytes()); }            // where they begin
   FM_HOST_DEVICE int64_t scale_bytes() const { return blocks() * 4; }
   FM_HOST_DEVICE int64_t bytes() const { return scales() + aligned(scale_bytes()); }
 

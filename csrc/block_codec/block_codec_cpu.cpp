@@ -56,11 +56,11 @@ FM_INLINE void rotate_tile(const T* x, int64_t count, float* rotated) {
 }
 
 // residual = h less what the wire stands for, but where its scale is NaN.
-template <int kBits>
+template <int kCode>
 void update_residual(const CodecSum& sum, const float* h, int64_t first, int64_t valid, float* residual) {
   for (int64_t at = 0; at < valid; at += kUnit) {
     V8 acc[kUnitVectors];
-    sum_unit<kBits>(sum, (first + at) / kUnit, acc);
+    sum_unit<kCode>(sum, (first + at) / kUnit, acc);
     if (sum.hadamard) rotate_unit(acc);
     const uint8_t* scales = sum.wires + sum.wire.scales();
     for (int half = 0; half < 2 && at + half * kGroup < valid; ++half) {
@@ -83,11 +83,11 @@ void run_block_codec_quantize<kIsa>(const BlockCodecQuantizeParams& p) {
   clear_padding(p.wire, p.out);
   const Draws own(p.rounding), *draws = p.rounding.stochastic ? &own : nullptr;
   dispatch_dtype(p.dtype, [&]<class T>() {
-    dispatch_checked_int<1, 4, 6, 8>(p.wire.bits, [&]<int kBits>() {
+    dispatch_checked_int<1, 4, 6, 8, kFloat8>(p.wire.code, [&]<int kCode>() {
       const T* x = static_cast<const T*>(p.x);
       for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
         if (p.residual == nullptr && !p.hadamard && valid == kTile) {
-          return encode_tile<kBits>(p.wire, draws, x + first, first, valid, p.out);
+          return encode_tile<kCode>(p.wire, draws, x + first, first, valid, p.out);
         }
         alignas(64) float h[kTile], rotated[kTile];
         float* residual = p.residual == nullptr ? nullptr : p.residual + first;
@@ -95,9 +95,9 @@ void run_block_codec_quantize<kIsa>(const BlockCodecQuantizeParams& p) {
         if (!is_direct) gather_tile(x + first, residual, valid, h);
         if (p.hadamard)
           is_direct ? rotate_tile(x + first, kTile, rotated) : rotate_tile(h, round_up(valid, kUnit), rotated);
-        encode_tile<kBits>(p.wire, draws, p.hadamard ? rotated : h, first, counted(valid, p.hadamard), p.out);
+        encode_tile<kCode>(p.wire, draws, p.hadamard ? rotated : h, first, counted(valid, p.hadamard), p.out);
         if (residual != nullptr) {
-          update_residual<kBits>({p.wire, p.out, 0, 1, 1.0f, p.hadamard}, h, first, valid, residual);
+          update_residual<kCode>({p.wire, p.out, 0, 1, 1.0f, p.hadamard}, h, first, valid, residual);
         }
       });
     });
@@ -108,12 +108,12 @@ template <>
 void run_block_codec_sum<kIsa>(const BlockCodecSumParams& p) {
   const int64_t numel = p.sum.wire.numel, num_bytes = numel * (element_bytes(p.dtype) + p.sum.num_wires);
   dispatch_dtype(p.dtype, [&]<class T>() {
-    dispatch_checked_int<1, 4, 6, 8>(p.sum.wire.bits, [&]<int kBits>() {
+    dispatch_checked_int<1, 4, 6, 8, kFloat8>(p.sum.wire.code, [&]<int kCode>() {
       T* out = static_cast<T*>(p.out);
       for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
         for (int64_t at = first; at < first + valid; at += kUnit) {
           V8 acc[kUnitVectors];
-          sum_unit<kBits>(p.sum, at / kUnit, acc);
+          sum_unit<kCode>(p.sum, at / kUnit, acc);
           if (p.sum.hadamard) rotate_unit(acc);
           for (V8& v : acc) v *= p.sum.factor;
           if (at + kUnit <= first + valid) {
@@ -134,18 +134,18 @@ void run_block_codec_reduce<kIsa>(const BlockCodecReduceParams& p) {
   const int64_t numel = p.wire.numel, num_bytes = numel * (1 + p.sum.num_wires);
   clear_padding(p.wire, p.out);
   const Draws own(p.rounding), *draws = p.rounding.stochastic ? &own : nullptr;
-  dispatch_checked_int<1, 4, 6, 8>(p.sum.wire.bits, [&]<int kBits>() {
-    dispatch_checked_int<1, 4, 6, 8>(p.wire.bits, [&]<int kOutBits>() {
+  dispatch_checked_int<1, 4, 6, 8, kFloat8>(p.sum.wire.code, [&]<int kCode>() {
+    dispatch_checked_int<1, 4, 6, 8, kFloat8>(p.wire.code, [&]<int kOutCode>() {
       for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
         alignas(64) float h[kTile];
         for (int64_t i = 0; i < valid; i += kUnit) {
           V8 acc[kUnitVectors];
-          sum_unit<kBits>(p.sum, (first + i) / kUnit, acc);
+          sum_unit<kCode>(p.sum, (first + i) / kUnit, acc);
           for (int j = 0; j < kUnitVectors; ++j) store8(h + i + 8 * j, acc[j] * p.sum.factor);
         }
         const int64_t count = counted(valid, p.sum.hadamard);
         for (int64_t i = count; i < round_up(valid, kUnit); ++i) h[i] = 0.0f;
-        encode_tile<kOutBits>(p.wire, draws, h, first, count, p.out);
+        encode_tile<kOutCode>(p.wire, draws, h, first, count, p.out);
       });
     });
   });

@@ -144,26 +144,25 @@ struct BlockScale {
   bool is_finite, has_codes;
 
   // What the wire has; once a block and not in each lane, since it may be a division.
-  template <int kBits>
+  template <int kCode>
   __device__ __forceinline__ float scale(bool stochastic) const {
     if (!is_finite) return float_from_bits(kNanBits);
     if (!has_codes) return 0.0f;
-    if constexpr (kBits == 1) return extreme;
-    if (stochastic) return __fdiv_rn(extreme, 1.0f - (1 << (kBits - 1)));
-    return extreme * (-1.0f / (1 << (kBits - 1)));
+    if constexpr (kCode == 1) return extreme;
+    if (stochastic || kCode == kFloat8) return __fdiv_rn(extreme, -levels_of(kCode, stochastic));
+    return extreme * (-1.0f / levels_of(kCode, false));  // a power of two: as the division
   }
 };
 
-template <int kBits>
+template <int kCode>
 __device__ __forceinline__ BlockScale block_scale(float extreme, bool is_finite, bool stochastic) {
   BlockScale s{extreme, 0.0f, is_finite, is_finite && fabsf(extreme) >= kSmallest};
-  const float levels = -static_cast<float>((1 << (kBits - 1)) - stochastic);
-  if (kBits > 1 && s.has_codes) s.inverse = __fdiv_rn(levels, extreme);
+  if (kCode != 1 && s.has_codes) s.inverse = __fdiv_rn(-levels_of(kCode, stochastic), extreme);
   return s;
 }
 
 // The scales of the two quads.
-template <int kBits>
+template <int kCode>
 __device__ __forceinline__ void find_scales(const float (&x)[kLaneElements], const CodecWire& wire, int64_t counted,
                                             const LanePlace& place, bool stochastic, TileShared& shared,
                                             BlockScale (&s)[2]) {
@@ -175,7 +174,7 @@ __device__ __forceinline__ void find_scales(const float (&x)[kLaneElements], con
     extreme[i] = float_from_bits(key[i] >> 1 | ~key[i] << 31);
     is_finite[i] = key[i] >> 1 < kInfinityBits;
   }
-  if constexpr (kBits == 1) {
+  if constexpr (kCode == 1) {
     float m[kLaneElements];
     for (int i = 0; i < kLaneElements; ++i) m[i] = fabsf(x[i]) * 0x1p-11f;
     if (wire.block_log2 > 5) {
@@ -195,7 +194,7 @@ __device__ __forceinline__ void find_scales(const float (&x)[kLaneElements], con
     }
   }
   for (int i = 0; i < 2; ++i) {
-    if (i == 0 || wire.block_log2 == 5) s[i] = block_scale<kBits>(extreme[i], is_finite[i], stochastic);
+    if (i == 0 || wire.block_log2 == 5) s[i] = block_scale<kCode>(extreme[i], is_finite[i], stochastic);
     else s[i] = s[0];
   }
 }
@@ -215,10 +214,10 @@ __device__ __forceinline__ void draw(const CodecRounding& rounding, const LanePl
 }
 
 // x becomes its codes, as floats; words[i]: those of quad i as bytes.
-template <int kBits>
+template <int kCode>
 __device__ __forceinline__ void encode(float (&x)[kLaneElements], const BlockScale (&s)[2],
                                        const CodecRounding& rounding, const LanePlace& place, uint32_t (&words)[2]) {
-  constexpr float kMost = (1 << (kBits - 1)) - 1.0f;
+  constexpr float kMost = (1 << (kCode - 1)) - 1.0f;
   float fractions[kLaneElements];
   if (rounding.stochastic) draw(rounding, place, fractions);
   for (int i = 0; i < kLaneElements; ++i) {
@@ -238,6 +237,27 @@ __device__ __forceinline__ void encode(float (&x)[kLaneElements], const BlockSca
   }
   for (float& v : x) v = __fsub_rn(v, kShifter);
 }
+// float8 e4m3: of |x| up to 448, and back.
+__device__ __forceinline__ uint32_t float8_of(float x) {
+  const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - kFloat8Rebias;
+  const uint32_t small = float_bits(__fadd_rn(float_from_bits(magnitude), kFloat8Shifter)) - float_bits(kFloat8Shifter);
+  return (magnitude < kFloat8SmallestNormal ? small : normal) | (bits >> 24 & 0x80u);
+}
+__device__ __forceinline__ float float8_as_float(uint32_t code) {
+  const uint32_t magnitude = code & 0x7fu;
+  const float small = static_cast<float>(magnitude) * 0x1p-9f;
+  return float_from_bits((magnitude < 8 ? float_bits(small) : (magnitude + kFloat8Rebias) << 20) | (code & 0x80u)
+                                                                                                       << 24);
+}
+__device__ __forceinline__ void encode_float8(const float (&x)[kLaneElements], const BlockScale (&s)[2],
+                                              uint32_t (&words)[2]) {
+  words[0] = words[1] = 0;
+  for (int i = 0; i < kLaneElements; ++i) {
+    const float v = s[i / kQuad].has_codes ? __fmul_rn(x[i], s[i / kQuad].inverse) : 0.0f;
+    words[i / kQuad] |= float8_of(__fadd_rn(v, 0.0f)) << (8 * (i % kQuad));
+  }
+}
 // 1 bit: words[i] has the four signs of quad i.
 __device__ __forceinline__ void encode_signs(float (&x)[kLaneElements], const BlockScale (&s)[2],
                                              uint32_t (&words)[2]) {
@@ -252,18 +272,27 @@ __device__ __forceinline__ void encode_signs(float (&x)[kLaneElements], const Bl
 __device__ __forceinline__ void store_word(uint8_t* to, uint32_t word) { *reinterpret_cast<uint32_t*>(to) = word; }
 __device__ __forceinline__ uint32_t load_word(const uint8_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 
+// x becomes its codes, as floats, but for float8, whose words have them.
+template <int kCode>
+__device__ __forceinline__ void encode_as(float (&x)[kLaneElements], const BlockScale (&s)[2],
+                                          const CodecRounding& rounding, const LanePlace& place, uint32_t (&words)[2]) {
+  if constexpr (kCode == 1) encode_signs(x, s, words);
+  else if constexpr (kCode == kFloat8) encode_float8(x, s, words);
+  else encode<kCode>(x, s, rounding, place, words);
+}
+
 // All lanes of the warp together.
-template <int kBits>
+template <int kCode>
 __device__ __forceinline__ void store_codes(const CodecWire& wire, const LanePlace& place, uint32_t (&words)[2],
                                             uint8_t* out) {
   const bool is_inside = place.unit < wire.units();
-  uint8_t* lower = out + place.unit * lower_plane_bytes(kBits) + kQuad * place.t;
-  if constexpr (kBits == 8) {
+  uint8_t* lower = out + place.unit * lower_plane_bytes(kCode) + kQuad * place.t;
+  if constexpr (bits_of(kCode) == 8) {
     if (is_inside) {
       store_word(lower, words[0]);
       store_word(lower + kGroup, words[1]);
     }
-  } else if constexpr (kBits == 1) {
+  } else if constexpr (kCode == 1) {
     for (uint32_t& word : words) {
       word <<= kQuad * place.t;
       for (int step = 1; step < kUnitLanes; step *= 2) word |= __shfl_xor_sync(ptx::kAllLanes, word, step);
@@ -272,7 +301,7 @@ __device__ __forceinline__ void store_codes(const CodecWire& wire, const LanePla
   } else {
     constexpr uint32_t kLow = 0x0f0f0f0fu, kPair = 0x03030303u;
     if (is_inside) store_word(lower, (words[0] & kLow) | (words[1] & kLow) << 4);
-    if constexpr (kBits == 6) {
+    if constexpr (kCode == 6) {
       const uint32_t pairs = (words[0] >> 4 & kPair) | (words[1] >> 4 & kPair) << 4;
       const uint32_t later = __shfl_xor_sync(ptx::kAllLanes, pairs, 4);
       uint8_t* upper = out + wire.upper_plane() + place.unit * upper_plane_bytes(6) + kQuad * place.t;
@@ -282,13 +311,13 @@ __device__ __forceinline__ void store_codes(const CodecWire& wire, const LanePla
 }
 
 // The scales of the blocks that begin in this lane, and once the bytes that hold nothing.
-template <int kBits>
+template <int kCode>
 __device__ __forceinline__ void store_scales(const CodecWire& wire, const LanePlace& place, const BlockScale (&s)[2],
                                              bool stochastic, uint8_t* out) {
   float* scales = reinterpret_cast<float*>(out + wire.scales());
   for (int i = 0; i < 2; ++i) {
     const int64_t at = place.first + i * kGroup, block = at >> wire.block_log2;
-    if ((at & (wire.block() - 1)) == 0 && block < wire.blocks()) scales[block] = s[i].template scale<kBits>(stochastic);
+    if ((at & (wire.block() - 1)) == 0 && block < wire.blocks()) scales[block] = s[i].template scale<kCode>(stochastic);
   }
   if (blockIdx.x == 0 && threadIdx.x < 2 * kAlignment) {
     const int i = threadIdx.x % kAlignment;
@@ -300,72 +329,6 @@ __device__ __forceinline__ void store_scales(const CodecWire& wire, const LanePl
 // Elements that a scale counts: of rotated groups all.
 __device__ __forceinline__ int64_t counted_of(int64_t numel, bool hadamard) {
   return hadamard ? (numel + kGroup - 1) / kGroup * kGroup : numel;
-}
-
-// ---- the sum of wires ------------------------------------------------------------------------------------------------
-
-// A code from byte kByte of a word of codes that are 2^(kBits - 1) too large, so that none is negative.
-template <int kBits, int kByte>
-__device__ __forceinline__ float code_as_float(uint32_t word) {
-  constexpr float kBias = 0x1p23f + (1 << (kBits - 1));
-  return __fsub_rn(float_from_bits(__byte_perm(word, 0x4b000000u, 0x7540 + kByte)), kBias);
-}
-
-template <int kBits>
-__device__ __forceinline__ void load_codes(const CodecWire& wire, const LanePlace& place, const uint8_t* data,
-                                           uint32_t (&words)[2]) {
-  const uint8_t* lower = data + place.unit * lower_plane_bytes(kBits) + kQuad * place.t;
-  if constexpr (kBits == 8) {
-    words[0] = load_word(lower);
-    words[1] = load_word(lower + kGroup);
-  } else if constexpr (kBits == 1) {
-    const uint2 both = *reinterpret_cast<const uint2*>(data + place.unit * lower_plane_bytes(1));
-    words[0] = both.x >> (kQuad * place.t);
-    words[1] = both.y >> (kQuad * place.t);
-  } else {
-    constexpr uint32_t kLow = 0x0f0f0f0fu, kPair = 0x03030303u;
-    const uint32_t both = load_word(lower);
-    words[0] = both & kLow;
-    words[1] = both >> 4 & kLow;
-    if constexpr (kBits == 6) {
-      const uint8_t* upper = data + wire.upper_plane() + place.unit * upper_plane_bytes(6) + kQuad * (place.t & 3);
-      const uint32_t pairs = load_word(upper) >> (place.t & 4 ? 2 : 0);
-      words[0] |= (pairs & kPair) << 4;
-      words[1] |= (pairs >> 4 & kPair) << 4;
-    }
-  }
-}
-
-// acc = the sum of the codes times the scales, of all wires in their order; 0 behind the last unit.
-template <int kBits>
-__device__ __forceinline__ void sum_wires(const CodecSum& p, const LanePlace& place, float (&acc)[kLaneElements]) {
-  for (float& v : acc) v = 0.0f;
-  if (place.unit >= p.wire.units()) return;
-  const int64_t b0 = place.first >> p.wire.block_log2, b1 = (place.first + kGroup) >> p.wire.block_log2;
-  const bool has_second = b1 != b0 && b1 < p.wire.blocks();
-  const uint8_t* data = p.wires;
-  const int64_t scales = p.wire.scales();
-  for (int w = 0; w < p.num_wires; ++w, data += p.wire_stride) {
-    uint32_t words[2];
-    load_codes<kBits>(p.wire, place, data, words);
-    const float* of = reinterpret_cast<const float*>(data + scales);
-    float s[2] = {of[b0], 0.0f};
-    s[1] = has_second ? of[b1] : s[0];
-    constexpr uint32_t kSigns = 0x01010101u << (kBits - 1);
-    for (int i = 0; i < 2; ++i) {
-      float q[kQuad];
-      if constexpr (kBits == 1) {
-        for (int j = 0; j < kQuad; ++j) q[j] = words[i] >> j & 1 ? -1.0f : 1.0f;
-      } else {
-        const uint32_t word = words[i] ^ kSigns;
-        q[0] = code_as_float<kBits, 0>(word);
-        q[1] = code_as_float<kBits, 1>(word);
-        q[2] = code_as_float<kBits, 2>(word);
-        q[3] = code_as_float<kBits, 3>(word);
-      }
-      for (int j = 0; j < kQuad; ++j) acc[i * kQuad + j] = __fadd_rn(acc[i * kQuad + j], __fmul_rn(q[j], s[i]));
-    }
-  }
 }
 
 }  // namespace

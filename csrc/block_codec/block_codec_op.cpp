@@ -10,14 +10,15 @@ constexpr int64_t kMaxNumel = int64_t{1} << 40;  // so that no number of bytes o
 
 CodecWire wire_of(int64_t numel, int64_t bits, int64_t block) {
   FM_CHECK(numel >= 0 && numel <= kMaxNumel, "numel must be from 0 to 2^40, got ", numel);
-  FM_CHECK(bits == 8 || bits == 6 || bits == 4 || bits == 1, "bits must be 8, 6, 4 or 1, got ", bits);
+  FM_CHECK(bits == 8 || bits == 6 || bits == 4 || bits == 1 || bits == kFloat8,
+           "bits must be 8, 6, 4, 1 or -8 for float8, got ", bits);
   FM_CHECK(block >= kMinBlock && block <= kMaxBlock && (block & (block - 1)) == 0,
            "block must be a power of two from 32 to 2048, got ", block);
   return {numel, static_cast<int32_t>(bits), __builtin_ctzll(static_cast<unsigned long long>(block))};
 }
 
 CodecRounding rounding_of(const CodecWire& wire, bool stochastic, int64_t seed, int64_t step, int64_t offset) {
-  FM_CHECK(!stochastic || wire.bits > 1, "rounding of 1 bit is not stochastic");
+  FM_CHECK(!stochastic || wire.code > 1, "rounding of 1 bit and of float8 is not stochastic");
   FM_CHECK(offset >= 0 && (!stochastic || offset % (wire.block() > kUnit ? wire.block() : kUnit) == 0),
            "offset must be a multiple of block and of 64 where rounding is stochastic, got ", offset);
   return {stochastic, static_cast<uint64_t>(seed), static_cast<uint64_t>(step), offset};

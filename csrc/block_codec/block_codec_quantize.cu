@@ -15,7 +15,7 @@
 namespace fmkernels {
 namespace {
 
-template <class T, int kBits>
+template <class T, int kCode>
 __global__ void __launch_bounds__(kTileThreads) block_codec_quantize_kernel(BlockCodecQuantizeParams p) {
   __shared__ TileShared shared;
   const LanePlace place;
@@ -38,17 +38,19 @@ __global__ void __launch_bounds__(kTileThreads) block_codec_quantize_kernel(Bloc
   BlockScale s[2];
   uint32_t words[2];
   const bool stochastic = p.rounding.stochastic;
-  find_scales<kBits>(x, p.wire, counted_of(numel, p.hadamard), place, stochastic, shared, s);
-  if constexpr (kBits == 1) encode_signs(x, s, words);
-  else encode<kBits>(x, s, p.rounding, place, words);
-  store_codes<kBits>(p.wire, place, words, p.out);
-  store_scales<kBits>(p.wire, place, s, stochastic, p.out);
+  find_scales<kCode>(x, p.wire, counted_of(numel, p.hadamard), place, stochastic, shared, s);
+  encode_as<kCode>(x, s, p.rounding, place, words);
+  store_codes<kCode>(p.wire, place, words, p.out);
+  store_scales<kCode>(p.wire, place, s, stochastic, p.out);
 
   // What the wire lacks of h.
   if (p.residual == nullptr) return;
   for (int i = 0; i < 2; ++i) {
-    const float scale = s[i].template scale<kBits>(stochastic);
-    for (int j = i * kQuad; j < (i + 1) * kQuad; ++j) x[j] = __fadd_rn(0.0f, __fmul_rn(x[j], scale));
+    const float scale = s[i].template scale<kCode>(stochastic);
+    for (int j = i * kQuad; j < (i + 1) * kQuad; ++j) {
+      if constexpr (kCode == kFloat8) x[j] = float8_as_float(words[i] >> (8 * (j % kQuad)));
+      x[j] = __fadd_rn(0.0f, __fmul_rn(x[j], scale));
+    }
   }
   if (p.hadamard) rotate_groups(x, place.t);
   for (int i = 0; i < 2; ++i) {
@@ -64,8 +66,8 @@ __global__ void __launch_bounds__(kTileThreads) block_codec_quantize_kernel(Bloc
 void launch_block_codec_quantize(const BlockCodecQuantizeParams& p, cudaStream_t stream) {
   const char* name = "block_codec_quantize";
   dispatch_dtype(p.dtype, [&]<class T>() {
-    dispatch_int<8, 6, 4, 1>("bits", p.wire.bits, [&]<int kBits>() {
-      launch(name, block_codec_quantize_kernel<T, kBits>, grid_of(name, p.wire.numel, kMaxBlock), kTileThreads, 0,
+    dispatch_int<8, 6, 4, 1, kFloat8>("bits", p.wire.code, [&]<int kCode>() {
+      launch(name, block_codec_quantize_kernel<T, kCode>, grid_of(name, p.wire.numel, kMaxBlock), kTileThreads, 0,
              stream, p);
     });
   });

@@ -7,18 +7,18 @@
 // Numerics   float32, each operation rounded by itself: the bits are those of the CPU, whatever the number of elements.
 // Cost       One read of the wires, one write: bound by memory; 4 operations for a code of a wire.
 
-#include "block_codec_cuda.h"
+#include "block_codec_wires_cuda.h"
 
 #include "../common/dispatch.h"
 
 namespace fmkernels {
 namespace {
 
-template <class T, int kBits>
+template <class T, int kCode>
 __global__ void __launch_bounds__(kTileThreads) block_codec_sum_kernel(BlockCodecSumParams p) {
   const LanePlace place;
   float acc[kLaneElements];
-  sum_wires<kBits>(p.sum, place, acc);
+  sum_wires<kCode>(p.sum, place, acc);
   if (p.sum.hadamard) rotate_groups(acc, place.t);
   for (float& v : acc) v = __fmul_rn(v, p.sum.factor);
   const bool is_aligned = is_quad_aligned(p.out, sizeof(T));
@@ -27,16 +27,17 @@ __global__ void __launch_bounds__(kTileThreads) block_codec_sum_kernel(BlockCode
   }
 }
 
-// kBits: of the result.
-template <int kBits>
+// kCode: of the result.
+template <int kCode>
 __global__ void __launch_bounds__(kTileThreads) block_codec_reduce_kernel(BlockCodecReduceParams p) {
   __shared__ TileShared shared;
   const LanePlace place;
   float x[kLaneElements];
-  switch (p.sum.wire.bits) {
+  switch (p.sum.wire.code) {
     case 8: sum_wires<8>(p.sum, place, x); break;
     case 6: sum_wires<6>(p.sum, place, x); break;
     case 4: sum_wires<4>(p.sum, place, x); break;
+    case kFloat8: sum_wires<kFloat8>(p.sum, place, x); break;
     default: sum_wires<1>(p.sum, place, x);
   }
   const int64_t counted = counted_of(p.wire.numel, p.sum.hadamard);
@@ -48,11 +49,10 @@ __global__ void __launch_bounds__(kTileThreads) block_codec_reduce_kernel(BlockC
   BlockScale s[2];
   uint32_t words[2];
   const bool stochastic = p.rounding.stochastic;
-  find_scales<kBits>(x, p.wire, counted, place, stochastic, shared, s);
-  if constexpr (kBits == 1) encode_signs(x, s, words);
-  else encode<kBits>(x, s, p.rounding, place, words);
-  store_codes<kBits>(p.wire, place, words, p.out);
-  store_scales<kBits>(p.wire, place, s, stochastic, p.out);
+  find_scales<kCode>(x, p.wire, counted, place, stochastic, shared, s);
+  encode_as<kCode>(x, s, p.rounding, place, words);
+  store_codes<kCode>(p.wire, place, words, p.out);
+  store_scales<kCode>(p.wire, place, s, stochastic, p.out);
 }
 
 }  // namespace
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kTileThreads) block_codec_reduce_kernel(BlockC
 void launch_block_codec_sum(const BlockCodecSumParams& p, cudaStream_t stream) {
   const char* name = "block_codec_sum";
   dispatch_dtype(p.dtype, [&]<class T>() {
-    dispatch_int<8, 6, 4, 1>("bits", p.sum.wire.bits, [&]<int kBits>() {
-      launch(name, block_codec_sum_kernel<T, kBits>, grid_of(name, p.sum.wire.numel, kMaxBlock), kTileThreads, 0,
+    dispatch_int<8, 6, 4, 1, kFloat8>("bits", p.sum.wire.code, [&]<int kCode>() {
+      launch(name, block_codec_sum_kernel<T, kCode>, grid_of(name, p.sum.wire.numel, kMaxBlock), kTileThreads, 0,
              stream, p);
     });
   });
@@ -69,8 +69,8 @@ void launch_block_codec_sum(const BlockCodecSumParams& p, cudaStream_t stream) {
 
 void launch_block_codec_reduce(const BlockCodecReduceParams& p, cudaStream_t stream) {
   const char* name = "block_codec_reduce";
-  dispatch_int<8, 6, 4, 1>("bits", p.wire.bits, [&]<int kBits>() {
-    launch(name, block_codec_reduce_kernel<kBits>, grid_of(name, p.wire.numel, kMaxBlock), kTileThreads, 0, stream, p);
+  dispatch_int<8, 6, 4, 1, kFloat8>("bits", p.wire.code, [&]<int kCode>() {
+    launch(name, block_codec_reduce_kernel<kCode>, grid_of(name, p.wire.numel, kMaxBlock), kTileThreads, 0, stream, p);
   });
 }
 

@@ -93,14 +93,14 @@ struct BlockScale {
   float scale, inverse;
   bool has_codes;
 };
-template <int kBits>
+template <int kCode>
 FM_INLINE BlockScale scale_of(float extreme, bool is_finite, bool stochastic) {
   if (!is_finite) return {float_from_bits(kNanBits), 0.0f, false};
   if (float_bits(extreme) << 1 < float_bits(kSmallest) << 1) return {0.0f, 0.0f, false};
-  if constexpr (kBits == 1) {
+  if constexpr (kCode == 1) {
     return {extreme, 1.0f, true};
   } else {
-    const float levels = -static_cast<float>((1 << (kBits - 1)) - stochastic);
+    const float levels = -levels_of(kCode, stochastic);
     return {extreme / levels, levels / extreme, true};
   }
 }
@@ -108,7 +108,7 @@ FM_INLINE BlockScale scale_of(float extreme, bool is_finite, bool stochastic) {
 // ---- quantise --------------------------------------------------------------------------------------------------------
 
 // The codes of kGroup elements. k: what they draw, or null.
-template <int kBits, class T>
+template <int kCode, class T>
 FM_INLINE Bytes32 encode_group(const T* x, float inverse, const uint16_t* k) {
   V8 v[4];
   for (int i = 0; i < 4; ++i) {
@@ -119,7 +119,8 @@ FM_INLINE Bytes32 encode_group(const T* x, float inverse, const uint16_t* k) {
       v[i] = below + (V8)(is_up & (V8i)(V8{} + 1.0f));
     }
   }
-  return codes_of<kBits>(v);
+  if constexpr (kCode == kFloat8) return float8_of(v);
+  else return codes_of<kCode>(v);
 }
 
 template <class T>
@@ -139,7 +140,7 @@ FM_INLINE uint32_t signs_of(const T* x) {
 }
 
 // A tile from `first` on, of `valid` elements; behind them x has zeros, to a multiple of kUnit.
-template <int kBits, class T>
+template <int kCode, class T>
 void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t first, int64_t valid, uint8_t* out) {
   const int64_t count = round_up(valid, kUnit), block = wire.block(), num_blocks = ceil_div(valid, block);
   float scales[kTileBlocks];
@@ -149,10 +150,10 @@ void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t 
     const T* begin = x + b * block;
     bool is_finite;
     float extreme = extreme_of(begin, min(block, count - b * block), &is_finite);
-    if (kBits == 1 && is_finite) {
+    if (kCode == 1 && is_finite) {
       extreme = mean_magnitude(begin, min(block, count - b * block), min(block, valid - b * block), block);
     }
-    const BlockScale s = scale_of<kBits>(extreme, is_finite, draws != nullptr);
+    const BlockScale s = scale_of<kCode>(extreme, is_finite, draws != nullptr);
     scales[b] = s.scale;
     inverse[b] = s.inverse;
     has_codes[b] = s.has_codes;
@@ -164,22 +165,22 @@ void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t 
 
   for (int64_t u = 0; u * kUnit < count; ++u) {
     const int64_t at = u * kUnit, b0 = at >> wire.block_log2, b1 = (at + kGroup) >> wire.block_log2;
-    const Planes<kBits, uint8_t> to(wire, out, first / kUnit + u);
-    if constexpr (kBits == 1) {
+    const Planes<kCode, uint8_t> to(wire, out, first / kUnit + u);
+    if constexpr (kCode == 1) {
       auto signs = [&](int half, int64_t b) { return has_codes[b] ? signs_of(x + at + half * kGroup) : 0; };
       write(to.lower, signs(0, b0));
       write(to.lower + 4, signs(1, b1));
     } else {
       auto codes = [&](int half, int64_t b, const uint16_t* k) __attribute__((always_inline)) {
         if (!has_all && !has_codes[b]) return Bytes32{};
-        return encode_group<kBits>(x + at + half * kGroup, inverse[b], k == nullptr ? k : k + half * kGroup);
+        return encode_group<kCode>(x + at + half * kGroup, inverse[b], k == nullptr ? k : k + half * kGroup);
       };
       if (draws == nullptr) {
-        write_codes<kBits>(to, codes(0, b0, nullptr), codes(1, b1, nullptr));
+        write_codes<kCode>(to, codes(0, b0, nullptr), codes(1, b1, nullptr));
       } else {
         uint16_t k[kUnit];
         draws->draw(first / kUnit + u, k);
-        write_codes<kBits>(to, codes(0, b0, k), codes(1, b1, k));
+        write_codes<kCode>(to, codes(0, b0, k), codes(1, b1, k));
       }
     }
   }
@@ -188,7 +189,7 @@ void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t 
 // ---- the sum of wires ------------------------------------------------------------------------------------------------
 
 // acc[i] = the sum of the codes times the scales of a unit, of all wires in their order.
-template <int kBits>
+template <int kCode>
 FM_INLINE void sum_unit(const CodecSum& p, int64_t unit, V8 (&acc)[kUnitVectors]) {
   const int64_t b0 = unit * kUnit >> p.wire.block_log2, b1 = (unit * kUnit + kGroup) >> p.wire.block_log2;
   const uint8_t* data = p.wires;
@@ -196,14 +197,14 @@ FM_INLINE void sum_unit(const CodecSum& p, int64_t unit, V8 (&acc)[kUnitVectors]
   const int64_t first_scale = scales + 4 * b0, second_scale = scales + 4 * min(b1, p.wire.blocks() - 1);
   for (V8& v : acc) v = V8{};
   for (int64_t w = 0; w < p.num_wires; ++w, data += p.wire_stride) {
-    const Planes<kBits, const uint8_t> from(p.wire, data, unit);
+    const Planes<kCode, const uint8_t> from(p.wire, data, unit);
     const float s[2] = {read<float>(data + first_scale), read<float>(data + second_scale)};
-    if constexpr (kBits == 1) {
+    if constexpr (kCode == 1) {
       for (int i = 0; i < kUnitVectors; ++i) acc[i] += with_signs(s[i / 4], from.lower[i]);
     } else {
       int8_t buffer[kUnit];
-      const int8_t* codes = read_codes<kBits>(from, buffer);
-      for (int i = 0; i < kUnitVectors; ++i) acc[i] += codes_as_floats(codes + 8 * i) * s[i / 4];
+      const int8_t* codes = read_codes<kCode>(from, buffer);
+      for (int i = 0; i < kUnitVectors; ++i) acc[i] += codes_as_floats<kCode>(codes + 8 * i) * s[i / 4];
     }
   }
 }

@@ -112,19 +112,26 @@ FM_INLINE V8 floor_of(V8 x) {  // of |x| < 2^22
 #endif
 }
 
-// v[i] to the nearest integer, as bytes from -2^(kBits - 1) to 2^(kBits - 1) - 1, for kGroup numbers.
-template <int kBits>
+#ifdef __AVX2__
+// Bytes of four vectors that were packed, of which words 0 and 4 are those of the first.
+FM_INLINE Bytes32 in_order(__m256i packed) {
+  return (Bytes32)_mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+#endif
+
+// v[i] to the nearest integer, as bytes from -2^(kCode - 1) to 2^(kCode - 1) - 1, for kGroup numbers.
+template <int kCode>
 FM_INLINE Bytes32 codes_of(const V8 (&v)[4]) {
-  constexpr int kMax = (1 << (kBits - 1)) - 1, kMin = -kMax - 1;
+  constexpr int kMax = (1 << (kCode - 1)) - 1, kMin = -kMax - 1;
 #ifdef __AVX2__
   __m256i q[4];
   for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32((__m256)v[i]);
   const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
-  __m256i bytes = _mm256_packs_epi16(low, high);  // saturates; words 0 and 4 are those of q[0]
-  if constexpr (kBits < 8) {
+  __m256i bytes = _mm256_packs_epi16(low, high);  // saturates
+  if constexpr (kCode < 8) {
     bytes = _mm256_max_epi8(_mm256_min_epi8(bytes, _mm256_set1_epi8(kMax)), _mm256_set1_epi8(kMin));
   }
-  return (Bytes32)_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  return in_order(bytes);
 #else
   Bytes8 bytes[4];
   for (int i = 0; i < 4; ++i) {
@@ -137,35 +144,60 @@ FM_INLINE Bytes32 codes_of(const V8 (&v)[4]) {
 #endif
 }
 
-FM_INLINE Bytes32 shifted_left(Bytes32 x, int bits) {
-  typedef uint16_t Words __attribute__((vector_size(32)));
-  return (Bytes32)((Words)x << bits) & static_cast<uint8_t>(0xff << bits);
+// v[i] to the nearest float8 e4m3, of |v[i]| up to 448.
+FM_INLINE Bytes32 float8_of(const V8 (&v)[4]) {
+  V8u codes[4];
+  for (int i = 0; i < 4; ++i) {
+    const V8u bits = (V8u)(v[i] + 0.0f), magnitude = bits & 0x7fffffffu;  // + 0: of -0 too
+    const V8u normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - kFloat8Rebias;
+    const V8u small = (V8u)((V8)magnitude + kFloat8Shifter) - float_bits(kFloat8Shifter);
+    const V8i is_small = (V8i)magnitude < static_cast<int32_t>(kFloat8SmallestNormal);
+    codes[i] = (is_small ? small : normal) | ((bits >> 24) & 0x80u);
+  }
+#ifdef __AVX2__
+  const __m256i low = _mm256_packus_epi32((__m256i)codes[0], (__m256i)codes[1]);
+  const __m256i high = _mm256_packus_epi32((__m256i)codes[2], (__m256i)codes[3]);
+  return in_order(_mm256_packus_epi16(low, high));
+#else
+  Bytes8 bytes[4];
+  for (int i = 0; i < 4; ++i) bytes[i] = __builtin_convertvector(codes[i], Bytes8);
+  return read<Bytes32>(bytes);
+#endif
 }
-FM_INLINE Bytes32 shifted_right(Bytes32 x, int bits) {
-  typedef uint16_t Words __attribute__((vector_size(32)));
-  return (Bytes32)((Words)x >> bits) & static_cast<uint8_t>(0xff >> bits);
+
+// Of each byte.
+typedef uint16_t Pairs __attribute__((vector_size(32)));
+template <int kShift>
+FM_INLINE Bytes32 shifted_left(Bytes32 x) {
+  constexpr uint8_t kKept = 0xff << kShift & 0xff;
+  return (Bytes32)((Pairs)x << kShift) & kKept;
+}
+template <int kShift>
+FM_INLINE Bytes32 shifted_right(Bytes32 x) {
+  constexpr uint8_t kKept = 0xff >> kShift;
+  return (Bytes32)((Pairs)x >> kShift) & kKept;
 }
 
 // The planes of a wire at one of its units.
-template <int kBits, class Byte>
+template <int kCode, class Byte>
 struct Planes {
   Byte *lower, *upper;
 
   Planes(const CodecWire& wire, Byte* data, int64_t unit)
-      : lower(data + unit * lower_plane_bytes(kBits)),
-        upper(kBits == 6 ? data + wire.upper_plane() + unit * upper_plane_bytes(kBits) : nullptr) {}
+      : lower(data + unit * lower_plane_bytes(kCode)),
+        upper(kCode == 6 ? data + wire.upper_plane() + unit * upper_plane_bytes(kCode) : nullptr) {}
 };
 
 // The codes of a unit, its first and its second half, to its planes.
-template <int kBits>
-FM_INLINE void write_codes(const Planes<kBits, uint8_t>& to, Bytes32 first, Bytes32 second) {
-  if constexpr (kBits == 8) {
+template <int kCode>
+FM_INLINE void write_codes(const Planes<kCode, uint8_t>& to, Bytes32 first, Bytes32 second) {
+  if constexpr (bits_of(kCode) == 8) {
     write(to.lower, first);
     write(to.lower + 32, second);
   } else {
-    write(to.lower, (first & 15) | shifted_left(second, 4));
-    if constexpr (kBits == 6) {
-      const Bytes32 pairs = (shifted_right(first, 4) & 3) | (second & 0x30);
+    write(to.lower, (first & 15) | shifted_left<4>(second));
+    if constexpr (kCode == 6) {
+      const Bytes32 pairs = (shifted_right<4>(first) & 3) | (second & 0x30);
       const char* halves = reinterpret_cast<const char*>(&pairs);
       const Bytes16 even = read<Bytes16>(halves), odd = read<Bytes16>(halves + 16);
       write(to.upper, even | (odd << 2));
@@ -174,15 +206,15 @@ FM_INLINE void write_codes(const Planes<kBits, uint8_t>& to, Bytes32 first, Byte
 }
 
 // The codes of a unit as bytes: where they are on the wire, or in `buffer`.
-template <int kBits>
-FM_INLINE const int8_t* read_codes(const Planes<kBits, const uint8_t>& from, int8_t* buffer) {
-  if constexpr (kBits == 8) {
+template <int kCode>
+FM_INLINE const int8_t* read_codes(const Planes<kCode, const uint8_t>& from, int8_t* buffer) {
+  if constexpr (bits_of(kCode) == 8) {
     return reinterpret_cast<const int8_t*>(from.lower);
   } else {
-    constexpr uint8_t kSign = 1 << (kBits - 1);
+    constexpr uint8_t kSign = 1 << (kCode - 1);
     const Bytes32 lower = read<Bytes32>(from.lower);
-    Bytes32 first = lower & 15, second = shifted_right(lower, 4);
-    if constexpr (kBits == 6) {
+    Bytes32 first = lower & 15, second = shifted_right<4>(lower);
+    if constexpr (kCode == 6) {
       const Bytes16 upper = read<Bytes16>(from.upper), later = upper >> 2;  // bits 0, 1 and 4, 5 of each byte
 #ifdef __AVX2__  // two halves in memory would be read before they are written
       const Bytes32 pairs = (Bytes32)_mm256_set_m128i((__m128i)later, (__m128i)upper);
@@ -190,7 +222,7 @@ FM_INLINE const int8_t* read_codes(const Planes<kBits, const uint8_t>& from, int
       const Bytes16 halves[2] = {upper, later};
       const Bytes32 pairs = read<Bytes32>(halves);
 #endif
-      first |= shifted_left(pairs & 3, 4);
+      first |= shifted_left<4>(pairs & 3);
       second |= pairs & 0x30;
     }
     write(buffer, (first ^ kSign) - kSign);
@@ -205,13 +237,30 @@ FM_INLINE V8 with_signs(float scale, uint32_t signs) {
   return (V8)((minus & INT32_MIN) ^ (V8i)(V8{} + scale));
 }
 
-FM_INLINE V8 codes_as_floats(const int8_t* codes) {
+FM_INLINE V8 as_floats(V8i x) {
 #ifdef __AVX2__
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-  return (V8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  return (V8)_mm256_cvtepi32_ps((__m256i)x);
 #else
-  return __builtin_convertvector(read<Bytes8>(codes), V8);
+  return __builtin_convertvector(x, V8);
 #endif
+}
+FM_INLINE V8i codes_as_integers(const int8_t* codes) {
+#ifdef __AVX2__
+  return (V8i)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+#else
+  return __builtin_convertvector(read<Bytes8>(codes), V8i);
+#endif
+}
+template <int kCode>
+FM_INLINE V8 codes_as_floats(const int8_t* codes) {
+  const V8i code = codes_as_integers(codes);
+  if constexpr (kCode == kFloat8) {
+    const V8i magnitude = code & 0x7f, normal = (magnitude + static_cast<int32_t>(kFloat8Rebias)) << 20;
+    const V8 small = as_floats(magnitude) * 0x1p-9f;
+    return (V8)((magnitude < 8 ? (V8i)small : normal) | (code & INT32_MIN));
+  } else {
+    return as_floats(code);
+  }
 }
 
 // ---- random bits -----------------------------------------------------------------------------------------------------
@@ -235,10 +284,10 @@ class Draws {
   FM_INLINE static V8 fractions(const uint16_t* k) {
 #ifdef __AVX2__
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(k));
-    const V8 x = (V8)_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(bits));
+    const V8 x = as_floats((V8i)_mm256_cvtepu16_epi32(bits));
 #else
     typedef uint16_t V8u16 __attribute__((vector_size(16)));
-    const V8 x = __builtin_convertvector(__builtin_convertvector(read<V8u16>(k), V8i), V8);
+    const V8 x = as_floats(__builtin_convertvector(read<V8u16>(k), V8i));
 #endif
     return (x + 0.5f) * 0x1p-16f;
   }

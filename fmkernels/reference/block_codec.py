@@ -9,19 +9,20 @@ from torch import Tensor
 from .dropout import philox
 
 UNIT, GROUP, SMALLEST = 64, 32, 2.0**-100
+FLOAT8 = "float8_e4m3fn"
 _LOW = 0xFFFFFFFF
 
 
-def wire_bytes(numel: int, *, bits: int = 8, block: int = 128) -> int:
+def wire_bytes(numel: int, *, bits: int | str = 8, block: int = 128) -> int:
     """`fmkernels.wire_bytes`."""
-    code_bytes, scale_bytes = -(-numel // UNIT) * UNIT * bits // 8, -(-numel // block) * 4
+    code_bytes, scale_bytes = -(-numel // UNIT) * 8 * (8 if bits == FLOAT8 else bits), -(-numel // block) * 4
     return -(-code_bytes // 16) * 16 + -(-scale_bytes // 16) * 16
 
 
 def quantize(
     x: Tensor,
     *,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     rounding: str = "nearest",
     seed: int | None = None,
@@ -46,7 +47,7 @@ def sum_wires(
     wires: Tensor,
     numel: int,
     *,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     hadamard: bool = False,
     op: str = "sum",
@@ -67,8 +68,8 @@ def reduce_wires(
     wires: Tensor,
     numel: int,
     *,
-    bits: int = 8,
-    out_bits: int | None = None,
+    bits: int | str = 8,
+    out_bits: int | str | None = None,
     block: int = 128,
     rounding: str = "nearest",
     seed: int | None = None,
@@ -123,7 +124,7 @@ def _mean_magnitudes(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def _encode(
-    values: Tensor, numel: int, bits: int, block: int, rounding: str, seed: int | None, step: int, offset: int
+    values: Tensor, numel: int, bits: int | str, block: int, rounding: str, seed: int | None, step: int, offset: int
 ) -> tuple[Tensor, Tensor]:
     """The wire, and what it stands for, rotated as the values are and with their padding."""
     x = _padded(values, block).view(-1, block)
@@ -140,14 +141,17 @@ def _encode(
         scale, codes = safe, torch.where(x < 0, -1.0, 1.0)
         codes = torch.where(empty[:, None] | (torch.arange(x.numel()).view_as(x) >= count), 1.0, codes)
     else:
-        levels = torch.tensor(-(2.0 ** (bits - 1)) + (rounding == "stochastic"))
+        levels = torch.tensor(-448.0 if bits == FLOAT8 else -(2.0 ** (bits - 1)) + (rounding == "stochastic"))
         scale, v = safe / levels, torch.where(empty[:, None], 0.0, x) * (levels / safe)[:, None]
-        if rounding == "stochastic":
+        if bits == FLOAT8:
+            codes = (v + 0.0).to(torch.float8_e4m3fn).float()
+        elif rounding == "stochastic":
             draws = _padded(_draws(count, seed, step, offset), block).view_as(x)
             codes = v.floor() + (draws < v - v.floor())
         else:
             codes = v.round()
-        codes = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        if bits != FLOAT8:
+            codes = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     scale = torch.where(wrong, torch.nan, torch.where(empty, 0.0, scale))
     wire = values.new_zeros(wire_bytes(numel, bits=bits, block=block), dtype=torch.uint8)
     packed = _pack(_fitted(codes.flatten(), numel), bits)
@@ -164,9 +168,11 @@ def _fitted(codes: Tensor, numel: int) -> Tensor:
     return torch.nn.functional.pad(codes, (0, max(length - codes.numel(), 0)))[:length]
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
+def _pack(codes: Tensor, bits: int | str) -> Tensor:
     if bits == 1:
         return ((codes.view(-1, 8) < 0).long() << torch.arange(8)).sum(1).to(torch.uint8)
+    if bits == FLOAT8:
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8)
     codes = codes.long().view(-1, UNIT)
     if bits == 8:
         return (codes & 255).to(torch.uint8).flatten()
@@ -177,8 +183,10 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat([lower, upper.flatten()])
 
 
-def _unpack(data: Tensor, units: int, bits: int) -> Tensor:
+def _unpack(data: Tensor, units: int, bits: int | str) -> Tensor:
     """The codes of whole units, in float32."""
+    if bits == FLOAT8:
+        return data[: units * UNIT].view(torch.float8_e4m3fn).float()
     data = data.long()
     if bits == 1:
         return (1 - 2 * (data[: units * 8, None] >> torch.arange(8) & 1)).flatten().float()
@@ -195,10 +203,10 @@ def _unpack(data: Tensor, units: int, bits: int) -> Tensor:
     return ((codes ^ half) - half).float()
 
 
-def _sum(wires: Tensor, numel: int, bits: int, block: int) -> Tensor:
+def _sum(wires: Tensor, numel: int, bits: int | str, block: int) -> Tensor:
     """Of all wires, from the first to the last, with the padding of a unit."""
     units, blocks = -(-numel // UNIT), -(-numel // block)
-    first = -(-units * 8 * bits // 16) * 16
+    first = wire_bytes(numel, bits=bits, block=block) - -(-blocks * 4 // 16) * 16
     acc = torch.zeros(units * UNIT)
     for wire in wires:
         scales = wire[first : first + 4 * blocks].clone().view(torch.float32)
