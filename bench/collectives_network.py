@@ -5,8 +5,8 @@
     python bench/collectives_network.py --ranks 2 --megabytes 25 --mbit 0        # the loopback of this machine
 
 Each rank is a process in a namespace of its own, joined to the others by a bridge; `tc tbf` limits what leaves a rank
-and what comes to it. Compute is as good as free: a gradient of ones. The rows are medians of interleaved steps, `sent` is
-what the interface of rank 0 counted in a step. The namespaces are removed at the end, whatever happens.
+and what comes to it. Compute is as good as free: a gradient of ones. The rows are medians of interleaved steps, `sent`
+is what the interface of rank 0 counted in a step. The namespaces are removed at the end, whatever happens.
 """
 
 from __future__ import annotations
