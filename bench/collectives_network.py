@@ -27,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERFACE = "eth0"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def arguments() -> argparse.Namespace:
@@ -141,7 +142,9 @@ def run_rank(options: argparse.Namespace) -> None:
     }
     models = {}
     for name, register in contenders.items():
-        models[name] = DistributedDataParallel(Free())
+        # torch's PowerSGD hook begins collectives in Future.then: over gloo it hangs when several buckets are under way.
+        cap = 2 * options.megabytes if name.startswith("PowerSGD") else None
+        models[name] = DistributedDataParallel(Free(), bucket_cap_mb=cap)
         register(models[name])
     seconds: dict[str, list[float]] = {name: [] for name in models}
     sent: dict[str, list[int]] = {name: [] for name in models}
@@ -200,12 +203,20 @@ def run_ranks(options: argparse.Namespace, namespaces: list[str]) -> int:
             process.kill()
 
 
+def leave(*_: object) -> None:
+    """The namespaces go, and another signal, as `timeout` sends to all processes of a group, does not keep them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(1)
+
+
 def main() -> int:
     options = arguments()
     if options.rank is not None:
         run_rank(options)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go
+    for number in SIGNALS:
+        signal.signal(number, leave)
     if not options.mbit:
         return run_ranks(options, [])
     if os.geteuid() != 0:
