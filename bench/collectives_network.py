@@ -142,7 +142,7 @@ def run_rank(options: argparse.Namespace) -> None:
     }
     models = {}
     for name, register in contenders.items():
-        # torch's PowerSGD hook begins collectives in Future.then: over gloo it hangs when several buckets are under way.
+        # torch's PowerSGD hook begins collectives in Future.then: over gloo it hangs with several buckets under way.
         cap = 2 * options.megabytes if name.startswith("PowerSGD") else None
         models[name] = DistributedDataParallel(Free(), bucket_cap_mb=cap)
         register(models[name])
