@@ -162,4 +162,19 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
   m.def("moe_grouped_mm(Tensor a, Tensor b, Tensor offsets, Tensor? bias) -> Tensor");
   m.def("moe_grouped_mm_inner(Tensor a, Tensor b, Tensor offsets) -> Tensor");
   m.def("moe_grouped_sum(Tensor x, Tensor offsets) -> Tensor");
+  // a [tokens, inner] where pos_to_token [rows] is given, else [rows, inner]; b [experts, inner, 2 width]; gate_up [0] unless
+  // kept; inner and grad_weights [0] without topk_weights
+  m.def(
+      "moe_gated_mm(Tensor a, Tensor b, Tensor offsets, Tensor? pos_to_token, bool interleaved, bool keeps) -> "
+      "(Tensor out, Tensor gate_up)");
+  m.def(
+      "moe_gated_backward(Tensor grad_inner, Tensor gate_up, Tensor? pos_to_token, Tensor? token_topk_to_pos, "
+      "Tensor? topk_weights, bool interleaved) -> (Tensor grad_gate_up, Tensor inner, Tensor grad_weights)");
+  m.def(
+      "moe_mlp(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor topk_weights, Tensor topk_idx, bool keeps) -> "
+      "(Tensor out, Tensor gate_up, Tensor pos_to_token, Tensor token_topk_to_pos, Tensor expert_offsets)");
+  // moe_quantized: a packed weight of the matrices of all experts, one below another; group_size 0: one scale a row
+  m.def(
+      "moe_quantized_mm(Tensor a, Tensor values, Tensor scales, Tensor? zeros, Tensor offsets, Tensor? bias, int bits, "
+      "int group_size, int out_features, int in_features) -> Tensor");
 }

@@ -4,9 +4,11 @@
     python examples/train_lm.py                             10 M parameters into build/train_lm/fmkernels
     python examples/train_lm.py --resume                    goes on from its last checkpoint, to the same bits
     python examples/train_lm.py --attention both            over torch's attention too, and compares the losses
-    torchrun --nproc-per-node 2 examples/train_lm.py        in two processes, with DDP or with --fsdp
+    python examples/train_lm.py --moe                       a mixture of experts, with as much arithmetic a byte
+    torchrun --nproc-per-node 2 examples/train_lm.py        in two processes, with DDP, --fsdp or --expert-parallel
 
-The folder of a run has log.jsonl, a line for each step, and checkpoint.pt; loss.png beside it draws the losses.
+The folder of a run has log.jsonl, a line for each step, and checkpoint.pt; loss.png beside it draws the losses, and
+with --moe load.png which experts were chosen.
 The exit code is 1 where the two attentions learned differently, 2 where training was not possible.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,6 @@ from fmkernels.testing import backends
 
 BUILD_DIR = Path(__file__).resolve().parent.parent / "build"
 SMALL = {
-    "out": BUILD_DIR / "train_lm_small",
     "hidden": 128,
     "layers": 4,
     "heads": 4,
@@ -63,7 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--attention", choices=[*ATTENTIONS, "both"], default="fmkernels", help="default: fmkernels")
     add("--small", action="store_true", help="other defaults: a model of 0.9 M parameters that learns in two minutes")
-    add("--out", type=Path, default=BUILD_DIR / "train_lm", help="folder of the runs; default: build/train_lm")
+    add("--moe", action="store_true", help="experts in place of each feed-forward layer")
+    add("--out", type=Path, help="folder of the runs; default: build/train_lm, with _small and _moe")
     add("--text", type=Path, metavar="DIR", help="folder of .py files to learn; default: Python's standard library")
     add("--resume", action="store_true", help="go on from the checkpoint of a run, where there is one")
     for name, default, meaning in (
@@ -74,6 +77,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         ("layers", 6, "number of blocks"),
         ("heads", 6, "query heads"),
         ("kv-heads", 2, "heads of keys and values"),
+        ("experts", 8, "of each block, with --moe"),
+        ("topk", 2, "experts of a byte, with --moe"),
         ("save-every", 100, "steps between two checkpoints"),
         ("validate-every", 50, "steps between two validations"),
         ("validation-windows", 32, "windows of text for each"),
@@ -84,14 +89,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--checkpoint-activations", action="store_true", help="compute blocks again in the backward pass")
     add("--fsdp", action="store_true", help="under torchrun: shard parameters, gradients and the optimizer's state")
+    add(
+        "--expert-parallel", action="store_true", help="under torchrun: a part of the experts each, --fsdp for the rest"
+    )
     add("--device", choices=["cpu", "cuda"], help="default: cuda with --bf16, where fmkernels trains there")
     add("--threads", type=positive, help="of the CPU; default: torch's choice")
     options = parser.parse_args(arguments)
     if options.small:
         parser.set_defaults(**SMALL)
         options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = BUILD_DIR / ("train_lm" + "_small" * options.small + "_moe" * options.moe)
     if not options.learning_rate > 0:
         parser.error(f"argument --learning-rate: must be above 0, got {options.learning_rate}")
+    if options.expert_parallel and not options.moe:
+        parser.error("argument --expert-parallel: needs --moe")
+    if options.topk > options.experts:
+        parser.error(f"argument --topk: must be at most the {options.experts} experts, got {options.topk}")
     return options
 
 
@@ -122,15 +136,26 @@ def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
     source = text.load(options.text)
     if options.seq >= (shortest := min(len(source.train), len(source.validation))):
         raise ValueError(f"--seq must be less than the {shortest} bytes of the shorter part of the text")
+    if options.expert_parallel and options.experts % here.world_size:
+        raise ValueError(f"--experts must be a multiple of the {here.world_size} processes")
     config = Config(options.hidden, options.layers, options.heads, options.kv_heads, options.seq)
-    size = sum(t.numel() for t in Transformer(config, "fmkernels").parameters())
-    title = f"{size / 1e6:.1f} M parameters, {options.batch_size} x {options.seq} bytes a step, "
+    if options.moe:
+        config = replace(config, experts=options.experts, topk=options.topk)
+    model = Transformer(config, "fmkernels")
+    size = sum(t.numel() for t in model.parameters())
+    title = f"{size / 1e6:.1f} M parameters, "
+    if options.moe:
+        in_experts = sum(t.numel() for block in model.blocks for t in block.feed_forward.experts.parameters())
+        active = size - in_experts + in_experts * options.topk / options.experts
+        title += f"{active / 1e6:.1f} M of them for a byte, "
+    title += f"{options.batch_size} x {options.seq} bytes a step, "
     title += (
         f"{len(source.train) / 1e6:.1f} MB of text, {'bfloat16' if options.bf16 else 'float32'}, {here.device.type}"
     )
     console.print(title)
     columns = TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn()
-    names = ("resume", "fsdp", "checkpoint_activations", "save_every", "validate_every", "validation_windows")
+    names = ("resume", "fsdp", "expert_parallel", "checkpoint_activations", "save_every", "validate_every")
+    names += ("validation_windows",)
     how = {name: getattr(options, name) for name in names}
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         for attention in attentions:
@@ -145,7 +170,7 @@ def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
     if here.rank == 0:
         runs = {name: logs.read(options.out / name) for name in attentions}
         console.print(logs.table(runs))
-        draw(runs, options.out / "loss.png", title, console)
+        draw(runs, options.out, title, console)
     if len(attentions) == 1:
         return 0
     largest, noise = logs.apart(*(logs.read(options.out / name) for name in attentions))
@@ -157,12 +182,16 @@ def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
     return 0 if same else 1
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], path: Path, title: str, console: Console) -> None:
+def draw(runs: dict[str, list[dict[str, Any]]], folder: Path, title: str, console: Console) -> None:
     try:
-        logs.plot(runs, path, title)
-        console.print(f"Drawn in {path}", soft_wrap=True)
+        logs.plot(runs, folder / "loss.png", title)
+        console.print(f"Drawn in {folder / 'loss.png'}", soft_wrap=True)
+        for name, lines in runs.items():
+            if "load" in lines[0]:
+                logs.plot_load(lines, folder / name / "load.png", title)
+                console.print(f"The loads of the experts in {folder / name / 'load.png'}", soft_wrap=True)
     except ImportError:
-        console.print("The losses are not drawn, matplotlib is not installed.")
+        console.print("Nothing is drawn, matplotlib is not installed.")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,10 @@ class Ops:
     moe_grouped_mm: Callable[..., Tensor]
     moe_grouped_mm_inner: Callable[..., Tensor]
     moe_grouped_sum: Callable[..., Tensor]
+    moe_gated_mm: Callable[..., tuple[Tensor, Tensor]]
+    moe_gated_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    moe_mlp: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    moe_quantized_mm: Callable[..., Tensor]
 
     def __init__(self, namespace: str) -> None:
         self.use(namespace)

@@ -56,7 +56,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
             raise ValueError(f"{OP}: bias must be None for b [M, N], got {type(bias).__name__}.")
         check.is_tensor(OP, "a", a)
         check.rank(OP, "a", a, 2, "[K, M] for b [M, N]")
-        args: tuple[Any, ...] = (_by_rows(a.t()), _by_rows(b), offsets)
+        args: tuple[Any, ...] = (by_rows(a.t()), by_rows(b), offsets)
         return call(_GroupedMmInner.apply if needs_grad(a, b) else ops.moe_grouped_mm_inner, args, _check_inner)
     if isinstance(bias, Tensor) and isinstance(a, Tensor):
         check.float32_or_dtype_of(OP, "bias", bias, "a", a)
@@ -64,7 +64,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     return call(_GroupedMm.apply if needs_grad(a, b, bias) else ops.moe_grouped_mm, (a, b, offsets, bias), _check_mm)
 
 
-def _by_rows(t: Tensor) -> Tensor:
+def by_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -73,43 +73,52 @@ def _either_way(t: Tensor) -> Tensor:
     return t if 1 in t.stride()[1:] else t.contiguous()
 
 
-def _check_extents(name: str, t: Tensor) -> None:
+def check_either_way(op: str, name: str, t: Tensor) -> None:
+    if t.numel() > 0 and min(t.shape[1:]) > 1 and 1 not in t.stride()[1:]:
+        raise ValueError(f"{op}: {name} must be contiguous in its rows or columns, got strides {list(t.stride())}.")
+
+
+def check_extents(op: str, name: str, t: Tensor) -> None:
     for size in t.shape[-2:]:
         if size >= MAX_EXTENT:
-            raise ValueError(f"{OP}: {name} must have sizes below 2**31, got {list(t.shape)}.")
+            raise ValueError(f"{op}: {name} must have sizes below 2**31, got {list(t.shape)}.")
 
 
-def _check_offsets(offsets: Tensor, a: Tensor) -> None:
-    """Of a [M, ...]: not decreasing, at most M."""
-    check.plain(OP, "offsets", offsets, 1, "[num_experts]", torch.int32, "a", a)
+def check_offsets(op: str, offsets: Tensor, a: Tensor, num_rows: int) -> None:
+    """Not decreasing, at most M, which is num_rows."""
+    check.plain(op, "offsets", offsets, 1, "[num_experts]", torch.int32, "a", a)
     if offsets.shape[0] > MAX_GROUPS:
-        raise ValueError(f"{OP}: offsets must have at most {MAX_GROUPS} elements, got {offsets.shape[0]}.")
+        raise ValueError(f"{op}: offsets must have at most {MAX_GROUPS} elements, got {offsets.shape[0]}.")
     if not check.sees_values(offsets):
         return
     previous = 0
     for end in offsets.tolist():
-        if end < previous or end > a.shape[0]:
+        if end < previous or end > num_rows:
             raise ValueError(
-                f"{OP}: offsets must not decrease and be at most M, {a.shape[0]}, got {end} after {previous}."
+                f"{op}: offsets must not decrease and be at most M, {num_rows}, got {end} after {previous}."
             )
         previous = end
 
 
+def check_operands(op: str, a: Tensor, b: Tensor, a_layout: str, b_layout: str) -> None:
+    """a [rows, K], b [num_experts, K, columns]."""
+    check.is_tensor(op, "a", a)
+    check.is_tensor(op, "b", b)
+    check.rank(op, "a", a, 2, a_layout)
+    check.dtype(op, "a", a, dtypes_of_products(a))
+    check.last_dim_contiguous(op, "a", a)
+    check.rank(op, "b", b, 3, b_layout)
+    check.same_dtype(op, "b", b, "a", a)
+    check.same_device(op, "b", b, "a", a)
+    check.size(op, "b", b, 1, "for this a K =", a.shape[1])
+    check_either_way(op, "b", b)
+    check_extents(op, "a", a)
+    check_extents(op, "b", b)
+
+
 def _check_mm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> None:
-    check.is_tensor(OP, "a", a)
-    check.is_tensor(OP, "b", b)
-    check.rank(OP, "a", a, 2, "[M, K]")
-    check.dtype(OP, "a", a, _dtypes(a))
-    check.last_dim_contiguous(OP, "a", a)
-    check.rank(OP, "b", b, 3, "[num_experts, K, N] or [M, N]")
-    check.same_dtype(OP, "b", b, "a", a)
-    check.same_device(OP, "b", b, "a", a)
-    check.size(OP, "b", b, 1, "for this a K =", a.shape[1])
-    if b.numel() > 0 and min(b.shape[1:]) > 1 and 1 not in b.stride()[1:]:
-        raise ValueError(f"{OP}: b must be contiguous in its rows or columns, got strides {list(b.stride())}.")
-    _check_extents("a", a)
-    _check_extents("b", b)
-    _check_offsets(offsets, a)
+    check_operands(OP, a, b, "[M, K]", "[num_experts, K, N] or [M, N]")
+    check_offsets(OP, offsets, a, a.shape[0])
     check.size(OP, "offsets", offsets, 0, "as many elements as b has experts,", b.shape[0])
     if bias is not None:
         check.plain(OP, "bias", bias, 2, "[num_experts, N]", torch.float32, "a", a)
@@ -118,7 +127,7 @@ def _check_mm(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Non
     check.kernel_exists(OP, "moe_grouped_mm", a)
 
 
-def _dtypes(a: Tensor) -> tuple[torch.dtype, ...]:
+def dtypes_of_products(a: Tensor) -> tuple[torch.dtype, ...]:
     """The kernels of CUDA run on tensor cores, which have no float32."""
     return check.FLOAT_DTYPES[1:] if a.device.type == "cuda" else check.FLOAT_DTYPES
 
@@ -126,16 +135,16 @@ def _dtypes(a: Tensor) -> tuple[torch.dtype, ...]:
 def _check_inner(a: Tensor, b: Tensor, offsets: Tensor) -> None:
     """a [M, K]: the transpose of what was given."""
     check.is_tensor(OP, "b", b)
-    check.dtype(OP, "a", a, _dtypes(a))
+    check.dtype(OP, "a", a, dtypes_of_products(a))
     check.rank(OP, "b", b, 2, "[M, N]")
     check.same_dtype(OP, "b", b, "a", a)
     check.same_device(OP, "b", b, "a", a)
     check.size(OP, "b", b, 0, "as many rows as a has columns,", a.shape[0])
     check.last_dim_contiguous(OP, "a", a)
     check.last_dim_contiguous(OP, "b", b)
-    _check_extents("a", a)
-    _check_extents("b", b)
-    _check_offsets(offsets, a)
+    check_extents(OP, "a", a)
+    check_extents(OP, "b", b)
+    check_offsets(OP, offsets, a, a.shape[0])
     check.kernel_exists(OP, "moe_grouped_mm_inner", a)
 
 

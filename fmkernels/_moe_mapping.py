@@ -83,6 +83,15 @@ def check_ids(op: str, topk_idx: Tensor, num_experts: int) -> None:
         raise ValueError(f"{op}: topk_idx must be from -1 to {num_experts - 1}, got {wrong}.")
 
 
+def check_choices(op: str, topk_weights: Tensor, topk_idx: Tensor, num_experts: int, x: Tensor) -> None:
+    """Of the tokens of x: both [num_tokens, num_topk]."""
+    check_ids(op, topk_idx, num_experts)
+    check.size(op, "topk_idx", topk_idx, 0, "the tokens of x,", x.shape[0])
+    check.same_device(op, "topk_idx", topk_idx, "x", x)
+    check.plain(op, "topk_weights", topk_weights, 2, "[num_tokens, num_topk]", torch.float32, "x", x)
+    check.shape(op, "topk_weights", topk_weights, "topk_idx", topk_idx)
+
+
 def _check_build_mapping(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> None:
     op = "moe.build_mapping"
     check_ids(op, topk_idx, num_experts)

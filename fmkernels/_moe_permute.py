@@ -73,7 +73,7 @@ def _check_mapping(op: str, mapping: Mapping) -> None:
         raise TypeError(f"{op}: mapping must be a Mapping of build_mapping, got {type(mapping).__name__}.")
 
 
-def _check_positions(
+def check_positions(
     op: str, name: str, t: Tensor, num_dims: int, layout: str, other_name: str, other: Tensor, count: int
 ) -> None:
     """Contiguous int32, each from -1 to count - 1."""
@@ -97,16 +97,16 @@ def _check_rows(op: str, name: str, t: Tensor, layout: str) -> None:
 def _check_permute(x: Tensor, pos_to_token: Tensor, token_topk_to_pos: Tensor | None = None) -> None:
     op = "moe.permute"
     _check_rows(op, "x", x, "[num_tokens, hidden]")
-    _check_positions(op, "pos_to_token", pos_to_token, 1, "[num_rows]", "x", x, x.shape[0])
+    check_positions(op, "pos_to_token", pos_to_token, 1, "[num_rows]", "x", x, x.shape[0])
     if token_topk_to_pos is not None:
         layout, count = "[num_tokens, num_topk]", pos_to_token.shape[0]
-        _check_positions(op, "token_topk_to_pos", token_topk_to_pos, 2, layout, "x", x, count)
+        check_positions(op, "token_topk_to_pos", token_topk_to_pos, 2, layout, "x", x, count)
         check.size(op, "mapping.token_topk_to_pos", token_topk_to_pos, 0, "the tokens of x,", x.shape[0])
-        _check_topk(op, token_topk_to_pos)
+        check_topk(op, token_topk_to_pos)
     check.kernel_exists(op, "moe_permute", x)
 
 
-def _check_topk(op: str, token_topk_to_pos: Tensor) -> None:
+def check_topk(op: str, token_topk_to_pos: Tensor) -> None:
     if token_topk_to_pos.shape[1] > MAX_TOPK:
         raise ValueError(
             f"{op}: mapping.token_topk_to_pos must have at most {MAX_TOPK} columns, got {token_topk_to_pos.shape[1]}."
@@ -119,13 +119,13 @@ def _check_combine(
     op = "moe.combine"
     _check_rows(op, "y", y, "[num_rows, hidden]")
     layout = "[num_tokens, num_topk]"
-    _check_positions(op, "token_topk_to_pos", token_topk_to_pos, 2, layout, "y", y, y.shape[0])
-    _check_topk(op, token_topk_to_pos)
+    check_positions(op, "token_topk_to_pos", token_topk_to_pos, 2, layout, "y", y, y.shape[0])
+    check_topk(op, token_topk_to_pos)
     if topk_weights is not None:
         check.plain(op, "topk_weights", topk_weights, 2, layout, torch.float32, "y", y)
         check.shape(op, "topk_weights", topk_weights, "mapping.token_topk_to_pos", token_topk_to_pos)
     if pos_to_token is not None:
-        _check_positions(op, "pos_to_token", pos_to_token, 1, "[num_rows]", "y", y, token_topk_to_pos.shape[0])
+        check_positions(op, "pos_to_token", pos_to_token, 1, "[num_rows]", "y", y, token_topk_to_pos.shape[0])
         check.size(op, "mapping.pos_to_token", pos_to_token, 0, "the rows of y,", y.shape[0])
     check.kernel_exists(op, "moe_combine", y)
 

@@ -30,22 +30,30 @@ def _assert_same(actual: Tensor, expected: Tensor) -> None:
     assert wrong == 0, f"output 0: error in {wrong} bytes of {expected.nbytes}"
 
 
+def _wire(backend: Backend, bits: int) -> Tensor:
+    """To write to: new memory might hold the bytes of the last call."""
+    num_bytes = block_codec.wire_bytes(_NUMEL, bits=bits, block=_FORMAT["block"])
+    return torch.full((num_bytes,), 255, dtype=torch.uint8, device=backend.device)
+
+
 def _test_quantize(backend: Backend) -> None:
     x = _numbers()
-    actual = block_codec.quantize(x.to(backend.device), **_FORMAT, **_DRAWN)
+    out = _wire(backend, _FORMAT["bits"])
+    actual = block_codec.quantize(x.to(backend.device), **_FORMAT, **_DRAWN, out=out)
     _assert_same(actual, reference.block_codec.quantize(x, **_FORMAT, **_DRAWN))
 
 
 def _test_sum(backend: Backend) -> None:
     wires = _wires(2)
-    actual = block_codec.sum_wires(wires.to(backend.device), _NUMEL, **_FORMAT)
+    out = torch.full((_NUMEL,), torch.nan, device=backend.device)
+    actual = block_codec.sum_wires(wires.to(backend.device), _NUMEL, **_FORMAT, out=out)
     _assert_same(actual, reference.block_codec.sum_wires(wires, _NUMEL, **_FORMAT))
 
 
 def _test_reduce(backend: Backend) -> None:
     wires = _wires(3)
     options = {**_FORMAT, **_DRAWN, "out_bits": 4, "op": "avg"}
-    actual = block_codec.reduce_wires(wires.to(backend.device), _NUMEL, **options)
+    actual = block_codec.reduce_wires(wires.to(backend.device), _NUMEL, **options, out=_wire(backend, 4))
     _assert_same(actual, reference.block_codec.reduce_wires(wires, _NUMEL, **options))
 
 

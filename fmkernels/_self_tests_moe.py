@@ -151,6 +151,41 @@ def _test_grouped_sum(backend: Backend) -> None:
     assert_as_good_as_torch(actual, expected, bias)
 
 
+def _test_quantized_mm(backend: Backend) -> None:
+    a, _, _, offsets = _experts(backend)
+    weight = moe.quantize_experts(_normal(backend, len(offsets), 64, a.shape[1]), bits=4, group_size=32)
+    expected = lambda a: reference.moe.quantized_grouped_mm(a, weight, offsets)  # noqa: E731
+    assert_as_good_as_torch(moe.quantized_grouped_mm(a, weight, offsets), expected, a)
+
+
+def _test_gated_mm(backend: Backend) -> None:
+    _, b, _, _ = _experts(backend)
+    x = _normal(backend, NUM_TOKENS, HIDDEN).to(b.dtype)
+    mapping = _mapping(backend)
+    expected = lambda x, b: reference.moe.grouped_mm_gated(x, b, mapping)  # noqa: E731
+    assert_as_good_as_torch(moe.grouped_mm_gated(x, b, mapping), expected, x, b)
+
+
+def _layer(backend: Backend) -> tuple[tuple[Tensor, ...], Tensor]:
+    a, b, _, _ = _experts(backend)
+    down = _normal(backend, NUM_EXPERTS, HIDDEN, 8, seed=5).to(a.dtype)
+    return (a, b.transpose(1, 2).contiguous(), down, _normal(backend, NUM_TOKENS, NUM_TOPK, seed=2)), _ids(backend)
+
+
+def _test_mlp(backend: Backend) -> None:
+    tensors, idx = _layer(backend)
+    expected = lambda *given: reference.moe.moe_mlp(*given, idx)  # noqa: E731
+    assert_as_good_as_torch(moe.moe_mlp(*tensors, idx), expected, *tensors, computed_in=tensors[0].dtype)
+
+
+def _test_gated_backward(backend: Backend) -> None:
+    tensors, idx = _layer(backend)
+    actual = _gradients(lambda *given: moe.moe_mlp(*given, idx), *tensors)
+    for i in range(4):
+        expected = lambda *given, i=i: _gradients(lambda *t: reference.moe.moe_mlp(*t, idx), *given)[i]  # noqa: E731
+        assert_as_good_as_torch(actual[i], expected, *tensors, computed_in=tensors[0].dtype)
+
+
 SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "moe_build_mapping": _test_mapping,
     "moe_permute": _test_permute,
@@ -167,4 +202,8 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     "moe_grouped_mm": _test_grouped_mm,
     "moe_grouped_mm_inner": _test_grouped_mm_inner,
     "moe_grouped_sum": _test_grouped_sum,
+    "moe_quantized_mm": _test_quantized_mm,
+    "moe_gated_mm": _test_gated_mm,
+    "moe_gated_backward": _test_gated_backward,
+    "moe_mlp": _test_mlp,
 }

@@ -187,7 +187,7 @@ def reduce_wires(
         offset: as in `quantize`.
         hadamard: whether the wires are rotated, as in `quantize`: the sum stays so and the result is.
         op: as in `sum_wires`.
-        out: as in `quantize`.
+        out: as in `quantize`; no part of wires.
 
     Returns:
         uint8 [wire_bytes(numel, bits=out_bits, block=block)], or out.

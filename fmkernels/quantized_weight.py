@@ -14,7 +14,7 @@ from . import _check as check
 GROUP_SIZES = (32, 64, 128)
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, *_WIDE_UNSIGNED)
-_PANEL, _CHUNK = 32, 32  # rows and columns that the tensors are padded to
+PANEL, _CHUNK = 32, 32  # rows and columns that the tensors are padded to
 _NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of a word is, from the lowest
 
 
@@ -54,7 +54,7 @@ class QuantizedWeight:
                 raise ValueError(f"{op}: {name} must be below 2**31, got {getattr(self, name)}.")
         if self.zeros is not None and self.bits != 4:
             raise ValueError(f"{op}: zeros must be None with bits={self.bits}, got a tensor.")
-        panels = -(-self.out_features // _PANEL)
+        panels = -(-self.out_features // PANEL)
         words = -(-self.in_features // _CHUNK) * _CHUNK * self.bits // 32
         groups = num_groups(self.in_features, self.group_size)
         for name, rows, dtype in (
@@ -68,9 +68,9 @@ class QuantizedWeight:
             check.is_tensor(op, name, t)
             check.dtype(op, name, t, (dtype,))
             check.same_device(op, name, t, "values", self.values)
-            if list(t.shape) != [panels, rows, _PANEL]:
+            if list(t.shape) != [panels, rows, PANEL]:
                 raise ValueError(
-                    f"{op}: {name} must be [{panels}, {rows}, {_PANEL}] for a matrix of {self.out_features} rows and "
+                    f"{op}: {name} must be [{panels}, {rows}, {PANEL}] for a matrix of {self.out_features} rows and "
                     f"{self.in_features} columns, got {list(t.shape)}."
                 )
             if not t.is_contiguous():
@@ -265,7 +265,7 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 
 def _panels(t: Tensor) -> Tensor:
     """[panels, columns, 32] of [rows, columns], zeros below the last row."""
-    return F.pad(t, (0, 0, 0, -len(t) % _PANEL)).unflatten(0, (-1, _PANEL)).transpose(1, 2).contiguous()
+    return F.pad(t, (0, 0, 0, -len(t) % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
 def _rows(t: Tensor) -> Tensor:

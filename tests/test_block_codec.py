@@ -149,6 +149,24 @@ def test_the_portable_kernels_write_the_same_bytes():
     assert run.stdout.strip() == digest()
 
 
+@pytest.mark.parametrize("isa", ["generic", "widest"])
+def test_bytes_do_not_depend_on_whether_subnormal_numbers_are_flushed(isa):
+    program = """
+import torch
+from fmkernels import block_codec
+x = torch.ones(256)
+x[::3], x[1::3] = -1e-41, 1e-41
+def wires():
+    formats = (8, 4, 1, "float8_e4m3fn")
+    return [block_codec.quantize(x, bits=bits, residual=r) for bits in formats for r in (None, -x / 2)]
+kept = wires()
+assert torch.set_flush_denormal(True)
+assert all(map(torch.equal, wires(), kept))
+"""
+    environment = os.environ | ({"FMKERNELS_CPU_ISA": "generic"} if isa == "generic" else {})
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+
+
 def test_a_wire_is_laid_out_as_it_is_drawn():
     x = torch.zeros(128)
     x[:4], x[33], x[127] = torch.tensor([-128.0, 3.0, -2.0, 0.4]), 7.0, 64.0
@@ -247,6 +265,14 @@ def test_the_mean_of_the_draws_is_x(bits):
     assert ((total / count - x).abs() <= 5 * 0.5 * steps / count**0.5).all()
     whole = torch.arange(-7.0, 8.0).repeat(9)
     assert torch.equal(decoded(whole, bits=4, block=64, **DRAWN), whole)  # nothing to round
+
+
+@pytest.mark.parametrize("backend", backends("block_codec_quantize"), ids=str)
+def test_no_draw_goes_beyond_the_extreme(backend):
+    """Of one block in seven extreme * inverse is rounded to a little more than -levels."""
+    x = torch.rand(1 << 14, 1, generator=torch.Generator().manual_seed(2)).add(0.5).expand(-1, 64).reshape(-1)
+    wire = backend.run(block_codec.quantize, x.to(backend.device), block=64, rounding="stochastic", seed=1)
+    assert wire[: x.numel()].view(torch.int8).unique().tolist() == [-127]
 
 
 @ON_EACH

@@ -2,17 +2,16 @@
 """Deferred weight gradients: the bits of an ordinary backward, each computed once, in pipelines and under DDP."""
 
 import os
-from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
+from nn_layers import CountOps, assert_same_bits, gradients
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmkernels import BlockTopology, random_blocks
 from fmkernels.nn import BlockSparseLinear, WeightGradStore
@@ -26,27 +25,6 @@ def layer(seed=0, store=None):
     torch.manual_seed(seed)
     topology = BlockTopology.from_mask(random_blocks(WIDTH // 16, WIDTH // 16, 0.5), 16)
     return BlockSparseLinear(WIDTH, WIDTH, topology=topology, weight_grad_store=store)
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fmkernels":
-            self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def gradients(module):
-    return {name: p.grad for name, p in module.named_parameters()}
-
-
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert torch.equal(found[name], grad), name
 
 
 @pytest.mark.parametrize("x_needs_grad", [True, False])

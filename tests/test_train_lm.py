@@ -19,6 +19,7 @@ TEXT = Path(torch.__file__).parent / "nn"  # read in a tenth of the time of the 
 TINY = ["--hidden=32", "--layers=2", "--heads=2", "--kv-heads=1", "--seq=64"]
 TINY += ["--batch-size=4", "--validation-windows=4", "--threads=1", f"--text={TEXT}"]
 STEPS = ["--steps=8", "--save-every=3", "--validate-every=4"]
+MOE = ["--moe", "--experts=4"]
 
 
 class Stopped(Exception):
@@ -72,7 +73,7 @@ def test_both_attentions_learn_the_same(demo, capsys, tmp_path, precision):
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     else:
-        assert "The losses are not drawn, matplotlib is not installed." in shown
+        assert "Nothing is drawn, matplotlib is not installed." in shown
 
 
 def test_wrong_attention_is_noticed(demo, capsys, tmp_path, monkeypatch):
@@ -89,6 +90,17 @@ def test_checkpointed_activations_change_no_bit(demo, capsys, tmp_path):
     for name, more in (("plain", []), ("checkpointed", ["--checkpoint-activations"])):
         assert run(demo, capsys, *STEPS, f"--out={tmp_path / name}", *more)[0] == 0
     assert losses(demo, tmp_path / "plain" / "fmkernels") == losses(demo, tmp_path / "checkpointed" / "fmkernels")
+
+
+def test_a_mixture_learns_and_shows_its_loads(demo, capsys, tmp_path):
+    status, shown = run(demo, capsys, *MOE, "--steps=40", "--learning-rate=0.01", f"--out={tmp_path}")
+    assert status == 0, shown
+    lines = demo.logs.read(tmp_path / "fmkernels")
+    assert lines[-1]["validation_loss"] < 4
+    assert all(sum(block) == 4 * 64 * 2 for line in lines for block in line["load"]), "bytes of a step times topk"
+    assert [len(block) for block in lines[0]["load"]] == [4, 4]
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "fmkernels" / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_text_is_the_standard_library_without_its_tests(demo):
@@ -161,14 +173,18 @@ def test_another_run_is_not_gone_on_with(demo, capsys, tmp_path):
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_processes_share_a_run(demo, capsys, tmp_path, more):
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [([], []), ([], ["--fsdp"]), (MOE, []), (MOE, ["--expert-parallel"])],
+    ids=["ddp", "fsdp", "moe-ddp", "moe-expert-parallel"],
+)
+def test_processes_share_a_run(demo, capsys, tmp_path, model, more):
     """One process begins and two go on, to the losses of one alone but for the order of sums."""
     alone, together = (tmp_path / name / "fmkernels" for name in ("alone", "together"))
-    assert run(demo, capsys, *STEPS, f"--out={alone.parent}")[0] == 0
-    stopped(demo, 3, *STEPS, "--save-every=2", f"--out={together.parent}")
+    assert run(demo, capsys, *STEPS, *model, f"--out={alone.parent}")[0] == 0
+    stopped(demo, 3, *STEPS, *model, "--save-every=2", f"--out={together.parent}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT]
-    command += [*TINY, *STEPS, f"--out={together.parent}", "--resume", *more]
+    command += [*TINY, *STEPS, *model, f"--out={together.parent}", "--resume", *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -176,6 +192,8 @@ def test_processes_share_a_run(demo, capsys, tmp_path, more):
     assert actual[:2] == expected[:2]
     assert [line[:1] for line in actual] == [line[:1] for line in expected]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    loads = [[line.get("load") for line in demo.logs.read(folder)] for folder in (alone, together)]
+    assert loads[0] == loads[1]
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -195,7 +213,17 @@ def test_small_changes_what_is_not_given(demo):
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=0", "--seq=x", "--learning-rate=0", "--seed=-1", "--attention=flash", "--device=tpu"]
+    "option",
+    [
+        "--steps=0",
+        "--seq=x",
+        "--learning-rate=0",
+        "--seed=-1",
+        "--attention=flash",
+        "--device=tpu",
+        "--expert-parallel",
+        "--topk=9",
+    ],
 )
 def test_wrong_options(demo, capsys, option):
     with pytest.raises(SystemExit) as raised:
@@ -221,6 +249,12 @@ def test_what_cannot_be_trained_is_a_sentence(demo, capsys, tmp_path, monkeypatc
     status, shown = run(demo, capsys, *arguments, f"--out={tmp_path}")
     assert status == 2
     assert shown.endswith(sentence)
+
+
+def test_experts_are_shared_evenly(demo, tmp_path):
+    options = demo.parse(["--moe", "--expert-parallel", "--experts=5", f"--out={tmp_path}"])
+    with pytest.raises(ValueError, match="--experts must be a multiple of the 2 processes"):
+        demo.run(options, demo.Processes(0, 2, torch.device("cpu")), None)
 
 
 def test_batch_is_shared_evenly(demo, tmp_path):

@@ -5,12 +5,13 @@
 //   nearest     inverse = -levels / extreme, q = min(rint(x * inverse), levels - 1), ties to even; x ~ q * (-extreme / levels)
 //   stochastic  levels - 1 in place of levels, so that nothing is clipped; v = x * inverse, q = floor(v), and one more where
 //               v - floor(v) exceeds the (k + 1/2) / 2^16 of a 16-bit k that belongs to the element
-//   1 bit       q is the sign, of 0 +; the scale is the mean of |x|
-//   float8      levels = 448, the largest of its numbers; q is that nearest to x * inverse + 0, ties to even
+//   1 bit       q is the sign, + of what is nearer to 0 than kSmallest; the scale is the mean of |x|
+//   float8      levels = 448, the largest of its numbers; q is that nearest to x * inverse, ties to even, 0 without a sign
 //
 // Every operation is one of float32, rounded to nearest, in the order given here: all backends write the same bytes.
 // A block with a NaN or an infinity has a scale of NaN and codes of 0; one whose extreme (mean) is below kSmallest
-// has a scale of 0 and codes of 0, so that no step meets a subnormal number.
+// has a scale of 0 and codes of 0, so that a processor that flushes subnormal numbers writes
+// the same bytes (but for means and rotated numbers of blocks within 2^20 of kSmallest).
 // Rotated blocks hold H x / 32 for each kGroup elements, H the Hadamard matrix in its natural order: the same codes as of
 // H x / sqrt(32), and nothing to round; H goes back. Sums stay rotated.
 //
@@ -21,7 +22,7 @@
 //   6 bits   the low 4 bits as above; in a second plane bits 4 and 5 of the codes j, j + 16, j + 32, j + 48, from low to high
 //   float8   number j
 //   1 bit    the signs of 8 j, ... 8 j + 7, from low to high, 1 for -
-// Codes are in two's complement. Elements behind the last have codes of 0.
+// Codes are in two's complement. Elements behind the last, rotated ones behind the last kGroup, have codes of 0.
 #pragma once
 
 #include <cstdint>

@@ -225,7 +225,7 @@ __device__ __forceinline__ void encode(float (&x)[kLaneElements], const BlockSca
     float q = fminf(v, kMost);
     if (rounding.stochastic) {
       const float below = floorf(v);
-      q = fmaxf(fminf(fractions[i] < __fsub_rn(v, below) ? below + 1.0f : below, kMost), -kMost - 1.0f);
+      q = fmaxf(fminf(fractions[i] < __fsub_rn(v, below) ? below + 1.0f : below, kMost), -kMost);
     }
     x[i] = __fadd_rn(q, kShifter);
   }
@@ -242,7 +242,8 @@ __device__ __forceinline__ uint32_t float8_of(float x) {
   const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
   const uint32_t normal = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - kFloat8Rebias;
   const uint32_t small = float_bits(__fadd_rn(float_from_bits(magnitude), kFloat8Shifter)) - float_bits(kFloat8Shifter);
-  return (magnitude < kFloat8SmallestNormal ? small : normal) | (bits >> 24 & 0x80u);
+  const uint32_t code = magnitude < kFloat8SmallestNormal ? small : normal;
+  return code == 0 ? 0 : code | (bits >> 24 & 0x80u);
 }
 __device__ __forceinline__ float float8_as_float(uint32_t code) {
   const uint32_t magnitude = code & 0x7fu;
@@ -255,7 +256,7 @@ __device__ __forceinline__ void encode_float8(const float (&x)[kLaneElements], c
   words[0] = words[1] = 0;
   for (int i = 0; i < kLaneElements; ++i) {
     const float v = s[i / kQuad].has_codes ? __fmul_rn(x[i], s[i / kQuad].inverse) : 0.0f;
-    words[i / kQuad] |= float8_of(__fadd_rn(v, 0.0f)) << (8 * (i % kQuad));
+    words[i / kQuad] |= float8_of(v) << (8 * (i % kQuad));
   }
 }
 // 1 bit: words[i] has the four signs of quad i.
@@ -263,7 +264,7 @@ __device__ __forceinline__ void encode_signs(float (&x)[kLaneElements], const Bl
                                              uint32_t (&words)[2]) {
   words[0] = words[1] = 0;
   for (int i = 0; i < kLaneElements; ++i) {
-    const bool is_minus = s[i / kQuad].has_codes && x[i] < 0.0f;
+    const bool is_minus = s[i / kQuad].has_codes && x[i] < -kSmallest;
     if (is_minus) words[i / kQuad] |= 1u << i % kQuad;
     x[i] = is_minus ? -1.0f : 1.0f;
   }

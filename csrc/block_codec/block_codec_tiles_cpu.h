@@ -116,7 +116,8 @@ FM_INLINE Bytes32 encode_group(const T* x, float inverse, const uint16_t* k) {
     if (k != nullptr) {
       const V8 below = floor_of(v[i]);
       const V8i is_up = Draws::fractions(k + 8 * i) < v[i] - below;
-      v[i] = below + (V8)(is_up & (V8i)(V8{} + 1.0f));
+      const V8 code = below + (V8)(is_up & (V8i)(V8{} + 1.0f)), least = V8{} - levels_of(kCode, true);
+      v[i] = code < least ? least : code;  // x * inverse of the extreme may be rounded away from 0
     }
   }
   if constexpr (kCode == kFloat8) return float8_of(v);
@@ -129,10 +130,10 @@ FM_INLINE uint32_t signs_of(const T* x) {
   for (int i = 0; i < 4; ++i) {
     const V8 v = load8(x + 8 * i);
 #ifdef __AVX2__
-    const int bits = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, __m256{}, _CMP_LT_OQ));
+    const int bits = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(-kSmallest), _CMP_LT_OQ));
 #else
     int bits = 0;
-    for (int j = 0; j < 8; ++j) bits |= (v[j] < 0.0f) << j;
+    for (int j = 0; j < 8; ++j) bits |= (v[j] < -kSmallest) << j;
 #endif
     signs |= static_cast<uint32_t>(bits) << (8 * i);
   }

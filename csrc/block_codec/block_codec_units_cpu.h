@@ -148,11 +148,12 @@ FM_INLINE Bytes32 codes_of(const V8 (&v)[4]) {
 FM_INLINE Bytes32 float8_of(const V8 (&v)[4]) {
   V8u codes[4];
   for (int i = 0; i < 4; ++i) {
-    const V8u bits = (V8u)(v[i] + 0.0f), magnitude = bits & 0x7fffffffu;  // + 0: of -0 too
+    const V8u bits = (V8u)v[i], magnitude = bits & 0x7fffffffu;
     const V8u normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - kFloat8Rebias;
     const V8u small = (V8u)((V8)magnitude + kFloat8Shifter) - float_bits(kFloat8Shifter);
     const V8i is_small = (V8i)magnitude < static_cast<int32_t>(kFloat8SmallestNormal);
-    codes[i] = (is_small ? small : normal) | ((bits >> 24) & 0x80u);
+    const V8u code = is_small ? small : normal;
+    codes[i] = code | ((bits >> 24) & 0x80u & (V8u)(code != 0));
   }
 #ifdef __AVX2__
   const __m256i low = _mm256_packus_epi32((__m256i)codes[0], (__m256i)codes[1]);

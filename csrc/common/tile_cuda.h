@@ -113,6 +113,19 @@ __device__ __forceinline__ uint4 convert_bytes(uint2 bytes, float scale) {
           two(second, 0x7442, 0x7443)};
 }
 
+// Stores the first `count` elements from `from` on, and zeros behind them, as a chunk of shared memory; at once.
+template <class Element>
+__device__ __forceinline__ void copy_elements(uint32_t to, const Element* from, int count) {
+  Vector<Element, kChunk> chunk{};
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i < count) chunk.lane[i] = from[i];
+  }
+  uint4 words;
+  memcpy(&words, &chunk, sizeof words);
+  *static_cast<uint4*>(__cvta_shared_to_generic(to)) = words;
+}
+
 // What a thread copies of an operand. kIsFast: chunks that exist are whole, and as in is_fast(). kIsWhole: the operand has
 // all kExtent rows of a, or columns of b. kIsPaired: the second 16 inner indices of a stage are those of another piece.
 // Copies that are not fast are asynchronous where the operand is aligned, else by elements, and at once. Stored is Element, or
@@ -124,12 +137,22 @@ class Copies {
 
   // The operand begins at `first`, its lines are line_stride elements apart, and it has `extent` rows of a or columns of b.
   __device__ __forceinline__ Copies(const Stored* first, int64_t line_stride, int extent, bool is_aligned, int thread)
+      : Copies(first + thread / L::kChunks * line_stride + thread % L::kChunks * kChunk, line_stride,
+               line_stride * L::kPassLines, extent - (L::kAcross ? thread % L::kChunks * kChunk : thread / L::kChunks),
+               is_aligned, thread) {}
+
+  // Of an operand whose lines, or chunks of a line, stand elsewhere: the thread's first chunk is at `own`, those of its next
+  // pass pass_stride elements further, and the operand has `extent_left` rows of a or columns of b from there on, in whose
+  // count those of a pass are kPassLines.
+  __device__ __forceinline__ Copies(const Stored* own, int64_t line_stride, int64_t pass_stride, int extent_left,
+                                    bool is_aligned, int thread)
       : line_(thread / L::kChunks),
         chunk_(thread % L::kChunks),
-        extent_left_(extent - (L::kAcross ? chunk_ * kChunk : line_)),
+        extent_left_(extent_left),
         is_aligned_(is_aligned),
         stride_bytes_(int64_t{sizeof(Stored)} * line_stride),
-        from_(first + line_ * line_stride + chunk_ * kChunk) {
+        pass_bytes_(int64_t{sizeof(Stored)} * pass_stride),
+        from_(own) {
     first_line_ = kIsFast && L::kAcross && !kIsWhole && extent_left_ <= 0 ? kNever : line_;
   }
 
@@ -193,8 +216,7 @@ class Copies {
   __device__ __forceinline__ void start_pass(uint32_t stage, const void* from, int lines_left,
                                              const Passes& passes) const {
     const uint32_t to = stage + (L::swizzled(line_, chunk_) ^ (pass % 2 * kFlip * 16));
-    const int pass_bytes = static_cast<int>(stride_bytes_) * L::kPassLines;
-    if (pass > 0) from = ptx::mad_wide(passes.number[pass], pass_bytes, from);
+    if (pass > 0) from = ptx::mad_wide(passes.number[pass], static_cast<int>(pass_bytes_), from);
     constexpr int kTo = pass * L::kPassLines * L::kLineBytes;
     const bool exists = pass * L::kPassLines < lines_left;
     if constexpr (kConverts) ptx::cp_async_8_padded<kTo>(to, from, exists ? 8 : 0);
@@ -204,7 +226,7 @@ class Copies {
   // Lines and elements of them that may end anywhere.
   __device__ __forceinline__ void copy(uint32_t stage, const Stored* from, int lines_left, int count) const {
 #pragma unroll 1
-    for (int pass = 0; pass < L::kPasses; ++pass, from += L::kPassLines * (stride_bytes_ / int{sizeof(Stored)})) {
+    for (int pass = 0; pass < L::kPasses; ++pass, from += pass_bytes_ / int{sizeof(Stored)}) {
       const int line = pass * L::kPassLines;
       const uint32_t to = stage + L::swizzled(line_ + line, chunk_);
       if constexpr (kConverts) {
@@ -212,21 +234,14 @@ class Copies {
       } else if (is_aligned_) {
         ptx::cp_async_16_padded(to, from, line < lines_left ? 2 * count : 0);
       } else {
-        Vector<Element, kChunk> chunk{};
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          if (line < lines_left && i < count) chunk.lane[i] = from[i];
-        }
-        uint4 words;
-        memcpy(&words, &chunk, sizeof words);
-        *static_cast<uint4*>(__cvta_shared_to_generic(to)) = words;
+        copy_elements(to, from, line < lines_left ? count : 0);
       }
     }
   }
 
   int line_, chunk_, extent_left_, first_line_;
   bool is_aligned_;
-  int64_t stride_bytes_;
+  int64_t stride_bytes_, pass_bytes_;
   const void* from_;
 };
 
@@ -242,6 +257,8 @@ class Fragments {
     const bool by_column = kIsA != L::kAcross;
     const int line = by_column ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = by_column ? lane / 16 : lane / 8 % 2;
     at_ = operand + (L::kAcross ? L::swizzled(line, first / kChunk + chunk) : L::swizzled(first + line, chunk));
+    at_ = __shfl_sync(ptx::kAllLanes, at_,
+                      lane);  // its own: or the compiler, to save a register, makes it anew every time
   }
   // 16 rows or columns from `first` + 16 * tile on, 16 inner indices from 16 * half on.
   __device__ __forceinline__ void load(uint32_t (&fragment)[4], uint32_t stage, int tile, int half) const {

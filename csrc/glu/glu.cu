@@ -12,38 +12,31 @@
 
 #include "../common/dispatch.h"
 #include "../common/launch.h"
-#include "../common/ptx.h"
+#include "../common/sigmoid_cuda.h"
 #include "../common/vector_cuda.h"
 
 namespace fmkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kLog2E = 1.4426950409f;
 
 // act(g) / g, and act'(g).
 struct Gate {
   float factor, derivative;
 };
 
-// sigmoid(x) and 1 - sigmoid(x), neither by a difference.
-__device__ __forceinline__ Gate sigmoid(float x) {
-  const float e = ptx::ex2(-fabsf(x) * kLog2E), large = ptx::rcp(1.0f + e), small = e * large;
-  return x > 0.0f ? Gate{large, small} : Gate{small, large};
-}
-
 template <GluActivation activation>
 __device__ __forceinline__ Gate gate_of(float g) {
   if constexpr (activation == GluActivation::kSilu) {
-    const Gate s = sigmoid(g);
-    return {s.factor, s.factor * (1.0f + g * s.derivative)};
+    const Sigmoid s = sigmoid(g);
+    return {s.value, s.value * (1.0f + g * s.rest)};
   } else if constexpr (activation == GluActivation::kGelu) {
     const float distribution = 0.5f * erfcf(g * -0.70710678f);
     return {distribution, distribution + g * (kInverseSqrt2Pi * ptx::ex2(g * g * (-0.5f * kLog2E)))};
   } else {
-    const Gate s = sigmoid(g * (kTanhLinear + kTanhCubic * (g * g)));
+    const Sigmoid s = sigmoid(g * (kTanhLinear + kTanhCubic * (g * g)));
     const float slope = kTanhLinear + 3.0f * kTanhCubic * fminf(g * g, kLargeSquare);
-    return {s.factor, s.factor + g * (s.factor * s.derivative) * slope};
+    return {s.value, s.value + g * (s.value * s.rest) * slope};
   }
 }
 

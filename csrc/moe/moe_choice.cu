@@ -2,9 +2,10 @@
 // moe_choice.cu: the tokens that an expert takes, where experts choose and where their capacity is limited.
 //
 // Contract   see moe_route.h. The kept items are those of a full sort, ties by place; none is sorted.
-// Work       keys: of every item, laid out expert by expert. cut: a block per expert finds the last key that is kept, a radix
-//            select of 4 digits, and the place of the last item that has it. apply: a thread per entry of the result.
-// Shared     struct CutSmem.
+// Work       keys: of every item, laid out expert by expert, which a block turns in shared memory for 8 tokens at a time. cut: a
+//            block per expert finds the last key that is kept, a radix select of 4 digits, and the place of the last item that
+//            has it. apply: 8 tokens a block again, turned back.
+// Shared     structs CutSmem and TurnSmem.
 // Numerics   integers, but for the scores; atomics only count. Deterministic.
 // Cost       the keys of an expert five times at most, from L2.
 
@@ -92,19 +93,46 @@ __device__ __forceinline__ MoeCut find_cut(const uint32_t* keys, int num_items, 
   return {prefix, smem.last};
 }
 
+// Keys of kWarps tokens and kTurned experts, on their way from the order of one to that of the other: a sector of global memory
+// has the keys of 8 tokens for one expert.
+constexpr int kTurned = 256;
+struct TurnSmem {
+  uint32_t keys[kWarps][kTurned + 4];  // [token, expert]; read by 8 tokens of 4 experts, on banks of their own
+
+  // f(token, expert of these, key) for the keys of `count` tokens and `num_experts` experts, tokens first.
+  template <class F>
+  __device__ __forceinline__ void for_each_by_expert(int count, int num_experts, F&& f) {
+    const int token = threadIdx.x % kWarps;
+    for (int e = threadIdx.x / kWarps; e < num_experts; e += kThreads / kWarps) {
+      if (token < count) f(token, e, keys[token][e]);
+    }
+  }
+};
+static_assert(kWarps == 8, "a sector");
+
 __global__ void __launch_bounds__(kThreads) moe_choice_keys_kernel(MoeChoiceParams p) {
-  const int lane = threadIdx.x % kWarp, num_experts = p.logits.num_experts;
-  const int64_t token = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
-  if (token >= p.logits.num_tokens) return;  // whole warps
-  const LogitRow row(p.logits, token);
+  auto& smem = dynamic_smem<TurnSmem>();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_experts = p.logits.num_experts;
+  const int64_t first_token = int64_t{blockIdx.x} * kWarps;
+  const int count = static_cast<int>(min(p.logits.num_tokens - first_token, int64_t{kWarps}));
+  const LogitRow row(p.logits, first_token + min(warp, count - 1));
   const LogSum over = row.log_sum(MoeScoring::kSoftmax);
   bool is_nan = false;
   for (int e = lane; e < num_experts; e += kWarp) is_nan = is_nan || row.raw(e) != row.raw(e);
   is_nan = __any_sync(ptx::kAllLanes, is_nan);
-  for (int e = lane; e < num_experts; e += kWarp) {
-    const float x = row.clamped(e);
-    const float score = p.scoring == MoeScoring::kSoftmax ? over.share(x) : score_of(p.scoring, x);
-    p.keys[e * p.logits.num_tokens + token] = is_nan || x == -INFINITY ? 0u : key_of(score);
+#pragma unroll 1
+  for (int first = 0; first < num_experts; first += kTurned) {
+    const int experts = min(num_experts - first, kTurned);
+    for (int e = lane; e < experts; e += kWarp) {
+      const float x = row.clamped(first + e);
+      const float score = p.scoring == MoeScoring::kSoftmax ? over.share(x) : score_of(p.scoring, x);
+      smem.keys[warp][e] = is_nan || x == -INFINITY ? 0u : key_of(score);
+    }
+    __syncthreads();  // the keys of all tokens are there
+    smem.for_each_by_expert(count, experts, [&](int token, int e, uint32_t& key) {
+      p.keys[(first + e) * p.logits.num_tokens + first_token + token] = key;
+    });
+    __syncthreads();  // and read
   }
 }
 
@@ -116,15 +144,27 @@ __global__ void __launch_bounds__(kThreads) moe_choice_cut_kernel(MoeChoiceParam
 }
 
 __global__ void __launch_bounds__(kThreads) moe_choice_apply_kernel(MoeChoiceParams p) {
-  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int num_experts = p.logits.num_experts;
-  if (at >= p.logits.num_tokens * num_experts) return;
-  const int64_t token = at / num_experts;
-  const int e = static_cast<int>(at - token * num_experts);
-  const uint32_t key = p.keys[e * p.logits.num_tokens + token];
-  const bool kept = key != 0 && is_kept(p.cuts[e], key, token);
-  p.topk_idx[at] = kept ? e : -1;
-  p.topk_weights[at] = kept ? value_of(key) : 0.0f;
+  auto& smem = dynamic_smem<TurnSmem>();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_experts = p.logits.num_experts;
+  const int64_t first_token = int64_t{blockIdx.x} * kWarps, token = first_token + warp;
+  const int count = static_cast<int>(min(p.logits.num_tokens - first_token, int64_t{kWarps}));
+#pragma unroll 1
+  for (int first = 0; first < num_experts; first += kTurned) {
+    const int experts = min(num_experts - first, kTurned);
+    smem.for_each_by_expert(count, experts, [&](int token, int e, uint32_t& key) {
+      key = p.keys[(first + e) * p.logits.num_tokens + first_token + token];
+    });
+    __syncthreads();  // the keys are there
+    for (int e = lane; warp < count && e < experts; e += kWarp) {
+      const uint32_t key = smem.keys[warp][e];
+      const uint2 words = reinterpret_cast<const uint2*>(p.cuts)[first + e];  // in one access
+      const bool kept = key != 0 && is_kept({words.x, static_cast<int32_t>(words.y)}, key, token);
+      const int64_t at = token * num_experts + first + e;
+      p.topk_idx[at] = kept ? first + e : -1;
+      p.topk_weights[at] = kept ? value_of(key) : 0.0f;
+    }
+    __syncthreads();  // and read
+  }
 }
 
 // The expert of a slot that has a row, else -1.
@@ -169,10 +209,10 @@ __global__ void __launch_bounds__(kThreads) moe_capacity_apply_kernel(MoeCapacit
 void launch_moe_choice(const MoeChoiceParams& p, cudaStream_t stream) {
   const char* name = "moe.route_expert_choice";
   const dim3 blocks(static_cast<unsigned>(p.logits.num_experts));
-  launch(name, moe_choice_keys_kernel, grid_of(name, p.logits.num_tokens, kWarps), kThreads, 0, stream, p);
+  const dim3 tokens = grid_of(name, p.logits.num_tokens, kWarps);
+  launch(name, moe_choice_keys_kernel, tokens, kThreads, sizeof(TurnSmem), stream, p);
   launch(name, moe_choice_cut_kernel, blocks, kThreads, sizeof(CutSmem), stream, p);
-  launch(name, moe_choice_apply_kernel, grid_of(name, p.logits.num_tokens * p.logits.num_experts, kThreads), kThreads,
-         0, stream, p);
+  launch(name, moe_choice_apply_kernel, tokens, kThreads, sizeof(TurnSmem), stream, p);
 }
 
 void launch_moe_capacity(const MoeCapacityParams& p, cudaStream_t stream) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the rows of the groups are, found on the device, and the stages of a product over one stretch of its inner dimension.
+// Where the rows of the groups are, found on the device, the tiles of a product of rows and the grid of them, and the stages
+// of a product over one stretch of its inner dimension.
 #pragma once
 
 #include "../common/tile_sums_cuda.h"
@@ -71,6 +72,63 @@ __device__ __forceinline__ GroupRows rows_of_group(const int32_t* offsets, int n
   for (int step = kWarp / 2; step > 0; step /= 2) begin = max(begin, __shfl_xor_sync(ptx::kAllLanes, begin, step));
   return {group, begin, max(end_of(offsets, num_groups, num_rows, group) - begin, 0)};
 }
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------
+
+template <class Element, int kRows>
+struct MmTraits : TileTraits<Element, kRows, 256, kRows, 64> {};
+template <class Element>
+struct MmTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
+
+// Of few rows, where b is what there is to read: four times the blocks of MmTraits<Element, 16>, each with 28 KiB of it on
+// its way.
+template <class Element>
+struct FewTraits : TileTraits<Element, 16, 64, 16, 16, 1, 8> {};
+constexpr int64_t kFewBlocks = 512;  // about four for each multiprocessor of a large GPU
+
+// Tiles that any offsets may need: each group, and the rows of none, ends with one that may hold a single row.
+inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t tile_rows) {
+  const int64_t ends = num_rows < num_groups + 1 ? num_rows : num_groups + 1;
+  return (num_rows + ends * (tile_rows - 1)) / tile_rows;
+}
+
+// Calls f.template operator()<T>() with the tile for so many rows a group on average, which is all that the host knows. The
+// tile changes no bits.
+template <class Element, class F>
+void dispatch_tile(int64_t num_rows, int64_t num_groups, int64_t columns, F&& f) {
+  const int64_t average = num_groups == 0 ? 0 : (num_rows + num_groups - 1) / num_groups;
+  using Wide = MmTraits<Element, 16>;
+  const int64_t wide_blocks = most_tiles(num_rows, num_groups, Wide::kRows) * ((columns - 1) / Wide::kColumns + 1);
+  if (average <= Wide::kRows && wide_blocks < kFewBlocks) return f.template operator()<FewTraits<Element>>();
+  const int tile_rows = average <= 16 ? 16 : average <= 32 ? 32 : average <= 64 ? 64 : 128;
+  dispatch_int<16, 32, 64, 128>("rows of a tile", tile_rows,
+                                [&]<int kRows>() { f.template operator()<MmTraits<Element, kRows>>(); });
+}
+
+// The blocks of a product: of kStrip tiles of rows, which mostly have their b in common, all columns before the next ones.
+class TileGrid {
+ public:
+  static constexpr int kStrip = 8;
+
+  TileGrid(const char* name, int64_t row_tiles, int64_t columns, int64_t tile_columns) {
+    constexpr int64_t kMaxColumnTiles = 0x7fffffff / kStrip;
+    const int64_t column_tiles = (columns + tile_columns - 1) / tile_columns;
+    FM_CHECK(column_tiles <= kMaxColumnTiles, name, ": b has too many columns on CUDA, ", columns);
+    strip_tiles_ = Divisor(static_cast<int32_t>(column_tiles * kStrip));
+    blocks_ = grid_of(name, (row_tiles + kStrip - 1) / kStrip * column_tiles * kStrip, 1);
+  }
+  dim3 blocks() const { return blocks_; }
+  __device__ __forceinline__ int row_tile(int block) const {
+    return block / strip_tiles_ * kStrip + block % strip_tiles_ % kStrip;
+  }
+  __device__ __forceinline__ int column_tile(int block) const { return block % strip_tiles_ / kStrip; }
+
+ private:
+  Divisor strip_tiles_;
+  dim3 blocks_;
+};
+
+// ---- operands and results --------------------------------------------------------------------------------------------
 
 // The copies of both operands, a stage after another, over inner indices from 0 to `end`.
 template <class CopiesA, class CopiesB>

@@ -6,8 +6,9 @@
 // Work       grid: a bound of the tiles of rows, which the host knows from the rows and groups alone, times tiles of columns. A
 //            block walks the offsets to the group of its tile; blocks behind the last tile leave. Rows of no group are tiles of
 //            zeros. Of kStrip tiles of rows, which mostly have their b in common, all columns come before the next ones.
-// Tiles      128 x 128, and 16, 32, 64 x 256 where the groups have so few rows on average, of the bounds that is.
-// Shared     union Smem, tile_cuda.h.                          128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68
+// Tiles      128 x 128, and 16, 32, 64 x 256 where the groups have so few rows on average, of the bounds that is; 16 x 64 where
+//            those of 16 x 256 would be too few to fill a GPU.
+// Shared     union Smem, tile_cuda.h.    128 x 128: 64 KiB, 64 x 256: 80 KiB, 32 x 256: 72, 16 x 256: 68, 16 x 64: 40
 // Pipeline   that of tile_cuda.h, over the inner dimension.
 // Numerics   float32 accumulation in the order of the inner dimension, one rounding. Deterministic.
 // Cost       2 * rows * inner * columns flops, and up to a tile more a group.
@@ -17,27 +18,23 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kStrip = 8;
-
 struct MmArgs {
   MoeGroupedMmParams p;
-  Divisor strip_tiles;  // of kStrip tiles of rows
+  TileGrid grid;
   Passes passes;
   bool b_is_row_major, a_is_aligned, b_is_aligned, out_is_aligned;
 };
 
-// Rows that belong to no group.
+// Zeros in the first rows and columns of a tile at `out`, whose rows are `stride` apart.
 template <class T>
-__device__ __forceinline__ void store_zeros(const MmArgs& args, const GroupRows& rows, int64_t first_column,
-                                            int num_columns) {
+__device__ __forceinline__ void store_zeros(typename T::Element* out, int64_t stride, int num_rows, int num_columns,
+                                            bool is_aligned) {
   using Element = typename T::Element;
-  const int64_t stride = args.p.out.columns;
-  Element* out = static_cast<Element*>(args.p.out.data) + rows.first * stride + first_column;
   constexpr int kLineChunks = T::kColumns / kChunk;
   const int along = threadIdx.x % kLineChunks * kChunk;
-  for (int line = threadIdx.x / kLineChunks; line < rows.count; line += T::kThreads / kLineChunks) {
+  for (int line = threadIdx.x / kLineChunks; line < num_rows; line += T::kThreads / kLineChunks) {
     Element* to = out + line * stride + along;
-    if (args.out_is_aligned && along + kChunk <= num_columns) {
+    if (is_aligned && along + kChunk <= num_columns) {
       store_vector<Element, kChunk>(to, {});
       continue;
     }
@@ -53,13 +50,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   auto& smem = dynamic_smem<Smem<T>>();
 
   // The rows and columns of this block.
-  const int block = blockIdx.x, of_strip = block % args.strip_tiles;
-  const GroupRows rows = rows_of_tile<T::kRows>(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.out.rows),
-                                                block / args.strip_tiles * kStrip + of_strip % kStrip);
-  const int64_t first_column = int64_t{of_strip / kStrip} * T::kColumns;
+  const int num_groups = static_cast<int>(p.num_groups), num_rows = static_cast<int>(p.out.rows);
+  const GroupRows rows = rows_of_tile<T::kRows>(p.offsets, num_groups, num_rows, args.grid.row_tile(blockIdx.x));
+  const int64_t first_column = int64_t{args.grid.column_tile(blockIdx.x)} * T::kColumns;
   const int num_columns = static_cast<int>(min(p.out.columns - first_column, int64_t{T::kColumns}));
   if (rows.count == 0) return;
-  if (rows.group == p.num_groups) return store_zeros<T>(args, rows, first_column, num_columns);
+  Element* out = static_cast<Element*>(p.out.data) + rows.first * p.out.columns + first_column;
+  if (rows.group == num_groups) {
+    return store_zeros<T>(out, p.out.columns, rows.count, num_columns, args.out_is_aligned);
+  }
 
   // The product.
   const int warp = threadIdx.x / kWarp;
@@ -89,48 +88,31 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   // The result.
   store_sums<T, false>(smem.sums[0], sums, warp_row, warp_column);
   __syncthreads();  // the sums of all warps are there
-  store_tile<T>(smem.sums[0], static_cast<Element*>(p.out.data) + rows.first * p.out.columns + first_column,
-                p.out.columns, rows.count, num_columns,
+  store_tile<T>(smem.sums[0], out, p.out.columns, rows.count, num_columns,
                 p.bias == nullptr ? nullptr : p.bias + rows.group * p.out.columns + first_column, args.out_is_aligned);
-}
-
-template <class Element, int kRows>
-struct MmTraits : TileTraits<Element, kRows, 256, kRows, 64> {};
-template <class Element>
-struct MmTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
-
-// Tiles that any offsets may need: each group, and the rows of none, ends with one that may hold a single row.
-int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t tile_rows) {
-  const int64_t ends = num_rows < num_groups + 1 ? num_rows : num_groups + 1;
-  return (num_rows + ends * (tile_rows - 1)) / tile_rows;
 }
 
 template <class T, bool kIsFast>
 void launch_tiles(const MoeGroupedMmParams& p, cudaStream_t stream) {
-  constexpr int64_t kMaxColumnTiles = 0x7fffffff / kStrip;
-  const int64_t column_tiles = (p.out.columns + T::kColumns - 1) / T::kColumns;
-  FM_CHECK(column_tiles <= kMaxColumnTiles, "moe_grouped_mm: b has too many columns on CUDA, ", p.out.columns);
-  const int64_t strips = (most_tiles(p.out.rows, p.num_groups, T::kRows) + kStrip - 1) / kStrip;
-  const MmArgs args{p,
-                    Divisor(static_cast<int32_t>(column_tiles * kStrip)),
-                    {},
-                    p.b.is_row_major(),
-                    is_aligned(p.a),
-                    is_aligned(p.b),
-                    is_aligned_16(p.out.data, 2, p.out.columns, {})};
-  launch("moe_grouped_mm", moe_grouped_mm_kernel<T, kIsFast>,
-         grid_of("moe_grouped_mm", strips * column_tiles * kStrip, 1), T::kThreads, sizeof(Smem<T>), stream, args);
+  const MmArgs args{
+      p,
+      TileGrid("moe_grouped_mm", most_tiles(p.out.rows, p.num_groups, T::kRows), p.out.columns, T::kColumns),
+      {},
+      p.b.is_row_major(),
+      is_aligned(p.a),
+      is_aligned(p.b),
+      is_aligned_16(p.out.data, 2, p.out.columns, {})};
+  launch("moe_grouped_mm", moe_grouped_mm_kernel<T, kIsFast>, args.grid.blocks(), T::kThreads, sizeof(Smem<T>), stream,
+         args);
 }
 
 }  // namespace
 
 void launch_moe_grouped_mm(const MoeGroupedMmParams& p, cudaStream_t stream) {
-  const int64_t average = p.num_groups == 0 ? 0 : (p.out.rows + p.num_groups - 1) / p.num_groups;
   dispatch_half(p.dtype, [&]<class Element>() {
     if (!is_fast(p.a) || !is_fast(p.b)) return launch_tiles<MmTraits<Element, 64>, false>(p, stream);
-    const int tile_rows = average <= 16 ? 16 : average <= 32 ? 32 : average <= 64 ? 64 : 128;
-    dispatch_int<16, 32, 64, 128>("rows of a tile", tile_rows,
-                                  [&]<int kRows>() { launch_tiles<MmTraits<Element, kRows>, true>(p, stream); });
+    dispatch_tile<Element>(p.out.rows, p.num_groups, p.out.columns,
+                           [&]<class T>() { launch_tiles<T, true>(p, stream); });
   });
 }
 

@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t kMinPartColumns = 128;
 
-int64_t begin_of(const int32_t* offsets, int64_t group) { return group == 0 ? 0 : offsets[group - 1]; }
-
 // Parts of the columns of every block of rows.
 int64_t parts_of(int64_t num_blocks, int64_t columns, int workers) {
   if (workers == 1 || num_blocks == 0) return 1;

@@ -13,6 +13,7 @@
 #include "../common/dispatch.h"
 #include "../common/launch.h"
 #include "../common/vector_cuda.h"
+#include "moe_slots_cuda.h"
 
 namespace fmkernels {
 namespace {
@@ -27,7 +28,6 @@ __device__ __forceinline__ T* row_at(const MoeRows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 __device__ __forceinline__ int64_t own_row() { return int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; }
-__device__ __forceinline__ bool is_within(int index, int64_t count) { return index >= 0 && index < count; }
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) moe_permute_kernel(MoePermuteParams p) {
@@ -90,16 +90,6 @@ __global__ void __launch_bounds__(kThreads) moe_combine_kernel(MoeCombineParams 
       store_vector<T, kVec>(out + v * kVec, rounded);
     }
   }
-}
-
-// The first k with row `pos` among the positions of a token, -1 for none; in every lane of the warp.
-__device__ __forceinline__ int choice_of(const int32_t* positions, int num_topk, int pos) {
-  for (int first = 0; first < num_topk; first += kWarp) {
-    const int k = first + threadIdx.x % kWarp;
-    const uint32_t found = __ballot_sync(ptx::kAllLanes, k < num_topk && positions[k] == pos);
-    if (found != 0) return first + __ffs(static_cast<int>(found)) - 1;
-  }
-  return -1;
 }
 
 template <class T, int kVec>

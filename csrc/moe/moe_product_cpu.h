@@ -82,6 +82,9 @@ FM_INLINE void dispatch_rows(int64_t rows, F&& f) {
   dispatch_checked_int<1, 2, 3, 4, 5, 6>(static_cast<int>(rows), f);
 }
 
+// The first row of a group.
+inline int64_t begin_of(const int32_t* offsets, int64_t group) { return group == 0 ? 0 : offsets[group - 1]; }
+
 // ---- operands --------------------------------------------------------------------------------------------------------
 
 // Of a left operand `rows` rows, `count` inner indices of each, to out[inner][row], and up to a vector behind it. Of the

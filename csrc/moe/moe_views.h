@@ -54,6 +54,16 @@ inline const int32_t* view_positions(const char* name, const Tensor& t, const Te
   return positions;
 }
 
+// The weights [tokens, topk] of the slots.
+inline const float* view_weights(const Tensor& weights, const Tensor& token_topk_to_pos, const Tensor& like) {
+  check_rank("topk_weights", weights, 2);
+  check_scalar_type("topk_weights", weights, ScalarType::Float, "float32");
+  check_same_device("topk_weights", weights, like);
+  check_last_dim_contiguous("topk_weights", weights);
+  for (int64_t dim = 0; dim < 2; ++dim) check_size("topk_weights", weights, dim, token_topk_to_pos.size(dim));
+  return static_cast<const float*>(data_of(weights));
+}
+
 inline MoeScoring scoring_of(int64_t scoring) {
   FM_CHECK(scoring >= 0 && scoring <= 2, "scoring must be 0 (softmax), 1 (sigmoid) or 2 (sqrt_softplus), got ",
            scoring);

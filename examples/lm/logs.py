@@ -55,12 +55,13 @@ def apart(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, floa
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> Table:
     result = Table(title="loss, in nats a byte", title_justify="left")
-    for heading in ("attention", "steps", "last training", "validation", "ms a step (median)"):
+    for heading in ("attention", "steps", "last training", "validation", "ms a step", "tokens/s"):
         result.add_column(heading, justify="left" if heading == "attention" else "right")
     for name, lines in runs.items():
         seconds = statistics.median(line["seconds"] for line in lines)
         losses = f"{lines[-1]['loss']:.4f}", f"{validation(lines)[-1][1]:.4f}"
-        result.add_row(name, str(len(lines)), *losses, f"{1000 * seconds:.0f}")
+        speed = statistics.median(line["tokens_per_second"] for line in lines)
+        result.add_row(name, str(len(lines)), *losses, f"{1000 * seconds:.0f}", f"{speed:.0f}")
     return result
 
 
@@ -90,5 +91,30 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
     axes[-1, 0].set_xlabel("step")
     for each in axes.flat:
         each.grid(linewidth=0.4)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def plot_load(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws for each block which share of the choices each expert had, step by step; 1 is an even share."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    load = np.array([line["load"] for line in lines], dtype=float)  # [steps, layers, experts]
+    share = load / load.mean(2, keepdims=True)
+    layers = share.shape[1]
+    fig, axes = plt.subplots(layers, sharex=True, squeeze=False, figsize=(9, 1 + 1.2 * layers), layout="constrained")
+    extent = (lines[0]["step"] - 0.5, lines[-1]["step"] + 0.5, share.shape[2] - 0.5, -0.5)
+    for layer, ax in enumerate(axes[:, 0]):
+        image = ax.imshow(
+            share[:, layer].T, aspect="auto", interpolation="nearest", extent=extent, vmin=0, vmax=2, cmap="RdBu_r"
+        )
+        ax.set_ylabel(f"block {layer + 1}\nexpert")
+    axes[0, 0].set_title(title, fontsize=9)
+    axes[-1, 0].set_xlabel("step")
+    fig.colorbar(image, ax=axes[:, 0], label="load / even load", extend="max")
     fig.savefig(path, dpi=130)
     plt.close(fig)

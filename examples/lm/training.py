@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from fmkernels.expert_parallel import ExpertParallel, clip_grad_norm_
+
 from . import checkpoints, logs, text
-from .model import Config, Transformer
+from .model import Config, Output, Transformer
 
 CHECKPOINT = "checkpoint.pt"
+Z_LOSS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,14 @@ class Processes:
     world_size: int
     device: torch.device
 
-    def mean(self, value: Tensor) -> float:
+    def sum(self, value: Tensor) -> Tensor:
+        """Of all processes; in place."""
         if self.world_size > 1:
             dist.all_reduce(value)
-        return value.item() / self.world_size
+        return value
+
+    def mean(self, value: Tensor) -> float:
+        return self.sum(value).item() / self.world_size
 
 
 @contextmanager
@@ -84,6 +93,7 @@ def train(
     *,
     resume: bool = False,
     fsdp: bool = False,
+    expert_parallel: bool = False,
     checkpoint_activations: bool = False,
     save_every: int = 100,
     validate_every: int = 50,
@@ -94,8 +104,8 @@ def train(
     config, path = settings.model, folder / CHECKPOINT
     torch.manual_seed(settings.seed)
     model = Transformer(config, settings.attention, checkpoint_activations).to(here.device)
-    wrapped = wrap(model, here, fsdp)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    wrapped = wrap(model, here, fsdp, expert_parallel)
+    optimizer = torch.optim.AdamW(by_mesh(wrapped.parameters()), betas=(0.9, 0.95), weight_decay=0.1)
     saved_settings = asdict(settings) | asdict(config) | {"text": source.digest}
     del saved_settings["model"]
     first = checkpoints.load(path, wrapped, optimizer, saved_settings) if resume and path.exists() else 0
@@ -104,7 +114,7 @@ def train(
         logs.cut(folder, first)
     held_out = text.validation_windows(source, config.seq, validation_windows).to(here.device)
 
-    def loss_of(windows: Tensor) -> Tensor:
+    def output_of(windows: Tensor) -> Output:
         """Of this process's share."""
         precision = torch.autocast(here.device.type, torch.bfloat16) if settings.bf16 else nullcontext()
         with precision:
@@ -113,20 +123,25 @@ def train(
     for step in range(first, settings.steps):
         begin = time.perf_counter()
         windows = text.training_windows(source, config.seq, settings.batch_size, settings.seed, step)
-        loss = loss_of(windows.to(here.device))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        out = output_of(windows.to(here.device))
+        (out.loss + Z_LOSS * out.z_loss).backward()
+        norm = clip_grad_norm_(wrapped.parameters(), 1.0).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         optimizer.step()
         optimizer.zero_grad()
-        line: dict[str, Any] = {"step": step + 1, "loss": here.mean(loss.detach())}
-        line |= {"learning_rate": learning_rate(settings, step), "gradient_norm": float(full(norm))}
-        line["seconds"] = time.perf_counter() - begin
+        line: dict[str, Any] = {"step": step + 1, "loss": here.mean(out.loss.detach())}
+        line |= {"learning_rate": learning_rate(settings, step), "gradient_norm": norm}
+        if config.experts:
+            load = here.sum(out.load)
+            model.balance(load)
+            line |= {"z_loss": here.mean(out.z_loss.detach()), "load": load.tolist()}
+        seconds = time.perf_counter() - begin
+        line |= {"seconds": seconds, "tokens_per_second": settings.batch_size * config.seq / seconds}
         is_last = step + 1 == settings.steps
         if (step + 1) % validate_every == 0 or is_last:
             with torch.no_grad():
-                line["validation_loss"] = here.mean(loss_of(held_out))
+                line["validation_loss"] = here.mean(output_of(held_out).loss)
         if here.rank == 0:
             logs.append(folder, line)
         if (step + 1) % save_every == 0 or is_last:
@@ -134,17 +149,27 @@ def train(
         advance(step + 1, line["loss"])
 
 
-def wrap(model: Transformer, here: Processes, fsdp: bool) -> nn.Module:
-    """Under torchrun, parameters in every process (DDP) or a part of them in each (FSDP2)."""
+def wrap(model: Transformer, here: Processes, fsdp: bool, expert_parallel: bool) -> nn.Module:
+    """Under torchrun, parameters in every process (DDP) or a part of them in each (FSDP2); and of the experts some."""
     if not dist.is_initialized():
         return model
-    if not fsdp:
+    if not fsdp and not expert_parallel:
         return DistributedDataParallel(model)
+    experts: set[nn.Parameter] = set()
+    if expert_parallel:
+        mesh = init_device_mesh(here.device.type, (here.world_size,), mesh_dim_names=("ep",))
+        parallelize_module(model, mesh, {"blocks.*.feed_forward.experts": ExpertParallel()})
+        experts = {p for block in model.blocks for p in block.feed_forward.experts.parameters()}
+        for parameter in experts:  # their gradients are sums over the tokens of all processes, others a mean over these
+            parameter.register_hook(lambda grad: grad / here.world_size)
     for block in model.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, ignored_params=experts)
+    return fully_shard(model, ignored_params=experts)
 
 
-def full(t: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP has sharded."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """Groups for an optimizer, whose operations on many tensors are of one mesh, or of none."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return [{"params": group} for group in groups.values()]

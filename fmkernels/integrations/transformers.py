@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`attn_implementation="fmkernels"` for the models of transformers."""
+"""`attn_implementation="fmkernels"` and `experts_implementation="fmkernels"` for the models of transformers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention
+from ..moe import moe_mlp
 
 NAME = "fmkernels"
 
 
 def register() -> None:
-    """Makes `attn_implementation="fmkernels"` known to transformers, for models made or switched after this call.
+    """Makes the name "fmkernels" known to transformers, for models made or switched after this call.
 
         fmkernels.integrations.transformers.register()
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fmkernels")
+        model.set_experts_implementation("fmkernels")  # of a mixture of experts
 
     Honoured: causal and bidirectional attention, padding, sliding windows, custom 4-D masks (boolean or additive),
     grouped heads, softcap, attention sinks, position bias, dropout on the CPU, dynamic and static caches. Queries, keys
     and values are read where they lie; no key head is repeated. Where the mask follows from causality and the sliding
-    window alone, none is built.
+    window alone, none is built. Experts are those of `experts_forward`, where transformers lets them be chosen.
 
     Raises:
         ImportError: transformers is not installed, or older than 5.0.
@@ -43,6 +45,39 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # of a version that has no choice
+        return
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of a layer as `fmkernels.moe.moe_mlp`: gated by SiLU, gate then up, without biases.
+
+    Args:
+        module: has gate_up_proj [num_experts, 2 * width, hidden] and down_proj [num_experts, hidden, width].
+        hidden_states: [num_tokens, hidden].
+        top_k_index, top_k_weights: [num_tokens, num_topk]. Ids from num_experts on, of other ranks, are left out.
+    """
+    check_experts(f"experts_implementation='{NAME}'", module)
+    idx = torch.where(top_k_index < module.gate_up_proj.shape[0], top_k_index, -1)
+    return moe_mlp(hidden_states, module.gate_up_proj, module.down_proj, top_k_weights.float(), idx)
+
+
+def check_experts(op: str, module: nn.Module) -> None:
+    """Of a module of transformers: what `moe_mlp` computes."""
+    from transformers.activations import SiLUActivation
+    from transformers.integrations import moe
+
+    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    for name, value in wanted.items():
+        if getattr(module, name, value) != value:
+            raise ValueError(f"{op}: {name} must be {value}, got {not value}.")
+    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+        raise ValueError(f"{op}: the activation must be SiLU, got {type(module.act_fn).__name__}.")
+    if type(module)._apply_gate is not moe._default_apply_gate:
+        raise ValueError(f"{op}: {type(module).__name__} must have no gate of its own.")
 
 
 def attention_forward(

@@ -21,6 +21,12 @@ from ..merge_attention import merge_attention
 from ..norm import rms_norm as _rms_norm
 from ..paged_kv import append, attend
 from ..rope import rope
+from ._vllm_moe import fused_experts as fused_experts
+from ._vllm_moe import moe_align_block_size as moe_align_block_size
+from ._vllm_route import fused_topk as fused_topk
+from ._vllm_route import grouped_topk as grouped_topk
+from ._vllm_route import topk_sigmoid as topk_sigmoid
+from ._vllm_route import topk_softmax as topk_softmax
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.uint8)  # vLLM keeps fp8 caches as bytes
 _CACHE_DTYPES = {"auto": (), "fp8": _FLOAT8, "fp8_e4m3": _FLOAT8, "int8": (torch.int8,)}

@@ -5,7 +5,10 @@ from .attention import Attention
 from .block_pruning import BlockPruning
 from .block_sparse_linear import BlockSparseLinear
 from .checkpoint import checkpoint_policy
+from .experts import Experts
 from .glu import SwiGLU
+from .grouped_linear import GroupedLinear
+from .moe import MoE, MoELosses
 from .norm import LayerNorm, RMSNorm
 from .quantized_block_sparse_linear import QuantizedBlockSparseLinear
 from .quantized_linear import QuantizedLinear
@@ -18,7 +21,11 @@ __all__ = [
     "Attention",
     "BlockPruning",
     "BlockSparseLinear",
+    "Experts",
+    "GroupedLinear",
     "LayerNorm",
+    "MoE",
+    "MoELosses",
     "QuantizedBlockSparseLinear",
     "QuantizedLinear",
     "RMSNorm",

@@ -18,7 +18,7 @@ from ..block_sparse import dds, sdd
 from ..block_sparse_matrix import BlockSparse
 from ..block_topology import BlockTopology
 from ._block_sparse_module import BlockSparseModule
-from .weight_grad import DeferredWeightGrad, WeightGradStore
+from .weight_grad import DeferredWeightGrad, WeightGradStore, stand_in
 
 _OP = "nn.BlockSparseLinear"
 
@@ -101,28 +101,10 @@ class BlockSparseLinear(DeferredWeightGrad, BlockSparseModule):
         return dds(x, self.matrix.t(), bias=self.bias)
 
     def _deferred(self, x: Tensor, store: WeightGradStore) -> Tensor:
-        """The weight is no input of the function: its hooks would run at the end of backward, without a gradient.
-
-        An empty tensor stands for it, whose hook runs where autograd asks for gradients of parameters, and not where it
-        asks for those of inputs alone, as a pipeline does of made-up inputs when it infers shapes.
-        """
-        weight, topology = self.weight, self.topology
-        x, values = autocast(2, x, weight.detach())
-        left: list[Callable[[], Tensor]] = []
-
-        def put(_grad: Tensor) -> None:
-            compute = left.pop()
-
-            def gradient() -> Tensor:
-                if self.weight is not weight or self.topology is not topology:  # by fully_shard, or other blocks
-                    raise RuntimeError(f"{_OP}: the weight must stay until its gradient is computed, it was replaced.")
-                return compute().to(weight.dtype)
-
-            store.put(weight, gradient)
-
-        stand_in = torch.empty(0, requires_grad=True)
-        stand_in.register_hook(put)
-        return _Deferred.apply(x, self.bias, stand_in, values, topology, left)
+        x, values = autocast(2, x, self.weight.detach())
+        left: list[tuple[Callable[[], Tensor], ...]] = []
+        weight = stand_in(store, self, ("weight",), left, beside=("topology",))
+        return _Deferred.apply(x, self.bias, weight, values, self.topology, left)
 
     @property
     def matrix(self) -> BlockSparse:
@@ -202,7 +184,7 @@ class _Deferred(torch.autograd.Function):
         stand_in: Tensor,
         values: Tensor,
         topology: BlockTopology,
-        left: list[Callable[[], Tensor]],
+        left: list[tuple[Callable[[], Tensor], ...]],
     ) -> Tensor:
         y = dds(x, BlockSparse.of(values, topology).t(), bias=bias)
         ctx.save_for_backward(x, values, stand_in)
@@ -217,7 +199,7 @@ class _Deferred(torch.autograd.Function):
         topology = ctx.topology
         grad, flat = (as_rows(t) for t in (grad_out, x))
         grad = with_major(grad)
-        ctx.left[:] = [lambda: sdd(grad.mT, flat, topology).values]
+        ctx.left[:] = [(lambda: sdd(grad.mT, flat, topology).values,)]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = dds(grad, BlockSparse.of(values, topology)).view(x.shape)

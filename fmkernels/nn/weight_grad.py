@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightGradStore:
@@ -67,3 +67,40 @@ class DeferredWeightGrad:
         """Computes the weight gradients that wait in the store of this module, and of others that share it."""
         if self.weight_grad_store is not None:
             self.weight_grad_store.pop()()
+
+
+def stand_in(
+    store: WeightGradStore,
+    module: nn.Module,
+    names: tuple[str, ...],
+    left: list[tuple[Callable[[], Tensor], ...]],
+    beside: tuple[str, ...] = (),
+) -> Tensor:
+    """An input of an autograd.Function in the place of parameters of a module, whose gradients go to the store.
+
+    The parameters are no inputs: their hooks would run at the end of backward, without a gradient. This empty tensor
+    stands for them, whose hook runs where autograd asks for gradients of parameters, and not where it asks for those of
+    inputs alone, as a pipeline does of made-up inputs when it infers shapes. Backward leaves in `left` how the gradient
+    of each is computed. Until it is, neither the parameter nor what is `beside` it may be replaced, as `fully_shard`
+    does when backward of the module ends: what it was would get the gradient, unseen.
+    """
+    held = {name: getattr(module, name) for name in (*names, *beside)}
+
+    def later(name: str, gradient: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def compute() -> Tensor:
+            if any(getattr(module, part) is not held[part] for part in (name, *beside)):
+                raise RuntimeError(
+                    f"nn.{type(module).__name__}: the {name} must stay until its gradient is computed, it was replaced."
+                )
+            return gradient().to(held[name].dtype)
+
+        return compute
+
+    def put(_grad: Tensor) -> None:
+        for name, gradient in zip(names, left.pop(), strict=True):
+            if held[name].requires_grad:
+                store.put(held[name], later(name, gradient))
+
+    result = torch.empty(0, requires_grad=True)
+    result.register_hook(put)
+    return result

@@ -138,20 +138,20 @@ def _encode(
     empty = wrong | (extreme.abs() < SMALLEST)
     safe = torch.where(empty, 1.0, extreme)
     if bits == 1:
-        scale, codes = safe, torch.where(x < 0, -1.0, 1.0)
+        scale, codes = safe, torch.where(x < -SMALLEST, -1.0, 1.0)
         codes = torch.where(empty[:, None] | (torch.arange(x.numel()).view_as(x) >= count), 1.0, codes)
     else:
         levels = torch.tensor(-448.0 if bits == FLOAT8 else -(2.0 ** (bits - 1)) + (rounding == "stochastic"))
         scale, v = safe / levels, torch.where(empty[:, None], 0.0, x) * (levels / safe)[:, None]
         if bits == FLOAT8:
-            codes = (v + 0.0).to(torch.float8_e4m3fn).float()
+            codes = v.to(torch.float8_e4m3fn).float() + 0.0
         elif rounding == "stochastic":
             draws = _padded(_draws(count, seed, step, offset), block).view_as(x)
             codes = v.floor() + (draws < v - v.floor())
         else:
             codes = v.round()
         if bits != FLOAT8:
-            codes = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            codes = codes.clamp(-(2 ** (bits - 1)) + (rounding == "stochastic"), 2 ** (bits - 1) - 1)
     scale = torch.where(wrong, torch.nan, torch.where(empty, 0.0, scale))
     wire = values.new_zeros(wire_bytes(numel, bits=bits, block=block), dtype=torch.uint8)
     packed = _pack(_fitted(codes.flatten(), numel), bits)

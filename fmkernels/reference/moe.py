@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .moe_quantized import quantized_grouped_mm as quantized_grouped_mm
+from .moe_quantized import quantized_moe_mlp as quantized_moe_mlp
+
 
 def build_mapping(
     topk_idx: Tensor, num_experts: int, *, alignment: int = 1, num_rows: int | None = None
@@ -67,6 +70,25 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     parts = [left[of] @ right[e] + (0 if bias is None else bias[e].to(dtype)) for e, of in enumerate(rows)]
     parts.append(left.new_zeros(a.shape[0] - (ends[-1] if ends else 0), right.shape[2]))
     return torch.cat(parts).to(a.dtype)
+
+
+def grouped_mm_gated(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor | tuple[Tensor, Tensor, Tensor],
+    *,
+    interleaved: bool = False,
+    trans_b: bool = False,
+) -> Tensor:
+    """`fmkernels.moe.grouped_mm_gated`; where a is less, in float32, rounded once."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    rows, is_row = a.to(dtype), torch.ones(len(a), dtype=torch.bool, device=a.device)
+    if isinstance(offsets, tuple):
+        is_row = offsets[0] >= 0
+        rows, offsets = permute(rows, offsets), offsets[2][0]
+    both = grouped_mm(rows, b.to(dtype), offsets, trans_b=trans_b)
+    gate, up = (both[:, 0::2], both[:, 1::2]) if interleaved else both.chunk(2, -1)
+    return torch.where(is_row.unsqueeze(-1), torch.nn.functional.silu(gate) * up, 0).to(a.dtype)
 
 
 def moe_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_idx: Tensor) -> Tensor:

@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// A product x b on one core for a b whose columns are contiguous, as the weights of torch.nn.Linear lie: it is read where it lies,
+// once. Internal linkage, as in vec.h.
+//
+// Halves    The columns of b are two lists of as many, the second one perhaps shorter by one: gate and up, or the first and the
+//           second half of them. A tile has the same columns of both, so that what joins them finds them in registers.
+// Few rows  Up to 4 (6 of halves): 16 bytes of each of a vector of columns are transposed in registers and multiplied by every
+//           row. Lines are asked for kAheadBytes before.
+// Many      The rows are the vectors: x is packed in panels of 16 rows (8 where that is enough), [inner][row], and numbers of 3 + 3
+//           columns of b are broadcast, of 16 such tiles before the next panel. Nothing of b is transposed or copied, but for
+//           float16, of which the numbers of a block become float32 in the second-level cache.
+// Numerics  The chains of moe_product_cpu.h: an element has the same bits here as there.
+#pragma once
+
+#include "moe_product_cpu.h"
+
+namespace fmkernels {
+namespace {
+
+constexpr int kHalfColumns = 3;  // of a half in a tile of many rows
+constexpr int kTileColumns = 2 * kHalfColumns;
+constexpr int64_t kManyRows = 8 * kPanel;  // that are packed together: their sums and x stay in the second-level cache
+constexpr int64_t kBlockTiles = 16;        // of columns that are copied together
+constexpr int64_t kSquare = 16;            // inner indices
+constexpr int64_t kSkew = 2;               // squares
+constexpr int64_t kAheadBytes = 1024;      // of each of 16 columns
+
+template <class T>
+constexpr int64_t kFewRows = sizeof(T) == 4 ? 4 : 6;  // at most; more are faster as a vector that they do not fill
+
+template <class T>
+struct Halves {
+  const T* base[2];
+  int64_t step;      // from a column of a half to the next one
+  int64_t count[2];  // count[0] is count[1], or one more
+  int64_t inner;
+
+  const T* column(int half, int64_t i) const { return base[half] + min(i, count[half] - 1) * step; }
+};
+
+// Columns that are a list of gate and up, or of any two halves.
+template <class T>
+Halves<T> halves_of(const T* b, int64_t stride, int64_t num_columns, bool is_interleaved, int64_t inner) {
+  const int64_t first = ceil_div(num_columns, 2);
+  return {{b, b + (is_interleaved ? 1 : first) * stride},
+          is_interleaved ? 2 * stride : stride,
+          {first, num_columns - first},
+          inner};
+}
+
+// `count` inner indices from `first` on of up to kTileRows rows, null for one of zeros, to out[inner][row] and up to a vector behind.
+template <class T>
+void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count, float* out) {
+  int64_t k = 0;
+  if constexpr (kLanes == 8) {
+    for (; k + kLanes <= count; k += kLanes) {
+      VecF lines[kLanes];
+      for (int r = 0; r < kLanes; ++r) lines[r] = r < rows && from[r] != nullptr ? load(from[r] + first + k) : VecF{};
+      transpose_to(lines, out + k * rows, rows);  // in this order: what is written behind the rows is overwritten
+    }
+  }
+  for (; k < count; ++k) {
+    for (int r = 0; r < rows; ++r) out[k * rows + r] = from[r] == nullptr ? 0.0f : to_float(from[r][first + k]);
+  }
+}
+
+// ---- few rows ----------------------------------------------------------------------------------------------------------
+
+// c[kRows][kPanel]: the products of the rows, left [inner][kRows], with columns [first, first + kLanes) of both halves. The
+// columns that are read after these are those of `next` from next_first on; null: none.
+template <int kRows, class T>
+__attribute__((noinline)) void multiply_few(const Halves<T>& b, int64_t first, const Halves<T>* next,
+                                            int64_t next_first, const float* left, float* c) {
+  const T* const from[2] = {b.base[0] + first * b.step, b.base[1] + first * b.step};
+  const int count[2] = {static_cast<int>(min(kLanes, b.count[0] - first)),
+                        static_cast<int>(max(0, min(kLanes, b.count[1] - first)))};
+  const int64_t step = b.step, inner = b.inner;
+  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  for (int64_t begin = 0; begin < inner; begin += kLongestSum) {
+    VecF acc[2][kRows] = {};
+    const int64_t end = min(inner, begin + kLongestSum);
+    auto add = [&](int half, const float* a, VecF numbers) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) acc[half][r] += broadcast(a[r]) * numbers;
+    };
+    auto add_square = [&](int half, int64_t at) __attribute__((always_inline)) {
+      constexpr int64_t kIndices = 16 / sizeof(T);  // in 16 bytes
+      for (int64_t i = at; i < at + kSquare; i += kIndices) {
+        const float* a = left + i * kRows;
+        VecI words[4];
+        transpose_words(from[half] + i, step * static_cast<int64_t>(sizeof(T)), words);
+#pragma GCC unroll 4
+        for (int w = 0; w < 4; ++w) {
+          if constexpr (sizeof(T) == 4) {
+            add(half, a + w * kRows, (VecF)words[w]);
+          } else {  // two neighbours in a column, of which each is the upper half of a float
+            add(half, a + 2 * w * kRows, (VecF)((VecU)words[w] << 16));
+            add(half, a + (2 * w + 1) * kRows, (VecF)((VecU)words[w] & 0xffff0000u));
+          }
+        }
+      }
+    };
+    // Of four neighbours each another line: columns that are a power of two apart would be asked of one channel of the memory
+    // together.
+    auto ask = [&](int64_t at) __attribute__((always_inline)) {
+      const int64_t further = at + kAhead;
+      auto ask_of = [&](const T* const* base, int64_t column_step, auto&& is_wanted) __attribute__((always_inline)) {
+        for (int half = 0; half < 2; ++half) {
+          for (int i = 0; i < kLanes; ++i) {
+            if (is_wanted(i % 4 * kLine)) __builtin_prefetch(base[half] + i * column_step + i % 4 * kLine, 0, 2);
+          }
+        }
+      };
+      const T* here[2] = {from[0] + further, from[1] + further};
+      if (further + 3 * kLine < inner) return ask_of(here, step, [](int64_t) { return true; });
+      if (further < inner) ask_of(here, step, [&](int64_t skew) { return further + skew < inner; });
+      if (next == nullptr) return;
+      const int64_t begin_of_next = next_first * next->step + further - inner;
+      const T* there[2] = {next->base[0] + begin_of_next, next->base[1] + begin_of_next};
+      if (further >= inner) return ask_of(there, next->step, [](int64_t) { return true; });
+      ask_of(there, next->step, [&](int64_t skew) { return further + skew >= inner; });
+    };
+    int64_t k = begin;
+    if (!std::is_same_v<T, Half> && count[0] == kLanes && count[1] == kLanes) {
+      // The second half follows kSkew squares behind: columns that are a power of two apart share their sets of the cache.
+      const int64_t num_squares = (end - begin) / kSquare;
+      for (int64_t i = 0; i < num_squares + kSkew; ++i) {
+        if (i < num_squares) {
+          const int64_t at = begin + i * kSquare;
+          if (at % kLine == 0) ask(at);
+          add_square(0, at);
+        }
+        if (i >= kSkew) add_square(1, begin + (i - kSkew) * kSquare);
+      }
+      k += num_squares * kSquare;
+    }
+    for (; k < end; k += kSquare) {
+      float square[kSquare * kPanel];
+      const int64_t indices = min(kSquare, end - k);
+      for (int half = 0; half < 2; ++half) {
+        pack_half(from[half] + k, 1, step, indices, count[half], square + half * kLanes);
+        for (int64_t i = 0; i < indices; ++i) {
+          add(half, left + (k + i) * kRows, load(square + i * kPanel + half * kLanes));
+        }
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        float* sum = c + r * kPanel + i * kLanes;
+        store(sum, begin == 0 ? acc[i][r] : load(sum) + acc[i][r]);
+      }
+    }
+  }
+}
+
+// ---- many rows ---------------------------------------------------------------------------------------------------------
+
+// Lines that are asked for while a tile is multiplied: of each of its columns those at the same inner indices, so many columns
+// further; null: none.
+template <class T>
+struct ColumnsAhead {
+  const T* from[2];
+  int64_t step;
+};
+
+// c[kTileColumns][kPanel] (+)= the products of the columns, kTileColumns pointers, with the rows x[count][kVectors * kLanes].
+template <int kVectors, class B, class T>
+__attribute__((noinline)) void multiply_many(const B* const* columns, const float* x, int64_t count, float* c,
+                                             bool is_first, const ColumnsAhead<T>& ahead) {
+  const B *b0 = columns[0], *b1 = columns[1], *b2 = columns[2], *b3 = columns[3], *b4 = columns[4], *b5 = columns[5];
+  VecF acc[kTileColumns][kVectors] = {};
+  auto add = [&](int j, VecF number, const VecF* rows) __attribute__((always_inline)) {
+    for (int v = 0; v < kVectors; ++v) acc[j][v] += number * rows[v];
+  };
+  auto add_indices = [&](int64_t k, int64_t end) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<
+                      B, BFloat16>) {  // two neighbours in a column are broadcast as one number, then taken apart
+      for (; k + 2 <= end; k += 2) {
+        VecF even[kVectors], odd[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          even[v] = load(x + (k * kVectors + v) * kLanes);
+          odd[v] = load(x + ((k + 1) * kVectors + v) * kLanes);
+        }
+        auto both = [&](int j, const B* b) __attribute__((always_inline)) {
+          uint32_t bits;
+          memcpy(&bits, b + k, sizeof bits);
+          const VecU pair = VecU{} + bits;
+          add(j, (VecF)(pair << 16), even);
+          add(j, (VecF)(pair & 0xffff0000u), odd);
+        };
+        both(0, b0), both(1, b1), both(2, b2), both(3, b3), both(4, b4), both(5, b5);
+      }
+    }
+    for (; k < end; ++k) {
+      VecF rows[kVectors];
+      for (int v = 0; v < kVectors; ++v) rows[v] = load(x + (k * kVectors + v) * kLanes);
+      add(0, broadcast(to_float(b0[k])), rows);
+      add(1, broadcast(to_float(b1[k])), rows);
+      add(2, broadcast(to_float(b2[k])), rows);
+      add(3, broadcast(to_float(b3[k])), rows);
+      add(4, broadcast(to_float(b4[k])), rows);
+      add(5, broadcast(to_float(b5[k])), rows);
+    }
+  };
+  if (ahead.from[0] == nullptr) {
+    add_indices(0, count);
+  } else {
+    constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    for (int64_t k = 0; k < count; k += kLine) {
+      for (int j = 0; j < kTileColumns; ++j) {  // of each column another line, as above; within the same indices
+        int64_t line = k + j * kLine;
+        if (line >= count) line -= count;
+        __builtin_prefetch(ahead.from[j / kHalfColumns] + j % kHalfColumns * ahead.step + line, 0, 2);
+      }
+      add_indices(k, min(count, k + kLine));
+    }
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < kTileColumns; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = c + j * kPanel + v * kLanes;
+      if (!is_first) acc[j][v] += load(sum);
+      store(sum, acc[j][v]);
+    }
+  }
+}
+
+// Rows in panels: whole ones of kPanel, and a last one of kLanes where that is enough.
+struct RowPanels {
+  int64_t num_rows, count;
+
+  explicit RowPanels(int64_t rows) : num_rows(rows), count(ceil_div(rows, kPanel)) {}
+  int64_t rows(int64_t panel) const { return min(kPanel, num_rows - panel * kPanel); }
+  int64_t lanes(int64_t panel) const { return rows(panel) <= kLanes ? kLanes : kPanel; }
+};
+
+// `count` inner indices of each row of a panel, `from` null for one of zeros, to x[inner][lanes], zeros in the rows past them.
+template <class T>
+void pack_rows(const T* const* from, int64_t rows, int64_t lanes, int64_t first, int64_t count, float* x) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+      VecF lines[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        const bool is_there = lane + r < rows && from[lane + r] != nullptr;
+        lines[r] = is_there ? load(from[lane + r] + first + k) : VecF{};
+      }
+      transpose_to(lines, x + k * lanes + lane, lanes);
+    }
+    for (; k < count; ++k) {
+      for (int r = 0; r < kLanes; ++r) {
+        const bool is_there = lane + r < rows && from[lane + r] != nullptr;
+        x[k * lanes + lane + r] = is_there ? to_float(from[lane + r][first + k]) : 0.0f;
+      }
+    }
+  }
+}
+
+// What many rows need beside their operands: the sums of a block of tiles, [panel][tile][kTileColumns][kPanel], and the block as
+// float32 where the numbers in it cannot be broadcast.
+struct ManyScratch {
+  float *sums, *copy;
+
+  static constexpr int64_t kSumFloats = kManyRows / kPanel * kBlockTiles * kTileColumns * kPanel;
+  static constexpr int64_t kCopyFloats = kBlockTiles * kTileColumns * kLongestSum;
+  static constexpr int64_t kBytes = Arena::array_bytes<float>(kSumFloats) + Arena::array_bytes<float>(kCopyFloats);
+  explicit ManyScratch(Arena& arena) : sums(arena.take<float>(kSumFloats)), copy(arena.take<float>(kCopyFloats)) {}
+};
+
+// The sums of a panel and a block of tiles.
+struct BlockSums {
+  const float* sums;
+  int64_t first, count;  // columns of a half
+
+  // Those of a column of the block and all rows.
+  const float* at(int half, int64_t i) const {
+    return sums + (i / kHalfColumns * kTileColumns + half * kHalfColumns + i % kHalfColumns) * kPanel;
+  }
+};
+
+// x_at(panel, k) are the rows of a panel from inner index k on; emit(panel, BlockSums) takes what is complete. Of the columns of a
+// half those of [first_tile, last_tile) are done. next: the matrix that is read after this one, or null.
+template <class T, class XAt, class Emit>
+void multiply_many_rows(const Halves<T>& b, const Halves<T>* next, const RowPanels& panels, int64_t first_tile,
+                        int64_t last_tile, const ManyScratch& s, XAt&& x_at, Emit&& emit) {
+  constexpr bool kIsCopied = sizeof(T) == 2;
+  for (int64_t block = first_tile; block < last_tile; block += kBlockTiles) {
+    const int64_t num_tiles = min(last_tile - block, kBlockTiles);
+    const int64_t first = block * kHalfColumns, num_columns = min(num_tiles * kHalfColumns, b.count[0] - first);
+    for (int64_t k = 0; k < b.inner; k += kLongestSum) {
+      const int64_t count = min(kLongestSum, b.inner - k);
+      const bool is_last = k + count == b.inner;
+      auto column = [&](int64_t tile, int j) {
+        return b.column(j / kHalfColumns, (block + tile) * kHalfColumns + j % kHalfColumns) + k;
+      };
+      if constexpr (kIsCopied) {
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          for (int j = 0; j < kTileColumns; ++j) {
+            const T* from = column(tile, j);
+            float* to = s.copy + (tile * kTileColumns + j) * count;
+            int64_t i = 0;
+            for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+            for (; i < count; ++i) to[i] = to_float(from[i]);
+          }
+        }
+      }
+      // The first panel asks for what is read next: the same columns at the next inner indices, or the next columns.
+      const Halves<T>* ahead_of = !is_last || block + kBlockTiles < last_tile ? &b : next;
+      const int64_t ahead_first = !is_last                          ? first
+                                  : block + kBlockTiles < last_tile ? first + kBlockTiles * kHalfColumns
+                                                                    : 0;
+      const int64_t ahead_k = is_last ? 0 : k + count;
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const float* x = x_at(panel, k);
+        const bool is_whole = panels.lanes(panel) == kPanel;
+        float* sums = s.sums + panel * kBlockTiles * kTileColumns * kPanel;
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          float* c = sums + tile * kTileColumns * kPanel;
+          ColumnsAhead<T> ahead{{nullptr, nullptr}, b.step};
+          if (panel == 0 && ahead_of != nullptr) {
+            ahead.step = ahead_of->step;
+            for (int half = 0; half < 2; ++half) {
+              ahead.from[half] = ahead_of->column(half, ahead_first + tile * kHalfColumns) + ahead_k;
+            }
+          }
+          auto multiply = [&]<class B>(const B* const* columns) __attribute__((always_inline)) {
+            if (is_whole) multiply_many<2>(columns, x, count, c, k == 0, ahead);
+            else multiply_many<1>(columns, x, count, c, k == 0, ahead);
+          };
+          std::conditional_t<kIsCopied, const float*, const T*> columns[kTileColumns];
+          for (int j = 0; j < kTileColumns; ++j) {
+            if constexpr (kIsCopied) columns[j] = s.copy + (tile * kTileColumns + j) * count;
+            else columns[j] = column(tile, j);
+          }
+          multiply(columns);
+        }
+        if (is_last) emit(panel, BlockSums{sums, first, num_columns});
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fmkernels

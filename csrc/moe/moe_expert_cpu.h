@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two products of an expert for a block of its rows, over the kernels of moe_columns_cpu.h: gate, up and the gated unit of gathered
+// tokens; and the product behind it, of what the first one has left in the order in which it is read. Internal linkage, as in vec.h.
+#pragma once
+
+#include "moe_columns_cpu.h"
+
+#include "../common/vec_pair.h"
+
+namespace fmkernels {
+namespace {
+
+// g / (1 + exp(-g)) * u: as glu_cpu.cpp has it.
+FM_INLINE VecF gated_unit(VecF g, VecF u) { return g / (1.0f + exp(-g)) * u; }
+
+// x as it is after a store in T.
+template <class T>
+FM_INLINE VecF rounded(VecF x) {
+  return rounded_to<T>(VecPair{x, x}).a;
+}
+
+// Rows of an expert that are computed together: up to kFewRows, or whole panels and, at the end of the expert, a part of one.
+struct ExpertRows {
+  int64_t first, count;
+};
+inline int64_t num_expert_blocks(int64_t num_rows) { return ceil_div(num_rows, kManyRows); }
+inline ExpertRows expert_block(int64_t num_rows, int64_t block) {
+  const int64_t blocks = num_expert_blocks(num_rows), panels = ceil_div(num_rows, kPanel);
+  const int64_t first = panels * block / blocks * kPanel;
+  return {first, min(num_rows, panels * (block + 1) / blocks * kPanel) - first};
+}
+
+// A part of the columns of each half: [first, last), whole tiles of many rows and vectors of few.
+struct HalfPart {
+  int64_t first, last;
+  static constexpr int64_t kUnit = kHalfColumns * kLanes;
+  static int64_t units(int64_t half_columns) { return ceil_div(half_columns, kUnit); }
+  HalfPart(int64_t half_columns, int64_t part, int64_t parts) {
+    const int64_t all = units(half_columns);
+    first = all * part / parts * kUnit;
+    last = min(half_columns, all * (part + 1) / parts * kUnit);
+  }
+  int64_t first_tile() const { return first / kHalfColumns; }
+  int64_t last_tile() const { return ceil_div(last, kHalfColumns); }
+};
+
+// What a worker needs for blocks of products with up to so many inner indices.
+struct ExpertScratch {
+  float* x;  // few rows: [inner][rows]; many: [panel][inner][lanes]
+  ManyScratch many;
+
+  static int64_t bytes(int64_t inner) { return Arena::array_bytes<float>(kManyRows * inner) + ManyScratch::kBytes; }
+  ExpertScratch(Arena& arena, int64_t inner) : x(arena.take<float>(kManyRows * inner)), many(arena) {}
+};
+
+// The inner rows of a block as floats that T holds: few: [row][stride_of(width)]; many: [panel][width][lanes].
+inline int64_t inner_row_stride(int64_t width) { return round_up(width, kLanes); }
+template <class T>
+int64_t inner_floats(int64_t num_rows, int64_t width) {
+  return num_rows <= kFewRows<T> ? num_rows * inner_row_stride(width) : round_up(num_rows, kPanel) * width;
+}
+
+// Of a panel the vectors at(i), i < count, of `lanes` rows each, to rows of T: to(row) + i * step for the first num_rows rows.
+template <class T, class At, class To>
+void store_panel(int64_t num_rows, int64_t count, int64_t step, At&& at, To&& to) {
+  for (int64_t lane = 0; lane < num_rows; lane += kLanes) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int length = static_cast<int>(min(kLanes, count - i));
+      VecF lines[kLanes] = {};
+      for (int j = 0; j < length; ++j) lines[j] = load(at(i + j) + lane);
+      float square[kLanes * kLanes];
+      transpose_to(lines, square, kLanes);
+      for (int64_t r = 0; r < min(kLanes, num_rows - lane); ++r) {
+        T* out = to(lane + r) + i * step;
+        if (step == 1) {
+          store_lanes(out, load(square + r * kLanes), length);
+        } else {
+          for (int j = 0; j < length; ++j) out[j * step] = from_float<T>(square[r * kLanes + j]);
+        }
+      }
+    }
+  }
+}
+
+// ---- gate, up and their unit -----------------------------------------------------------------------------------------
+
+template <class T>
+struct GateUp {
+  const T* const* rows;  // of the block; null: zeros
+  int64_t num_rows, width;
+  Halves<T> b;
+  T* kept;  // [row][2 * width], as the columns of b come: g | u or by turns; null: not wanted
+  bool is_interleaved;
+
+  int64_t kept_step() const { return is_interleaved ? 2 : 1; }
+  T* kept_at(int64_t row, int half) const { return kept + row * 2 * width + (is_interleaved ? half : half * width); }
+};
+
+template <class T>
+void gate_up_few(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
+                 float* inner) {
+  const int64_t stride = inner_row_stride(p.width), step = p.kept_step();
+  dispatch_rows(p.num_rows, [&]<int kRows>() {
+    pack_gathered(p.rows, kRows, 0, p.b.inner, s.x);
+    for (int64_t n = part.first; n < part.last; n += kLanes) {
+      const bool is_last = n + kLanes >= part.last;
+      float c[kRows * kPanel] = {};
+      multiply_few<kRows>(p.b, n, is_last ? next : &p.b, is_last ? 0 : n + kLanes, s.x, c);
+      const int count = static_cast<int>(min(kLanes, part.last - n));
+      for (int r = 0; r < kRows; ++r) {
+        const bool is_there = p.rows[r] != nullptr;
+        const VecF both[2] = {is_there ? load(c + r * kPanel) : VecF{},
+                              is_there ? load(c + r * kPanel + kLanes) : VecF{}};
+        for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
+          T* kept = p.kept_at(r, half) + n * step;
+          if (step == 1) store_lanes(kept, both[half], count);
+          else
+            for (int i = 0; i < count; ++i) kept[2 * i] = from_float<T>(both[half][i]);
+        }
+        store(inner + r * stride + n, rounded<T>(gated_unit(both[0], both[1])));
+      }
+    }
+  });
+}
+
+template <class T>
+void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
+                  float* inner) {
+  const RowPanels panels(p.num_rows);
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    pack_rows(p.rows + panel * kPanel, panels.rows(panel), panels.lanes(panel), 0, p.b.inner,
+              s.x + panel * kPanel * p.b.inner);
+  }
+  auto x_at = [&](int64_t panel, int64_t k) { return s.x + panel * kPanel * p.b.inner + k * panels.lanes(panel); };
+  auto emit = [&](int64_t panel, const BlockSums& sums) {
+    const int64_t lanes = panels.lanes(panel), num_rows = panels.rows(panel);
+    const T* const* rows = p.rows + panel * kPanel;
+    float* to = inner + panel * kPanel * p.width + sums.first * lanes;
+    for (int64_t i = 0; i < sums.count; ++i) {
+      for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+        const VecF g = load(sums.at(0, i) + lane), u = load(sums.at(1, i) + lane);
+        store(to + i * lanes + lane, rounded<T>(gated_unit(g, u)));
+      }
+    }
+    for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
+      store_panel<T>(
+          num_rows, sums.count, p.kept_step(), [&](int64_t i) { return sums.at(half, i); },
+          [&](int64_t r) { return p.kept_at(panel * kPanel + r, half) + sums.first * p.kept_step(); });
+    }
+    for (int64_t r = 0; r < num_rows; ++r) {  // what is infinite in b makes NaN of a row of zeros
+      if (rows[r] != nullptr) continue;
+      for (int64_t i = 0; i < sums.count; ++i) to[i * lanes + r] = 0.0f;
+      for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
+        T* kept = p.kept_at(panel * kPanel + r, half) + sums.first * p.kept_step();
+        for (int64_t i = 0; i < sums.count; ++i) kept[i * p.kept_step()] = from_float<T>(0.0f);
+      }
+    }
+  };
+  multiply_many_rows(p.b, next, panels, part.first_tile(), part.last_tile(), s.many, x_at, emit);
+}
+
+// inner: of the columns of the part.
+template <class T>
+void gate_up_block(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
+                   float* inner) {
+  p.num_rows <= kFewRows<T> ? gate_up_few(p, part, next, s, inner) : gate_up_many(p, part, next, s, inner);
+}
+
+// The inner rows of a block, of the columns of the part, as rows of T.
+template <class T>
+void store_inner(const float* inner, int64_t num_rows, int64_t width, const HalfPart& part, T* out) {
+  if (num_rows <= kFewRows<T>) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      for (int64_t n = part.first; n < part.last; n += kLanes) {
+        store_lanes(out + r * width + n, load(inner + r * inner_row_stride(width) + n),
+                    static_cast<int>(min(kLanes, part.last - n)));
+      }
+    }
+    return;
+  }
+  const RowPanels panels(num_rows);
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t lanes = panels.lanes(panel);
+    const float* from = inner + panel * kPanel * width + part.first * lanes;
+    auto at = [&](int64_t i) { return from + i * lanes; };
+    auto to = [&](int64_t r) { return out + (panel * kPanel + r) * width + part.first; };
+    store_panel<T>(panels.rows(panel), part.last - part.first, 1, at, to);
+  }
+}
+
+// ---- the product behind it -------------------------------------------------------------------------------------------
+
+// y [num_rows][stride] = inner b, of which the columns of the part.
+template <class T>
+void down_block(const float* inner, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
+                const ExpertScratch& s, T* y, int64_t stride) {
+  const int64_t width = b.inner, second = b.count[0];
+  if (num_rows <= kFewRows<T>) {
+    pack_left(inner, inner_row_stride(width), 1, static_cast<int>(num_rows), width, false, s.x);
+    dispatch_rows(num_rows, [&]<int kRows>() {
+      for (int64_t n = part.first; n < part.last; n += kLanes) {
+        const bool is_last = n + kLanes >= part.last;
+        float c[kRows * kPanel] = {};
+        multiply_few<kRows>(b, n, is_last ? next : &b, is_last ? 0 : n + kLanes, s.x, c);
+        for (int r = 0; r < kRows; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            const int count = static_cast<int>(min(kLanes, min(part.last, b.count[half]) - n));
+            if (count > 0) store_lanes(y + r * stride + half * second + n, load(c + r * kPanel + half * kLanes), count);
+          }
+        }
+      }
+    });
+    return;
+  }
+  const RowPanels panels(num_rows);
+  auto x_at = [&](int64_t panel, int64_t k) { return inner + panel * kPanel * width + k * panels.lanes(panel); };
+  auto emit = [&](int64_t panel, const BlockSums& sums) {
+    for (int half = 0; half < 2; ++half) {
+      store_panel<T>(
+          panels.rows(panel), min(sums.count, b.count[half] - sums.first), 1,
+          [&](int64_t i) { return sums.at(half, i); },
+          [&](int64_t r) { return y + (panel * kPanel + r) * stride + half * second + sums.first; });
+    }
+  };
+  multiply_many_rows(b, next, panels, part.first_tile(), part.last_tile(), s.many, x_at, emit);
+}
+
+}  // namespace
+}  // namespace fmkernels
