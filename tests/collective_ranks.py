@@ -10,7 +10,15 @@ import threading
 import torch
 import torch.distributed as dist
 
-IMPORTED_ONCE = ("torch.distributed.fsdp", "torch.testing", "fmkernels.fsdp", "fmkernels.hooks")
+# What the first process imports of which the ranks are forks; it has no threads, as a process of tests has.
+IMPORTED_ONCE = (
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.testing",
+    "fmkernels.expert_parallel",
+    "fmkernels.fsdp",
+    "fmkernels.hooks",
+)
 
 
 def as_threads(world_size, body, *, seconds=30.0):
