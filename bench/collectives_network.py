@@ -6,7 +6,8 @@
 
 Each rank is a process in a namespace of its own, joined to the others by a bridge; `tc tbf` limits what leaves a rank
 and what comes to it. Compute is as good as free: a gradient of ones. The rows are medians of interleaved steps, `sent`
-is what the interface of rank 0 counted in a step. The namespaces are removed at the end, whatever happens.
+is what the interface of rank 0 counted in a step, or the loopback of all ranks. The namespaces are removed at the end,
+whatever happens.
 """
 
 from __future__ import annotations
@@ -83,12 +84,8 @@ def network(ranks: int, mbit: int) -> Iterator[list[str]]:
 # ---- a rank ----------------------------------------------------------------------------------------------------------
 
 
-def sent_bytes() -> int:
-    for interface in (INTERFACE, "lo"):
-        path = Path(f"/sys/class/net/{interface}/statistics/tx_bytes")
-        if path.exists():
-            return int(path.read_text())
-    return 0
+def sent_bytes(interface: str) -> int:
+    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
 
 
 def run_rank(options: argparse.Namespace) -> None:
@@ -146,18 +143,19 @@ def run_rank(options: argparse.Namespace) -> None:
         cap = 2 * options.megabytes if name.startswith("PowerSGD") else None
         models[name] = DistributedDataParallel(Free(), bucket_cap_mb=cap)
         register(models[name])
+    interface = INTERFACE if options.mbit else "lo"
     seconds: dict[str, list[float]] = {name: [] for name in models}
     sent: dict[str, list[int]] = {name: [] for name in models}
     for index in range(options.rounds + 3):  # buckets are formed anew after the first, PowerSGD begins with the third
         for name, model in models.items():
             dist.barrier()
-            before, begin = sent_bytes(), time.perf_counter()
+            before, begin = sent_bytes(interface), time.perf_counter()
             model().backward()
             model.zero_grad(set_to_none=False)
             dist.barrier()
             if index >= 3:
                 seconds[name].append(time.perf_counter() - begin)
-                sent[name].append(sent_bytes() - before)
+                sent[name].append(sent_bytes(interface) - before)
     if options.rank == 0:
         report(options, seconds, sent)
     dist.barrier()
@@ -197,7 +195,8 @@ def run_ranks(options: argparse.Namespace, namespaces: list[str]) -> int:
         for rank in range(options.ranks):
             inside = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
             processes.append(subprocess.Popen([*inside, *command, "--rank", str(rank)], env=environment))
-        return max(process.wait() for process in processes)
+        codes = [process.wait() for process in processes]
+        return int(any(codes))  # that of a signal is below 0
     finally:
         for process in processes:
             process.kill()
