@@ -45,12 +45,14 @@ class Options:
             ("inter_bits", self.inter_bits, BITS),
             ("algorithm", self.algorithm, algorithms),
         ):
-            if value not in allowed:
+            if isinstance(value, bool) or value not in allowed:  # True is 1
                 raise ValueError(f"{name}: {argument} must be one of {', '.join(map(str, allowed))}, got {value}.")
         if not isinstance(self.block, int) or self.block not in (32, 64, 128, 256, 512, 1024, 2048):
             raise ValueError(f"{name}: block must be a power of two from 32 to 2048, got {self.block}.")
         if not isinstance(self.chunk_numel, int) or self.chunk_numel < 1:
             raise ValueError(f"{name}: chunk_numel must be an integer of at least 1, got {self.chunk_numel}.")
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"{name}: decay must be at least 0 and below 1, got {self.decay}.")
         if (self.algorithm == "hierarchical") != (self.node_size is not None):
             raise ValueError(
                 f"{name}: node_size must be given for the hierarchical algorithm and for no other, "
@@ -189,21 +191,17 @@ class Call:
         used: list[Tensor],
         async_op: bool,
         has_feedback: bool,
-        before: Callable[[], None] | None = None,
-        finish: Callable[[], None] | None = None,
     ) -> Work | None:
-        """Runs `steps(message, chunk)` for every chunk; `before` and `finish` around them, in the same thread."""
+        """Runs `steps(message, chunk)` for every chunk."""
 
         def all_chunks() -> Iterator[Steps]:
             if has_feedback:
                 self.transport.check()  # nothing may have changed when it raises
-            if before is not None:
-                before()
             for chunk in range(num_chunks):
                 yield steps(1 + chunk * _MESSAGES_OF_CHUNK, chunk)
             self.transport.check()
 
-        job = Job(all_chunks(), result, finish)
+        job = Job(all_chunks(), result, self.route.node_size == 0)
         if async_op:
             return start(job, self.transport.channel, used)
         run(job)

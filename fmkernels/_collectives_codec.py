@@ -125,9 +125,12 @@ class Codec:
         for (tensor, wires), (_, out), residual in parts:
             total = torch.empty(tensor.numel(), dtype=torch.float32, device=self.device)
             self._sum(wires, total, op)
-            if op == "avg":
-                residual.mul_(1.0 / weight)
-            to._encode(total, out, residual, decay)
-            if op == "avg":
-                residual.mul_(float(weight))
+            if op == "sum":
+                to._encode(total, out, residual, decay)
+                continue
+            scaled = residual / weight
+            before = scaled.clone()
+            to._encode(total, out, scaled, decay)
+            # What stays as it was stays to the bit; there and back it would be rounded.
+            residual.copy_(torch.where(scaled == before, residual, scaled * weight))
         return result

@@ -20,6 +20,7 @@ ALGORITHMS = ("direct", "one_shot", "two_shot", "hierarchical")
 OPS = ("sum", "avg")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NUM_WORDS = 16
+_MEANINGS = {"function": FUNCTIONS, "dtype": DTYPES, "op": OPS, "algorithm": ALGORITHMS}
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,14 @@ class Header:
     chunk_numel: int
 
     def words(self) -> list[int]:
-        names = {"function": FUNCTIONS, "dtype": DTYPES, "op": OPS, "algorithm": ALGORITHMS}
-        return [
-            names[field.name].index(getattr(self, field.name)) if field.name in names else getattr(self, field.name)
-            for field in fields(self)
-        ]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return [_MEANINGS[name].index(value) if name in _MEANINGS else value for name, value in values.items()]
 
     @staticmethod
     def text(index: int, word: int) -> str:
         name = fields(Header)[index].name
-        names = {"function": FUNCTIONS, "dtype": DTYPES, "op": OPS, "algorithm": ALGORITHMS}
-        if name in names:
-            return str(names[name][word])
+        if name in _MEANINGS:
+            return str(_MEANINGS[name][word])
         return str(bool(word)) if name in ("hadamard", "error_feedback") else str(word)
 
 
@@ -71,22 +68,19 @@ def send_header(
 
 def check_headers(name: str, pending: Pending, world_size: int) -> None:
     """Raises the same sentence on every rank when two of them do not mean the same call."""
-    rows = [part.view(torch.int64).tolist() for part in pending.wait()]
-    for index, field in enumerate(fields(Header)):
-        for rank, row in enumerate(rows):
-            if row[index] != rows[0][index]:
-                first, other = (Header.text(index, r[index]) for r in (rows[0], row))
-                raise ValueError(
-                    f"{name}: {field.name} must be the same on every rank, rank 0 has {first} and rank {rank} {other}."
-                )
-    for i in range(world_size):
-        for j in range(world_size):
-            sent, expected = rows[i][_NUM_WORDS + j], rows[j][_NUM_WORDS + world_size + i]
-            if sent != expected:
-                raise ValueError(
-                    f"{name}: splits must agree between ranks, rank {i} sends {sent} elements to rank {j}, "
-                    f"which expects {expected}."
-                )
+    rows = torch.stack([part.view(torch.int64) for part in pending.wait()]).cpu()
+    words, sends, expects = rows.split([_NUM_WORDS, world_size, world_size], 1)
+    for index, rank in (words != words[0]).t().nonzero().tolist()[:1]:
+        first, other = (Header.text(index, word) for word in words[[0, rank], index].tolist())
+        raise ValueError(
+            f"{name}: {fields(Header)[index].name} must be the same on every rank, rank 0 has {first} and rank {rank} "
+            f"{other}."
+        )
+    for i, j in (sends != expects.t()).nonzero().tolist()[:1]:
+        raise ValueError(
+            f"{name}: splits must agree between ranks, rank {i} sends {sends[i, j]} elements to rank {j}, "
+            f"which expects {expects[j, i]}."
+        )
 
 
 def header_bytes(world_size: int) -> int:

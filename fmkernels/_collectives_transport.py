@@ -22,7 +22,9 @@ MAX_MESSAGES = 1 << 12  # of one call, to one rank
 _MAX_CALLS = 1 << 16  # whose tags are told apart
 _FIRST_TAG = 1 << 30  # tags below are those of users
 
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather: Callable[..., Any] = (  # neither where torch has no distributed
+    getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+)
 
 
 class Channel:
@@ -31,7 +33,7 @@ class Channel:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_calls = 0
-        self.finisher: Any = None  # of asynchronous calls; made at the first
+        self.finishers: dict[torch.device, Any] = {}  # of asynchronous calls; made at the first of a device
 
     def next_call(self) -> int:
         with self._lock:
@@ -74,6 +76,8 @@ def _lost(name: str, peer: int, error: RuntimeError) -> RuntimeError:
 class _Transport:
     """One call's way to the other ranks of its group."""
 
+    is_tagged: bool  # messages are matched by tags, not by their order: ranks need not send as many
+
     def __init__(self, name: str, group: Any) -> None:
         self.name, self.group, self.channel = name, group, channel_of(group)
         self.rank, self.world_size = group.rank(), group.size()
@@ -88,6 +92,8 @@ class _Transport:
 
 class TaggedTransport(_Transport):
     """Point-to-point messages of a group on the CPU; gloo matches them by tag."""
+
+    is_tagged = True
 
     def __init__(self, name: str, group: Any) -> None:
         super().__init__(name, group)
@@ -119,6 +125,8 @@ class TaggedTransport(_Transport):
 class CollectiveTransport(_Transport):
     """Collectives of torch, in the order of the calls: for NCCL, whose works wait on streams and not on the host."""
 
+    is_tagged = False
+
     def exchange(self, message: int, sends: Sequence[Tensor], sizes: Sequence[int]) -> Pending:
         del message
         self.check()
@@ -132,7 +140,7 @@ class CollectiveTransport(_Transport):
         del message
         self.check()
         longest = max(sizes)
-        if wire.numel() < longest:  # by a block at most
+        if wire.numel() < longest:  # parts of a collective are equal
             wire = torch.cat((wire, wire.new_zeros(longest - wire.numel())))
         received = wire.new_empty(self.world_size, longest)
         work = _all_gather(received.view(-1), wire, group=self.group, async_op=True)
@@ -166,9 +174,14 @@ def resolve_group(name: str, group: Any, device: torch.device) -> Any:
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(f"{name}: group must have this process among its ranks, it has not.")
         raise TypeError(f"{name}: group must be a process group, got {type(group).__name__}.")
-    backend = group.name()
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name}: tensor must be on cpu or cuda, it is on {device.type}.")
+    try:
+        backend = (group._get_backend(device) if isinstance(group, dist.ProcessGroup) else group).name()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: tensor must be on a device for which the group has a backend, it is on {device.type}."
+        ) from error
     if (device.type, backend) in (("cuda", "gloo"), ("cpu", "nccl")):
         raise ValueError(
             f"{name}: tensor must be on a device of the group's backend {backend}, it is on {device.type}."

@@ -11,7 +11,7 @@ import copy
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,17 +23,17 @@ from ._collectives_transport import Channel
 
 
 class Job:
-    """A call: its chunks, what is left to do after them, and the work that tells when it is done."""
+    """A call: its chunks, and the work that tells when they are done.
 
-    def __init__(self, chunks: Iterator[Steps], result: Tensor, finish: Callable[[], None] | None = None) -> None:
-        self.chunks, self.result, self.finish = chunks, result, finish
+    `may_overlap` with the call behind it: not where a chunk sends after it has waited twice. The call behind waits for
+    ranks that have not begun it, and those wait for what this rank would send.
+    """
+
+    def __init__(self, chunks: Iterator[Steps], result: Tensor, may_overlap: bool) -> None:
+        self.chunks, self.result, self.may_overlap = chunks, result, may_overlap
         self.num_open = 0  # chunks begun and not ended
         self.is_exhausted = False
         self.work: Work | None = None
-
-    def end(self) -> None:
-        if self.finish is not None:
-            self.finish()
 
 
 def _advance(steps: Steps) -> bool:
@@ -54,7 +54,6 @@ def run(job: Job) -> None:
             break
         started = [] if chunk is None else [chunk]
         in_flight = [steps for steps in (*started, *in_flight) if _advance(steps)]
-    job.end()
 
 
 class Work(dist.Work if dist.is_available() else object):  # type: ignore[misc]
@@ -146,7 +145,8 @@ class _Loop:
 
     def _round(self) -> bool:
         """Begins a chunk, if there is one, and takes those before it a step on."""
-        if self._current is None and (not self._in_flight or not self._jobs.empty()):
+        may_begin = all(job.may_overlap for _, job in self._in_flight)
+        if self._current is None and (not self._in_flight or (may_begin and not self._jobs.empty())):
             self._current = self._jobs.get()
             if self._current is None:
                 return False
@@ -190,11 +190,6 @@ class _Loop:
     def _end_if_done(self, job: Job) -> None:
         if not job.is_exhausted or job.num_open or job.work is None:
             return
-        try:
-            job.end()
-        except Exception as error:
-            self._fail(job, error)
-            return
         work, job.work = job.work, None
         work.complete()
 
@@ -209,14 +204,14 @@ def start(job: Job, channel: Channel, tensors: list[Tensor]) -> Work:
     """The call without waiting for it. `tensors` are what it reads and writes."""
     device = job.result.device
     if device.type == "cpu":
-        if channel.finisher is None:
-            channel.finisher = Finisher()
+        if device not in channel.finishers:
+            channel.finishers[device] = Finisher()
         job.work = work = Work(job)
-        channel.finisher.submit(job)
+        channel.finishers[device].submit(job)
         return work
-    if channel.finisher is None:
-        channel.finisher = torch.cuda.Stream(device)
-    stream = channel.finisher
+    if device not in channel.finishers:
+        channel.finishers[device] = torch.cuda.Stream(device)
+    stream = channel.finishers[device]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run(job)

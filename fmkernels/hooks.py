@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._collectives_call import DEFAULT_CHUNK, Call, Options
+from ._collectives_call import DEFAULT_CHUNK, Call, Options, shard_bounds
 from ._collectives_launch import ALGORITHMS, launch_all_reduce
 
 __all__ = ["QuantizedAllReduce"]
@@ -69,15 +69,15 @@ class QuantizedAllReduce:
         name = type(self).__name__
         if isinstance(parameters, nn.Module):
             parameters = parameters.named_parameters()
-        named = [(key.removeprefix("module."), tensor) for key, tensor in parameters]
+        named = list(parameters)
+        if all(key.startswith("module.") for key, _ in named):  # of the wrapped model
+            named = [(key.removeprefix("module."), tensor) for key, tensor in named]
         self._names = {tensor: key for key, tensor in named}  # a tensor is a key by its identity
         self._numels = {key: tensor.numel() for key, tensor in named}
         self._options = Options(
             op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel, decay=decay
         )
         self._options.check(name, ALGORITHMS)
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"{name}: decay must be at least 0 and below 1, got {decay}.")
         if reset_interval is not None and reset_interval < 1:
             raise ValueError(f"{name}: reset_interval must be None or at least 1, got {reset_interval}.")
         if not error_feedback and (decay or reset_interval is not None):
@@ -134,7 +134,7 @@ class QuantizedAllReduce:
             numel, block = self._numels[name], self._options.block
             num_blocks = -(-numel // block)
             count = max(1, min(world_size, num_blocks * block // _MIN_PIECE))
-            ends = [min(num_blocks * i // count * block, numel) for i in range(count + 1)]
+            ends = shard_bounds(numel, count, block)
             first = zlib.crc32(name.encode())
             self._plans[name, world_size] = [
                 ((first + i) % world_size, slice(ends[i], ends[i + 1])) for i in range(count) if ends[i] < ends[i + 1]

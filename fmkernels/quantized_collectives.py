@@ -18,6 +18,7 @@ raises on the others within the group's timeout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -74,7 +75,8 @@ def all_reduce(
         error_feedback: float32, as many elements as tensor, zeros at first: what was lost is added in the next call.
             Written in place. Over calls with op "sum", the sum of all tensors is that of all results plus what the
             residuals of all ranks hold; a rank that sums a shard keeps what was lost there too.
-        async_op: return at once with a Work; tensor and error_feedback belong to the call until its `wait`.
+        async_op: return at once with a Work; tensor and error_feedback belong to the call until its `wait`. Where
+            another asynchronous call follows, on the CPU, that may last until all ranks have begun the other one.
         node_size: for "hierarchical": ranks to a node, of consecutive numbers; divides the size of the group.
         inter_bits: for "hierarchical": 8, 6, 4 or 1.
         hadamard: rotate 32 elements at a time before they are rounded, for data with outliers.
@@ -231,7 +233,8 @@ def all_to_all(
         error_feedback: float32, as many elements as input; see `all_reduce`.
         async_op: return at once with a Work.
         hadamard: rotate 32 elements at a time before they are rounded.
-        chunk_numel: elements of the input that are encoded at a time; the same on every rank, and changes no bit.
+        chunk_numel: elements of the input that are encoded at a time; the same on every rank, and changes no bit. On
+            CUDA all are one chunk: ranks with other lengths would make another number of collectives of torch.
 
     Returns:
         None, or the Work of an asynchronous call. Errors as those of `all_reduce`. Deterministic.
@@ -248,10 +251,14 @@ def all_to_all(
     parts, outs = strips_of(input, sends), strips_of(output, expects)
     residuals = None if error_feedback is None else strips_of(error_feedback, sends)
     call.begin(0, sends, expects, residuals is not None)
+    if call.transport.is_tagged:
+        num_chunks = call.num_chunks([*parts, *outs])
+    else:  # as many collectives on every rank, none of which knows the lengths of all
+        num_chunks, call.options = 1, replace(options, chunk_numel=1 << 62)
 
     def steps(message: int, chunk: int) -> Steps:
         lacks = None if residuals is None else call.pieces(residuals, chunk)
         return exchange(call.route, message, call.pieces(parts, chunk), call.pieces(outs, chunk), lacks)
 
     used = [input, output] if error_feedback is None else [input, output, error_feedback]
-    return call.launch(steps, call.num_chunks([*parts, *outs]), output, used, async_op, residuals is not None)
+    return call.launch(steps, num_chunks, output, used, async_op, residuals is not None)

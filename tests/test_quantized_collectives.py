@@ -247,22 +247,30 @@ def test_what_is_lost_is_in_the_residuals(options):
         assert torch.equal(cut[1], results[rank][1])
 
 
-def test_a_block_that_is_not_finite_keeps_its_residual():
+@pytest.mark.parametrize(
+    "options", [{}, {"op": "avg"}, {"op": "avg", "algorithm": "hierarchical", "node_size": 3}], ids=str
+)
+@pytest.mark.parametrize("bad", range(6))
+def test_a_block_that_is_not_finite_keeps_its_residual(bad, options):
+    """On the rank that sums it as on that which has it, to the bit: there and back by 1 / 3 and 3 is not."""
+    world_size, numel = 6, 6 * 128
+    block = slice(bad * 128, bad * 128 + 128)
+
     def body(rank, group):
-        residual = torch.zeros(512)
-        x = inputs(2, 512)[rank]
-        collectives.all_reduce(x, group=group, bits=4, error_feedback=residual)
+        residual = torch.zeros(numel)
+        x = inputs(world_size, numel)[rank]
+        collectives.all_reduce(x, group=group, bits=4, error_feedback=residual, **options)
         before = residual.clone()
-        x = inputs(2, 512)[rank]
-        if rank == 0:
-            x[200] = torch.inf
-        collectives.all_reduce(x, group=group, bits=4, error_feedback=residual)
+        x = inputs(world_size, numel)[rank]
+        x[block] = torch.inf
+        collectives.all_reduce(x, group=group, bits=4, error_feedback=residual, **options)
         assert residual.isfinite().all()
         return before, residual
 
-    before, after = as_threads(2, body)[0]
-    assert torch.equal(before[128:256], after[128:256])
-    assert not torch.equal(before, after)
+    for before, after in as_threads(world_size, body):
+        assert before[block].any()
+        assert torch.equal(before[block], after[block])
+        assert not torch.equal(before, after)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------

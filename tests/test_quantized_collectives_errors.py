@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 BAD = {
     "ValueError: all_reduce: op must be one of sum, avg, got max.": {"op": "max"},
     "ValueError: all_reduce: bits must be one of 8, 6, 4, 1, got 5.": {"bits": 5},
+    "ValueError: all_reduce: bits must be one of 8, 6, 4, 1, got True.": {"bits": True},
     "ValueError: all_reduce: inter_bits must be one of 8, 6, 4, 1, got 0.": {"inter_bits": 0},
     "ValueError: all_reduce: block must be a power of two from 32 to 2048, got 100.": {"block": 100},
     "ValueError: all_reduce: algorithm must be one of two_shot, one_shot, hierarchical, got ring.": {
@@ -227,6 +228,29 @@ def test_asynchronous_calls_overlap_and_are_waited_for_in_any_order():
         expected = reference.all_reduce([inputs(rank)[i] for rank in range(world_size)])
         for rank in range(world_size):
             assert torch.equal(results[rank][i], expected), (i, rank)
+
+
+@pytest.mark.parametrize("options", [{}, {"algorithm": "hierarchical", "node_size": 2}], ids=str)
+def test_a_rank_may_wait_for_a_call_before_it_begins_the_next(options):
+    """The others have begun both by then; what they still have to send for the first must not wait for the second."""
+
+    def body(rank, group):
+        def begin(x):
+            return collectives.all_reduce(x, group=group, async_op=True, **options)
+
+        x, y = torch.full((300,), float(rank)), torch.full((5,), 1.0)
+        if rank == 0:
+            time.sleep(0.2)
+            begin(x).wait()
+            begin(y).wait()
+        else:
+            for work in [begin(x), begin(y)]:
+                work.wait()
+        return x, y
+
+    for x, y in as_threads(4, body, seconds=5):
+        assert (x == 6).all()
+        assert (y == 4).all()
 
 
 def test_the_thread_of_a_group_ends_with_it():

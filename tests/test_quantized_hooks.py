@@ -11,8 +11,7 @@ from collective_ranks import as_processes, raised
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fmkernels import _collectives_call, quantized_collectives
-from fmkernels._collectives_transport import CollectiveTransport
+from fmkernels import quantized_collectives
 from fmkernels.hooks import QuantizedAllReduce
 from fmkernels.reference import quantized_collectives as reference
 
@@ -200,39 +199,21 @@ def check_errors(rank):
     assert raised(QuantizedAllReduce(model).load_state_dict, state) == (
         f"{name}errors must be empty where error_feedback is off, there are 1."
     )
+    error = {"errors": {"module.bias": torch.zeros(3)}, "num_steps": 1}
+    weights = {key: torch.zeros(3) for key in ("module.bias", "module.weight", "weight")}
+    own = [(key, weights[key]) for key in ("module.bias", "weight")]  # of a model with a part of this name
+    assert raised(QuantizedAllReduce(own, error_feedback=True).load_state_dict, error) == "nothing"
+    wrapped = [(key, weights[key]) for key in ("module.bias", "module.weight")]
+    error = {"errors": {"bias": torch.zeros(3)}, "num_steps": 1}
+    assert raised(QuantizedAllReduce(wrapped, error_feedback=True).load_state_dict, error) == "nothing"
     ddp = DistributedDataParallel(model)
     QuantizedAllReduce([]).register(ddp)
     text = raised(lambda: loss_of(ddp, rank, 0).backward())
     assert "QuantizedAllReduce: parameters must be all those of the DDP model, one of [" in text, text
 
 
-def check_transports(rank):
-    """What goes through collectives of torch, as on NCCL, has the bits of what goes as messages."""
-    x = torch.randn(5001, generator=torch.Generator().manual_seed(rank))
-    splits = [2000, 0, 3001]
-
-    def run():
-        results = [x.clone(), x.clone(), x.clone(), torch.empty(splits[rank]), torch.empty(5001)]
-        quantized_collectives.all_reduce(results[0], chunk_numel=1000)
-        quantized_collectives.all_reduce(results[1], algorithm="hierarchical", node_size=1)
-        quantized_collectives.all_reduce(results[2], algorithm="one_shot", bits=4)
-        quantized_collectives.reduce_scatter(results[3], x, input_splits=splits)
-        quantized_collectives.all_gather(results[4], x[: splits[rank]], output_splits=splits)
-        return results
-
-    messages = run()
-    make_transport = _collectives_call.make_transport
-    _collectives_call.make_transport = lambda name, group, device: CollectiveTransport(name, group)
-    try:
-        collectives = run()
-    finally:
-        _collectives_call.make_transport = make_transport
-    for a, b in zip(messages, collectives, strict=True):
-        assert torch.equal(a, b)
-
-
 def check_rank(rank, folder):
-    for check in (check_gradients, check_feedback, check_errors, check_transports):
+    for check in (check_gradients, check_feedback, check_errors):
         check(rank)
     check_training(rank, folder)
 
