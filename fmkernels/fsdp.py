@@ -58,7 +58,8 @@ class QuantizedReduceScatter(_Communication):
         bits: 8, 6, 4 or 1.
         block: elements to a scale.
         algorithm: "direct" or "hierarchical".
-        error_feedback: keep what rounding loses and add it in the next step. The object is then of one module alone.
+        error_feedback: keep what rounding loses and add it in the next step. The object is then of one module alone,
+            whose gradients must have the same layout in every step: `set_reduce_scatter_unused_params(True)`.
         decay: of the error, as in `hooks.QuantizedAllReduce`.
         node_size: for "hierarchical": ranks to a node.
         inter_bits: for "hierarchical": bits between nodes.
@@ -88,8 +89,8 @@ class QuantizedReduceScatter(_Communication):
             "decay": decay,
         }
         Options(**self._options).check(name, SCATTER_ALGORITHMS)
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"{name}: decay must be at least 0 and below 1, got {decay}.")
+        if decay and not error_feedback:
+            raise ValueError(f"{name}: decay must not be given without error_feedback, got {decay}.")
         self._has_feedback = error_feedback
         self._error: Tensor | None = None
 
@@ -147,7 +148,8 @@ def quantize_communication(
         scatter_bits: of gradients; None leaves them as they are.
         block: elements to a scale.
         algorithm: of the reduce-scatter.
-        error_feedback: of the reduce-scatter.
+        error_feedback: of the reduce-scatter. Parameters that had no gradient then travel as zeros, so that errors
+            stay with their parameters: such a parameter gets what it still lacks as its gradient.
         decay: of its error.
         node_size: for "hierarchical": ranks to a node.
         inter_bits: for "hierarchical": bits between nodes.
@@ -161,6 +163,12 @@ def quantize_communication(
     modules = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     if not modules:
         raise ValueError("quantize_communication: model must have modules of fully_shard, it has none.")
+    has_feedback = error_feedback and scatter_bits is not None
+    if has_feedback and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ValueError(
+            f"quantize_communication: error_feedback must be off where FSDPModule has no "
+            f"set_reduce_scatter_unused_params, as that of torch {torch.__version__}."
+        )
     scatters = {}
     for name, module in modules.items():
         if gather_bits is not None:
@@ -177,4 +185,6 @@ def quantize_communication(
                 hadamard=hadamard,
             )
             module.set_custom_reduce_scatter(scatters[name])
+        if has_feedback:
+            module.set_reduce_scatter_unused_params(True, recurse=False)
     return scatters

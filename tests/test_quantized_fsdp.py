@@ -115,6 +115,48 @@ def check_training(rank):
     assert state["scatters"][""]["error"] is None, "the root has no parameters of its own"
 
 
+class Switched(nn.Module):
+    """Two matrices of one size, of which a step may leave out the first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Parameter(torch.randn(24, 20)) for _ in range(2))
+
+    def forward(self, x, uses_first):
+        y = x @ self.second.t()
+        return y * (x @ self.first.t()) if uses_first else y
+
+
+def check_unused_parameter(rank):
+    """The error of a parameter stays its own in a step in which another has no gradient, and is what that one gets."""
+    x = torch.randn(8, 20, generator=torch.Generator().manual_seed(rank))
+
+    def step(model, uses_first):
+        model.zero_grad()
+        model(x, uses_first).square().mean().backward()
+
+    model, alone = Switched(), Switched()
+    fully_shard(model)
+    options = {"scatter_bits": 4, "error_feedback": True}
+    scatter = quantize_communication(model, gather_bits=None, **options)[""]
+    step(model, True)
+    errors = scatter.state_dict()["error"].view(WORLD_SIZE, 2, -1)
+    assert errors[:, 0].any()
+    gathered = [torch.empty_like(errors) for _ in range(WORLD_SIZE)]
+    dist.all_gather(gathered, errors)
+    step(alone, False)
+    grads = [torch.empty(24, 20) for _ in range(WORLD_SIZE)]
+    dist.all_gather(grads, alone.second.grad)
+    laid = [laid_out([torch.zeros(24, 20), grad]).view(WORLD_SIZE, 2, -1) for grad in grads]
+    inputs = [(error + grad).flatten() for error, grad in zip(gathered, laid, strict=True)]
+    splits = [inputs[0].numel() // WORLD_SIZE] * WORLD_SIZE
+    expected = reference.reduce_scatter(inputs, splits, op="avg", bits=4)[rank]
+    step(model, False)
+    assert model.first.grad is not None
+    assert torch.equal(torch.cat([p.grad.to_local().flatten() for p in (model.first, model.second)]), expected)
+
+
 def check_errors(rank):
     del rank
     x, y = torch.zeros(8), torch.zeros(2)
@@ -134,13 +176,20 @@ def check_errors(rank):
     assert raised(QuantizedReduceScatter().load_state_dict, {"error": x}) == (
         "ValueError: QuantizedReduceScatter: error must be None where error_feedback is off, it is a tensor."
     )
+    for value, options in ((1.5, {"error_feedback": True}), (-0.5, {})):
+        assert raised(QuantizedReduceScatter, decay=value, **options) == (
+            f"ValueError: QuantizedReduceScatter: decay must be at least 0 and below 1, got {value}."
+        )
+    assert raised(QuantizedReduceScatter, decay=0.5) == (
+        "ValueError: QuantizedReduceScatter: decay must not be given without error_feedback, got 0.5."
+    )
     assert raised(quantize_communication, nn.Linear(2, 2)) == (
         "ValueError: quantize_communication: model must have modules of fully_shard, it has none."
     )
 
 
 def check_rank(rank):
-    for check in (check_scatter, check_gather, check_training, check_errors):
+    for check in (check_scatter, check_gather, check_training, check_unused_parameter, check_errors):
         check(rank)
 
 
