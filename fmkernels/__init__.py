@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels for foundation models: attention, caches, sparsity, experts and collectives, on the CPU and on CUDA."""
 
-from . import block_codec, moe, nn, paged_kv
+from . import block_codec, moe, nn, paged_kv, quantized_collectives
 from ._version import __version__
 from .attention import attention, attention_varlen
 from .block_mask import BlockMask, create_block_mask
@@ -57,6 +57,7 @@ __all__ = [
     "nn",
     "paged_kv",
     "quantize_weight",
+    "quantized_collectives",
     "quantized_linear",
     "random_blocks",
     "rms_norm",

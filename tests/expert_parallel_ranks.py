@@ -1,45 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that are the ranks of a group, and a layer of experts whose tokens and weights they share."""
-
-import datetime
-import multiprocessing
-import os
+"""A layer of experts whose tokens and weights the ranks of a group share."""
 
 import torch
-import torch.distributed as dist
 
 from fmkernels import moe
-
-# What the first process imports of which the ranks are forks; it has no threads, as a process of tests has.
-IMPORTED_ONCE = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.testing", "fmkernels.expert_parallel")
-
-
-def spawn(body, folder, num_ranks, *args):
-    """Runs body(rank, *args) in so many processes; a failure of one is raised here."""
-    multiprocessing.set_forkserver_preload(list(IMPORTED_ONCE))
-    torch.multiprocessing.start_processes(
-        _rank, (body, folder / "store", num_ranks, args), nprocs=num_ranks, start_method="forkserver"
-    )
-
-
-def _rank(rank, body, store, num_ranks, args):
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timeout)
-    body(rank, *args)
-    dist.barrier()
-    dist.destroy_process_group()
-    # DTensor's caches keep the process group, whose threads sometimes abort an ordinary exit (pytorch/pytorch#190489).
-    os._exit(0)
-
-
-def raised(function, *args, **kwargs):
-    """What a call raises, as text."""
-    try:
-        function(*args, **kwargs)
-    except (ValueError, TypeError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 class Layer:

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from expert_parallel_ranks import Layer, same, spawn
+from collective_ranks import as_processes
+from expert_parallel_ranks import Layer, same
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -286,7 +287,7 @@ def check_all(rank):
 
 
 def test_ranks_have_the_bits_of_one_process(tmp_path):
-    spawn(check_all, tmp_path, 4)
+    as_processes(4, check_all, tmp_path)
 
 
 def check_any_sizes(rank):
@@ -310,7 +311,7 @@ def check_any_sizes(rank):
 
 @pytest.mark.slow
 def test_any_sizes(tmp_path):
-    spawn(check_any_sizes, tmp_path, 4)
+    as_processes(4, check_any_sizes, tmp_path)
 
 
 @pytest.mark.parametrize("payload", ["int8", "float8_e4m3fn"])

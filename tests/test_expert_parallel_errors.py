@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from expert_parallel_ranks import Layer, raised, spawn
+from collective_ranks import as_processes, raised
+from expert_parallel_ranks import Layer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -73,7 +74,7 @@ def check_agreement(rank):
 
 
 def test_what_differs_between_ranks_is_said_on_each(tmp_path):
-    spawn(check_agreement, tmp_path, 4)
+    as_processes(4, check_agreement, tmp_path)
 
 
 SECONDS = 4
@@ -114,7 +115,7 @@ def check_death(rank, when):
 @pytest.mark.parametrize("when", ["experts", "backward", "stops"])
 def test_a_rank_that_dies_hangs_nobody(when, tmp_path):
     begin = time.monotonic()
-    spawn(check_death, tmp_path, 3, when)
+    as_processes(3, check_death, tmp_path, when)
     assert time.monotonic() - begin < 60
 
 

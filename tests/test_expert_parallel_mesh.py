@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from expert_parallel_ranks import spawn
+from collective_ranks import as_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -144,7 +144,7 @@ def check_all(rank, folder):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a checkpoint read by one process
 def test_meshes_have_the_bits_of_one_process(tmp_path):
-    spawn(check_all, tmp_path, 4, tmp_path / "checkpoint")
+    as_processes(4, check_all, tmp_path, tmp_path / "checkpoint")
     plain = make()
     state = {name: torch.empty_like(t) for name, t in plain.state_dict().items()}
     dcp.load(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)

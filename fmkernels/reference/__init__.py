@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of each op in plain torch: slow on purpose, exact in float64, differentiable by autograd."""
 
-from . import block_codec, moe, paged_kv
+from . import block_codec, moe, paged_kv, quantized_collectives
 from .attention import attention, attention_scores, attention_varlen
 from .block_sparse import dds, dsd, sdd, topology_moe
 from .cross_entropy import cross_entropy, linear_cross_entropy
@@ -37,6 +37,7 @@ __all__ = [
     "paged_kv",
     "philox",
     "quantize_weight",
+    "quantized_collectives",
     "quantized_linear",
     "rms_norm",
     "rope",

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a quantised collective for one chunk, as generators that yield while their messages are under way.
+
+A shard belongs to one rank, which sums what all ranks have of it. A chunk is a piece of every shard, cut at blocks: a
+block's bits depend on that block of every rank and on nothing around it, and its owner does not depend on the chunks.
+What a rank decodes is always the wire, its own shard too: that makes ranks bit-identical.
+
+    all_reduce      reduce_to_owner -> requantise -> gather_from_owners -> decode
+    reduce_scatter  reduce_to_owner -> decode and sum
+    one_shot        every rank sends all it has to every rank, decode and sum
+
+Hierarchical, rank = node * node_size + local: wires go to the rank of the same `local` inside the node, are summed
+there and requantised with `inter_bits`, then to the owner; the result goes back the way they came, in `inter_bits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._collectives_codec import Codec, Strip
+from ._collectives_transport import Transport
+
+Steps = Generator[None, None, None]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What all chunks of a call share."""
+
+    transport: Transport
+    codec: Codec
+    inter_codec: Codec  # between nodes
+    node_size: int  # 0: all ranks are alike
+    op: str  # "avg" divides by the ranks of each hop
+    decay: float  # of the residual
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.transport.world_size
+
+    @property
+    def result_codec(self) -> Codec:
+        return self.inter_codec if self.node_size else self.codec
+
+    def requantise(
+        self, messages: Tensor, strip: Strip, weight: int, codec: Codec, to: Codec, residuals: Strip | None
+    ) -> Tensor:
+        """The message of the sum of `weight` ranks. What it lacks is this rank's to keep: nobody else knows the sum."""
+        if residuals is None:
+            return codec.reduce(messages, strip, self.op, to)
+        return codec.reduce_with(messages, strip, residuals, self.decay, self.op, weight, to)
+
+    def encode_all(self, pieces: Sequence[Strip], residuals: Sequence[Strip] | None) -> list[Tensor]:
+        lacks = [None] * len(pieces) if residuals is None else residuals
+        return [self.codec.encode(strip, lack, self.decay) for strip, lack in zip(pieces, lacks, strict=True)]
+
+    # ---- messages 0, 1 of a chunk: to the owner ----
+
+    def reduce_to_owner(
+        self, message: int, pieces: Sequence[Strip], residuals: Sequence[Strip] | None
+    ) -> Generator[None, None, tuple[Tensor, Codec]]:
+        """[ranks, bytes] of the messages whose sum is this rank's piece, and what they are written in."""
+        wires = self.encode_all(pieces, residuals)
+        if not self.node_size:
+            pending = self.transport.exchange(message, wires, [wires[self.rank].numel()] * self.world_size)
+            yield
+            pending.wait()
+            return pending.received.view(self.world_size, -1), self.codec
+        node, local = divmod(self.rank, self.node_size)
+        peers = range(node * self.node_size, (node + 1) * self.node_size)
+        nothing = wires[0].new_empty(0)
+        sends, sizes = [nothing] * self.world_size, [0] * self.world_size
+        mine = self.of_local(local)
+        for peer in peers:
+            sends[peer] = torch.cat([wires[owner] for owner in self.of_local(peer - peers.start)])
+            sizes[peer] = sum(wires[owner].numel() for owner in mine)
+        pending = self.transport.exchange(message, sends, sizes)
+        yield
+        pending.wait()
+        parts = pending.received.view(self.node_size, -1).split([wires[owner].numel() for owner in mine], 1)
+        sends = [nothing] * self.world_size
+        for owner, part in zip(mine, parts, strict=True):
+            lack = None if residuals is None else residuals[owner]
+            sends[owner] = self.requantise(part, pieces[owner], self.node_size, self.codec, self.inter_codec, lack)
+        size = self.inter_codec.message_bytes(pieces[self.rank])
+        pending = self.transport.exchange(
+            message + 1, sends, [size if j in mine else 0 for j in range(self.world_size)]
+        )
+        yield
+        pending.wait()
+        return pending.received.view(len(mine), -1), self.inter_codec
+
+    def of_local(self, local: int) -> range:
+        """The ranks with this place in their nodes."""
+        return range(local, self.world_size, self.node_size)
+
+    # ---- messages 2, 3: back to everyone ----
+
+    def gather_from_owners(
+        self, message: int, wire: Tensor, sizes: Sequence[int]
+    ) -> Generator[None, None, Sequence[Tensor]]:
+        """The messages of all pieces, of `sizes` bytes, in the order of their owners."""
+        if not self.node_size:
+            pending = self.transport.gather(message + 2, wire, sizes)
+            yield
+            return pending.wait()
+        nothing = wire.new_empty(0)
+        node, local = divmod(self.rank, self.node_size)
+        mine = self.of_local(local)
+        pending = self.transport.exchange(
+            message + 2,
+            [wire if j in mine else nothing for j in range(self.world_size)],
+            [sizes[j] if j in mine else 0 for j in range(self.world_size)],
+        )
+        yield
+        pending.wait()
+        peers = range(node * self.node_size, (node + 1) * self.node_size)
+        parts = {peer: [sizes[owner] for owner in self.of_local(peer - peers.start)] for peer in peers}
+        pending = self.transport.exchange(
+            message + 3,
+            [pending.received if j in peers else nothing for j in range(self.world_size)],
+            [sum(parts[j]) if j in peers else 0 for j in range(self.world_size)],
+        )
+        yield
+        received = pending.wait()
+        wires: list[Tensor] = [nothing] * self.world_size
+        for peer in peers:
+            for owner, part in zip(self.of_local(peer - peers.start), received[peer].split(parts[peer]), strict=True):
+                wires[owner] = part
+        return wires
+
+
+def two_shot(
+    route: Route, message: int, pieces: Sequence[Strip], outs: Sequence[Strip], residuals: Sequence[Strip] | None
+) -> Steps:
+    """all_reduce of one piece of each shard; also the hierarchical one."""
+    messages, codec = yield from route.reduce_to_owner(message, pieces, residuals)
+    to, rank = route.result_codec, route.rank
+    lack = None if residuals is None else residuals[rank]
+    mine = route.requantise(messages, pieces[rank], route.world_size, codec, to, lack)
+    results = yield from route.gather_from_owners(message, mine, [to.message_bytes(strip) for strip in pieces])
+    for result, out in zip(results, outs, strict=True):
+        to.decode(result, out)
+
+
+def one_shot(route: Route, message: int, piece: Strip, out: Strip, residual: Strip | None) -> Steps:
+    """all_reduce of a piece that every rank sums by itself: one rounding, and as many bytes as ranks."""
+    mine = route.codec.encode(piece, residual, route.decay)
+    pending = route.transport.gather(message, mine, [mine.numel()] * route.world_size)
+    yield
+    pending.wait()
+    route.codec.sum(pending.received.view(route.world_size, -1), out, route.op)
+
+
+def scatter(
+    route: Route, message: int, pieces: Sequence[Strip], out: Strip, residuals: Sequence[Strip] | None
+) -> Steps:
+    """reduce_scatter of one piece of each shard."""
+    messages, codec = yield from route.reduce_to_owner(message, pieces, residuals)
+    codec.sum(messages, out, route.op)
+
+
+def gather(route: Route, message: int, piece: Strip, outs: Sequence[Strip], residual: Strip | None) -> Steps:
+    """all_gather of a piece of what every rank has."""
+    mine = route.codec.encode(piece, residual, route.decay)
+    pending = route.transport.gather(message, mine, [route.codec.message_bytes(out) for out in outs])
+    yield
+    for part, out in zip(pending.wait(), outs, strict=True):
+        route.codec.decode(part, out)
+
+
+def exchange(
+    route: Route, message: int, pieces: Sequence[Strip], outs: Sequence[Strip], residuals: Sequence[Strip] | None
+) -> Steps:
+    """all_to_all of a piece of each part."""
+    messages = route.encode_all(pieces, residuals)
+    pending = route.transport.exchange(message, messages, [route.codec.message_bytes(out) for out in outs])
+    yield
+    for part, out in zip(pending.wait(), outs, strict=True):
+        route.codec.decode(part, out)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Communication hooks of DistributedDataParallel: gradients travel as codes (`fmkernels.quantized_collectives`)."""
+
+# No `from __future__ import annotations`: DDP compares the annotation of `bucket` with dist.GradBucket itself.
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._collectives_call import DEFAULT_CHUNK, Call, Options, shard_bounds
+from ._collectives_launch import ALGORITHMS, launch_all_reduce
+
+__all__ = ["QuantizedAllReduce"]
+
+_MIN_PIECE = 4096  # elements that are worth a wire of their own
+
+
+class QuantizedAllReduce:
+    """Averages the gradients of a DistributedDataParallel model with `quantized_collectives.all_reduce`.
+
+        compression = QuantizedAllReduce(model, bits=4, error_feedback=True)
+        compression.register(DistributedDataParallel(model))
+
+    Asynchronous: the thread of the backward pass only hands a bucket over. The blocks of a parameter are counted from
+    its own first element and its shards belong to ranks by its name, so that its gradient has the same bits in whatever
+    buckets DDP puts it: those of the first step, of later ones, of another `bucket_cap_mb`, and after a restart.
+
+    Args:
+        parameters: the model, wrapped or not, or its `named_parameters()`.
+        group: that of the DDP model; None: the default group.
+        op: "avg", as DDP without a hook, or "sum".
+        bits: 8, 6, 4 or 1.
+        block: elements to a scale.
+        algorithm: "two_shot", "one_shot" or "hierarchical".
+        error_feedback: keep what rounding loses, in float32 for every parameter, and add it in the next step.
+        decay: of the error, which then is a moving average (LoCo): decay * error + (1 - decay) * what was lost.
+        reset_interval: steps after which the errors are set to zero (LoCo); None: never.
+        node_size: for "hierarchical": ranks to a node.
+        inter_bits: for "hierarchical": bits between nodes.
+        hadamard: rotate before rounding.
+        chunk_numel: elements that are encoded at a time.
+
+    Scaled losses: errors are in the units of the gradients they come from; `rescale` them when the scale changes. A
+    block that is not finite, in a step that a scaler will skip, leaves its error as it was.
+
+    The state is that of one rank. It is saved and loaded by the rank that it belongs to.
+    """
+
+    def __init__(
+        self,
+        parameters: nn.Module | Iterable[tuple[str, Tensor]],
+        *,
+        group: Any = None,
+        op: str = "avg",
+        bits: int = 8,
+        block: int = 128,
+        algorithm: str = "two_shot",
+        error_feedback: bool = False,
+        decay: float = 0.0,
+        reset_interval: int | None = None,
+        node_size: int | None = None,
+        inter_bits: int = 4,
+        hadamard: bool = False,
+        chunk_numel: int = DEFAULT_CHUNK,
+    ) -> None:
+        name = type(self).__name__
+        if isinstance(parameters, nn.Module):
+            parameters = parameters.named_parameters()
+        named = list(parameters)
+        if all(key.startswith("module.") for key, _ in named):  # of the wrapped model
+            named = [(key.removeprefix("module."), tensor) for key, tensor in named]
+        self._names = {tensor: key for key, tensor in named}  # a tensor is a key by its identity
+        self._numels = {key: tensor.numel() for key, tensor in named}
+        self._options = Options(
+            op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel, decay=decay
+        )
+        self._options.check(name, ALGORITHMS)
+        if reset_interval is not None and reset_interval < 1:
+            raise ValueError(f"{name}: reset_interval must be None or at least 1, got {reset_interval}.")
+        if not error_feedback and (decay or reset_interval is not None):
+            raise ValueError(f"{name}: decay and reset_interval must not be given without error_feedback.")
+        self._has_feedback, self._reset_interval = error_feedback, reset_interval
+        self._num_steps = 0
+        self._plans: dict[tuple[str, int], list[tuple[int, slice]]] = {}
+        self._errors: dict[str, Tensor] = {}
+
+    def register(self, model: nn.parallel.DistributedDataParallel) -> None:
+        """Makes this the communication hook of the model, which can have one."""
+        model.register_comm_hook(self, QuantizedAllReduce.hook)
+
+    @staticmethod
+    def hook(state: "QuantizedAllReduce", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """For `register_comm_hook(compression, QuantizedAllReduce.hook)`."""
+        return state._reduce(bucket)
+
+    @torch.no_grad()
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        call = Call("all_reduce", buffer, self._options, ALGORITHMS)
+        unknown = [list(tensor.shape) for tensor in parameters if tensor not in self._names]
+        if unknown:
+            raise ValueError(
+                f"QuantizedAllReduce: parameters must be all those of the DDP model, one of {unknown[0]} is missing."
+            )
+        if bucket.index() == 0:
+            self._begin_step()
+        names = [self._names[tensor] for tensor in parameters]
+        gradients = buffer.split([self._numels[name] for name in names])
+        errors = [self._error(name, buffer.device) for name in names] if self._has_feedback else None
+        shards: list[list[Tensor]] = [[] for _ in range(call.world_size)]
+        residuals: list[list[Tensor]] = [[] for _ in range(call.world_size)]
+        for index, name in enumerate(names):
+            for owner, piece in self._pieces(name, call.world_size):
+                shards[owner].append(gradients[index][piece])
+                if errors is not None:
+                    residuals[owner].append(errors[index][piece])
+        work = launch_all_reduce(call, shards, residuals if self._has_feedback else None, buffer, async_op=True)
+        return work.get_future()
+
+    def _begin_step(self) -> None:
+        if self._reset_interval is not None and self._num_steps and self._num_steps % self._reset_interval == 0:
+            self.rescale(0.0)
+        self._num_steps += 1
+
+    def _pieces(self, name: str, world_size: int) -> list[tuple[int, slice]]:
+        """The pieces of a parameter and their owners, whatever the bucket: a piece for each rank, if it is worth it.
+
+        The first owner depends on the name, so that small parameters do not all go to one rank.
+        """
+        if (name, world_size) not in self._plans:
+            numel, block = self._numels[name], self._options.block
+            num_blocks = -(-numel // block)
+            count = max(1, min(world_size, num_blocks * block // _MIN_PIECE))
+            ends = shard_bounds(numel, count, block)
+            first = zlib.crc32(name.encode())
+            self._plans[name, world_size] = [
+                ((first + i) % world_size, slice(ends[i], ends[i + 1])) for i in range(count) if ends[i] < ends[i + 1]
+            ]
+        return self._plans[name, world_size]
+
+    # ---- errors ----
+
+    def _error(self, name: str, device: torch.device) -> Tensor:
+        error = self._errors.get(name)
+        if error is None:
+            error = torch.zeros(self._numels[name], dtype=torch.float32, device=device)
+        self._errors[name] = error = error.to(device)
+        return error
+
+    def errors(self) -> dict[str, Tensor]:
+        """The error of every parameter that has been through the hook, flat, on its device; copies."""
+        return {name: error.clone() for name, error in sorted(self._errors.items())}
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies the errors, as when a loss is scaled by another factor from now on."""
+        for error in self._errors.values():
+            error.mul_(factor) if factor else error.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The errors by the names of parameters, and the number of steps. Of this rank."""
+        return {"errors": self.errors(), "num_steps": self._num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave on this rank, before the first step or between two."""
+        name = type(self).__name__
+        unknown = sorted(set(state["errors"]) - set(self._names.values()))
+        if unknown:
+            raise ValueError(f"{name}: errors must be of parameters of the model, it has no {unknown[0]}.")
+        if state["errors"] and not self._has_feedback:
+            raise ValueError(
+                f"{name}: errors must be empty where error_feedback is off, there are {len(state['errors'])}."
+            )
+        for key, tensor in state["errors"].items():
+            if tensor.dtype != torch.float32 or tensor.numel() != self._numels[key]:
+                raise ValueError(
+                    f"{name}: the error of {key} must be float32 with {self._numels[key]} elements, it is "
+                    f"{tensor.dtype} with {tensor.numel()}."
+                )
+        self._errors = {key: tensor.detach().clone().view(-1) for key, tensor in state["errors"].items()}
+        self._num_steps = state["num_steps"]

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fmkernels.fsdp under fully_shard in four processes, which are also two nodes of two."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from collective_ranks import as_processes, raised
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from fmkernels.fsdp import QuantizedAllGather, QuantizedReduceScatter, quantize_communication
+from fmkernels.reference import quantized_collectives as reference
+
+WORLD_SIZE = 4
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+def make():
+    """The same parameters in every process."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 132), nn.Tanh(), nn.Linear(132, 8))
+
+
+def shard(model, **options):
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    fully_shard(model)
+    return quantize_communication(model, **options) if options else {}
+
+
+def loss_of(model, rank, step=0):
+    x = torch.randn(8, 20, generator=torch.Generator().manual_seed(100 * step + rank))
+    return (model(x) - x[:, :8] * x[:, 8:16]).square().mean()
+
+
+def laid_out(tensors):
+    """[ranks of the shard, elements]: what FSDP exchanges for a layer."""
+    return torch.cat([t.reshape(WORLD_SIZE, -1) for t in tensors], 1)
+
+
+def check_scatter(rank):
+    """The gradients of a layer are one reduce_scatter, in parts as FSDP lays them out."""
+    grads = []  # of every rank alone
+    for other in range(WORLD_SIZE):
+        model = make()
+        loss_of(model, other).backward()
+        grads.append([laid_out([layer.weight.grad, layer.bias.grad]) for layer in (model[0], model[2])])
+    for options in (
+        {"bits": 8},
+        {"bits": 4, "hadamard": True},
+        {"bits": 8, "algorithm": "hierarchical", "node_size": 2},
+    ):
+        model = make()
+        named = {"scatter_bits" if key == "bits" else key: value for key, value in options.items()}
+        shard(model, gather_bits=None, **named)
+        loss_of(model, rank).backward()
+        for index, layer in enumerate((model[0], model[2])):
+            inputs = [grad[index].flatten() for grad in grads]
+            splits = [inputs[0].numel() // WORLD_SIZE] * WORLD_SIZE
+            expected = reference.reduce_scatter(inputs, splits, op="avg", **options)[rank]
+            actual = torch.cat([p.grad.to_local().flatten() for p in (layer.weight, layer.bias)])
+            assert torch.equal(actual, expected), (options, index)
+
+
+def check_gather(rank):
+    """Every rank computes with what all decode; the shards stay exact."""
+    del rank
+    model, exact = make(), make()
+    shard(model, scatter_bits=None, gather_bits=4)
+    for layer, whole in ((model[0], exact[0]), (model[2], exact[2])):
+        shards = laid_out([whole.weight.detach(), whole.bias.detach()])
+        expected = reference.all_gather(list(shards), bits=4).view(WORLD_SIZE, -1)
+        layer.unshard()
+        assert torch.equal(laid_out([layer.weight.detach(), layer.bias.detach()]), expected)
+        layer.reshard()
+        assert torch.equal(layer.weight.full_tensor(), whole.weight)
+
+
+def train(options, rank, num_steps, state=None, first=0):
+    model = make()
+    if state is not None:
+        model.load_state_dict(state["model"])
+    scatters = shard(model, **options)
+    for name, scatter in scatters.items():
+        if state is not None:
+            scatter.load_state_dict(state["scatters"][name])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    losses = []
+    for step in range(first, first + num_steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, rank, step)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    mean = torch.stack(losses[-6:]).mean()
+    dist.all_reduce(mean)
+    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    return mean.item(), {"model": whole, "scatters": {name: s.state_dict() for name, s in scatters.items()}}
+
+
+def check_training(rank):
+    exact, _ = train({}, rank, 12)
+    for options, allowed in (({"scatter_bits": 8}, 0.01), ({"scatter_bits": 4, "error_feedback": True}, 0.03)):
+        loss, state = train(options, rank, 12)
+        assert abs(loss / exact - 1) <= allowed, (options, loss, exact)
+    _, half = train(options, rank, 5)
+    _, resumed = train(options, rank, 7, state=half, first=5)
+    for name, tensor in state["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+    for name in ("0", "2"):
+        error = state["scatters"][name]["error"]
+        assert error.any()
+        assert torch.equal(error, resumed["scatters"][name]["error"]), name
+    assert state["scatters"][""]["error"] is None, "the root has no parameters of its own"
+
+
+class Switched(nn.Module):
+    """Two matrices of one size, of which a step may leave out the first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Parameter(torch.randn(24, 20)) for _ in range(2))
+
+    def forward(self, x, uses_first):
+        y = x @ self.second.t()
+        return y * (x @ self.first.t()) if uses_first else y
+
+
+def check_unused_parameter(rank):
+    """The error of a parameter stays its own in a step in which another has no gradient, and is what that one gets."""
+    x = torch.randn(8, 20, generator=torch.Generator().manual_seed(rank))
+
+    def step(model, uses_first):
+        model.zero_grad()
+        model(x, uses_first).square().mean().backward()
+
+    model, alone = Switched(), Switched()
+    fully_shard(model)
+    options = {"scatter_bits": 4, "error_feedback": True}
+    scatter = quantize_communication(model, gather_bits=None, **options)[""]
+    step(model, True)
+    errors = scatter.state_dict()["error"].view(WORLD_SIZE, 2, -1)
+    assert errors[:, 0].any()
+    gathered = [torch.empty_like(errors) for _ in range(WORLD_SIZE)]
+    dist.all_gather(gathered, errors)
+    step(alone, False)
+    grads = [torch.empty(24, 20) for _ in range(WORLD_SIZE)]
+    dist.all_gather(grads, alone.second.grad)
+    laid = [laid_out([torch.zeros(24, 20), grad]).view(WORLD_SIZE, 2, -1) for grad in grads]
+    inputs = [(error + grad).flatten() for error, grad in zip(gathered, laid, strict=True)]
+    splits = [inputs[0].numel() // WORLD_SIZE] * WORLD_SIZE
+    expected = reference.reduce_scatter(inputs, splits, op="avg", bits=4)[rank]
+    step(model, False)
+    assert model.first.grad is not None
+    assert torch.equal(torch.cat([p.grad.to_local().flatten() for p in (model.first, model.second)]), expected)
+
+
+def check_errors(rank):
+    del rank
+    x, y = torch.zeros(8), torch.zeros(2)
+    group = dist.group.WORLD
+    scatter = QuantizedReduceScatter(error_feedback=True)
+    assert raised(scatter, y, x, group, dist.ReduceOp.MAX).startswith(
+        "ValueError: QuantizedReduceScatter: op must be SUM or AVG, got "
+    )
+    scatter(y, x, group, dist.ReduceOp.SUM)
+    assert raised(scatter, y, torch.zeros(12), group, dist.ReduceOp.SUM) == (
+        "ValueError: QuantizedReduceScatter: input_tensor must have the 8 elements of the error, it has 12; with "
+        "error_feedback every module needs an object of its own."
+    )
+    assert raised(QuantizedAllGather, bits=3) == (
+        "ValueError: QuantizedAllGather: bits must be one of 8, 6, 4, 1, got 3."
+    )
+    assert raised(QuantizedReduceScatter().load_state_dict, {"error": x}) == (
+        "ValueError: QuantizedReduceScatter: error must be None where error_feedback is off, it is a tensor."
+    )
+    for value, options in ((1.5, {"error_feedback": True}), (-0.5, {})):
+        assert raised(QuantizedReduceScatter, decay=value, **options) == (
+            f"ValueError: QuantizedReduceScatter: decay must be at least 0 and below 1, got {value}."
+        )
+    assert raised(QuantizedReduceScatter, decay=0.5) == (
+        "ValueError: QuantizedReduceScatter: decay must not be given without error_feedback, got 0.5."
+    )
+    assert raised(quantize_communication, nn.Linear(2, 2)) == (
+        "ValueError: quantize_communication: model must have modules of fully_shard, it has none."
+    )
+
+
+def check_rank(rank):
+    for check in (check_scatter, check_gather, check_training, check_unused_parameter, check_errors):
+        check(rank)
+
+
+def test_fully_shard(tmp_path):
+    as_processes(WORLD_SIZE, check_rank, tmp_path)
