@@ -91,7 +91,7 @@ class QuantizedReduceScatter(_Communication):
         Options(**self._options).check(name, SCATTER_ALGORITHMS)
         if decay and not error_feedback:
             raise ValueError(f"{name}: decay must not be given without error_feedback, got {decay}.")
-        self._has_feedback = error_feedback
+        self._error_feedback = error_feedback
         self._error: Tensor | None = None
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class QuantizedReduceScatter(_Communication):
         if meant is None:
             raise ValueError(f"{name}: op must be SUM or AVG, got {op}; a gradient divide factor needs SUM.")
         options = Options(op=meant, group=group, **self._options)
-        if self._has_feedback:
+        if self._error_feedback:
             if self._error is None:
                 self._error = torch.zeros(input_tensor.numel(), dtype=torch.float32, device=input_tensor.device)
             if self._error.numel() != input_tensor.numel():
@@ -122,7 +122,7 @@ class QuantizedReduceScatter(_Communication):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave on this rank, in a group of the same size."""
         error = state["error"]
-        if error is not None and not self._has_feedback:
+        if error is not None and not self._error_feedback:
             raise ValueError(f"{type(self).__name__}: error must be None where error_feedback is off, it is a tensor.")
         self._error = None if error is None else error.detach().clone()
 
@@ -160,11 +160,12 @@ def quantize_communication(
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if error_feedback and scatter_bits is None:
+        raise ValueError("quantize_communication: error_feedback must be off with scatter_bits=None, it was given.")
     modules = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     if not modules:
         raise ValueError("quantize_communication: model must have modules of fully_shard, it has none.")
-    has_feedback = error_feedback and scatter_bits is not None
-    if has_feedback and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    if error_feedback and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ValueError(
             f"quantize_communication: error_feedback must be off where FSDPModule has no "
             f"set_reduce_scatter_unused_params, as that of torch {torch.__version__}."
@@ -185,6 +186,6 @@ def quantize_communication(
                 hadamard=hadamard,
             )
             module.set_custom_reduce_scatter(scatters[name])
-        if has_feedback:
+        if error_feedback:
             module.set_reduce_scatter_unused_params(True, recurse=False)
     return scatters

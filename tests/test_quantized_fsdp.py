@@ -186,6 +186,9 @@ def check_errors(rank):
     assert raised(quantize_communication, nn.Linear(2, 2)) == (
         "ValueError: quantize_communication: model must have modules of fully_shard, it has none."
     )
+    assert raised(quantize_communication, nn.Linear(2, 2), scatter_bits=None, error_feedback=True) == (
+        "ValueError: quantize_communication: error_feedback must be off with scatter_bits=None, it was given."
+    )
 
 
 def check_rank(rank):
