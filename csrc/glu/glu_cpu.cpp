@@ -9,25 +9,13 @@
 
 #include "../common/dispatch.h"
 #include "../common/parallel.h"
+#include "../common/sigmoid_cpu.h"
 #include "../common/vec_pair.h"
 
 namespace fmkernels {
 namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;
-
-FM_INLINE VecF choose(VecI condition, VecF yes, VecF no) { return condition ? yes : no; }
-
-// sigmoid(x) and 1 - sigmoid(x), neither by a difference.
-struct Sigmoid {
-  VecF value, rest;
-};
-FM_INLINE Sigmoid sigmoid(VecF x) {
-  const VecF e = exp(-absolute(x));
-  const VecF large = 1.0f / (1.0f + e), small = e * large;
-  const VecI is_positive = x > 0.0f;
-  return {choose(is_positive, large, small), choose(is_positive, small, large)};
-}
 
 // The distribution function of the normal distribution, and its density times sqrt(2 pi).
 struct Normal {
@@ -51,7 +39,7 @@ FM_INLINE Normal normal(VecF x) {
 // act(g). sigmoid(x) is 1 / (1 + exp(-x)) here: where exp overflows, a finite g gives 0, and -infinity NaN, as in torch.
 template <GluActivation activation>
 FM_INLINE VecF activate(VecF g) {
-  if constexpr (activation == GluActivation::kSilu) return g / (1.0f + exp(-g));
+  if constexpr (activation == GluActivation::kSilu) return silu(g);
   if constexpr (activation == GluActivation::kGelu) return g * normal(g).distribution;
   return g / (1.0f + exp(-g * (kTanhLinear + kTanhCubic * (g * g))));
 }

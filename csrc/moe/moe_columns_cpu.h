@@ -4,11 +4,11 @@
 //
 // Halves    The columns of b are two lists of as many, the second one perhaps shorter by one: gate and up, or the first and the
 //           second half of them. A tile has the same columns of both, so that what joins them finds them in registers.
-// Few rows  Up to 4 (6 of halves): 16 bytes of each of a vector of columns are transposed in registers and multiplied by every
+// Few rows  Up to 4 (6 of bfloat16 and float16): 16 bytes of each of a vector of columns are transposed in registers and multiplied by every
 //           row. Lines are asked for kAheadBytes before.
 // Many      The rows are the vectors: x is packed in panels of 16 rows (8 where that is enough), [inner][row], and numbers of 3 + 3
 //           columns of b are broadcast, of 16 such tiles before the next panel. Nothing of b is transposed or copied, but for
-//           float16, of which the numbers of a block become float32 in the second-level cache.
+//           bfloat16 and float16, whose numbers become float32 a block at a time, in the second-level cache.
 // Numerics  The chains of moe_product_cpu.h: an element has the same bits here as there.
 #pragma once
 
@@ -166,42 +166,25 @@ struct ColumnsAhead {
 };
 
 // c[kTileColumns][kPanel] (+)= the products of the columns, kTileColumns pointers, with the rows x[count][kVectors * kLanes].
-template <int kVectors, class B, class T>
-__attribute__((noinline)) void multiply_many(const B* const* columns, const float* x, int64_t count, float* c,
+template <int kVectors, class T>
+__attribute__((noinline)) void multiply_many(const float* const* columns, const float* x, int64_t count, float* c,
                                              bool is_first, const ColumnsAhead<T>& ahead) {
-  const B *b0 = columns[0], *b1 = columns[1], *b2 = columns[2], *b3 = columns[3], *b4 = columns[4], *b5 = columns[5];
+  const float *b0 = columns[0], *b1 = columns[1], *b2 = columns[2], *b3 = columns[3], *b4 = columns[4],
+              *b5 = columns[5];
   VecF acc[kTileColumns][kVectors] = {};
   auto add = [&](int j, VecF number, const VecF* rows) __attribute__((always_inline)) {
     for (int v = 0; v < kVectors; ++v) acc[j][v] += number * rows[v];
   };
   auto add_indices = [&](int64_t k, int64_t end) __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<
-                      B, BFloat16>) {  // two neighbours in a column are broadcast as one number, then taken apart
-      for (; k + 2 <= end; k += 2) {
-        VecF even[kVectors], odd[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          even[v] = load(x + (k * kVectors + v) * kLanes);
-          odd[v] = load(x + ((k + 1) * kVectors + v) * kLanes);
-        }
-        auto both = [&](int j, const B* b) __attribute__((always_inline)) {
-          uint32_t bits;
-          memcpy(&bits, b + k, sizeof bits);
-          const VecU pair = VecU{} + bits;
-          add(j, (VecF)(pair << 16), even);
-          add(j, (VecF)(pair & 0xffff0000u), odd);
-        };
-        both(0, b0), both(1, b1), both(2, b2), both(3, b3), both(4, b4), both(5, b5);
-      }
-    }
     for (; k < end; ++k) {
       VecF rows[kVectors];
       for (int v = 0; v < kVectors; ++v) rows[v] = load(x + (k * kVectors + v) * kLanes);
-      add(0, broadcast(to_float(b0[k])), rows);
-      add(1, broadcast(to_float(b1[k])), rows);
-      add(2, broadcast(to_float(b2[k])), rows);
-      add(3, broadcast(to_float(b3[k])), rows);
-      add(4, broadcast(to_float(b4[k])), rows);
-      add(5, broadcast(to_float(b5[k])), rows);
+      add(0, broadcast(b0[k]), rows);
+      add(1, broadcast(b1[k]), rows);
+      add(2, broadcast(b2[k]), rows);
+      add(3, broadcast(b3[k]), rows);
+      add(4, broadcast(b4[k]), rows);
+      add(5, broadcast(b5[k]), rows);
     }
   };
   if (ahead.from[0] == nullptr) {
@@ -237,23 +220,23 @@ struct RowPanels {
   int64_t lanes(int64_t panel) const { return rows(panel) <= kLanes ? kLanes : kPanel; }
 };
 
-// `count` inner indices of each row of a panel, `from` null for one of zeros, to x[inner][lanes], zeros in the rows past them.
+// The first `count` inner indices of each row of a panel, `from` null for one of zeros, to x[inner][lanes], zeros in the rows past them.
 template <class T>
-void pack_rows(const T* const* from, int64_t rows, int64_t lanes, int64_t first, int64_t count, float* x) {
+void pack_rows(const T* const* from, int64_t rows, int64_t lanes, int64_t count, float* x) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
     int64_t k = 0;
     for (; k + kLanes <= count; k += kLanes) {
       VecF lines[kLanes];
       for (int r = 0; r < kLanes; ++r) {
         const bool is_there = lane + r < rows && from[lane + r] != nullptr;
-        lines[r] = is_there ? load(from[lane + r] + first + k) : VecF{};
+        lines[r] = is_there ? load(from[lane + r] + k) : VecF{};
       }
       transpose_to(lines, x + k * lanes + lane, lanes);
     }
     for (; k < count; ++k) {
       for (int r = 0; r < kLanes; ++r) {
         const bool is_there = lane + r < rows && from[lane + r] != nullptr;
-        x[k * lanes + lane + r] = is_there ? to_float(from[lane + r][first + k]) : 0.0f;
+        x[k * lanes + lane + r] = is_there ? to_float(from[lane + r][k]) : 0.0f;
       }
     }
   }
@@ -326,16 +309,13 @@ void multiply_many_rows(const Halves<T>& b, const Halves<T>* next, const RowPane
               ahead.from[half] = ahead_of->column(half, ahead_first + tile * kHalfColumns) + ahead_k;
             }
           }
-          auto multiply = [&]<class B>(const B* const* columns) __attribute__((always_inline)) {
-            if (is_whole) multiply_many<2>(columns, x, count, c, k == 0, ahead);
-            else multiply_many<1>(columns, x, count, c, k == 0, ahead);
-          };
-          std::conditional_t<kIsCopied, const float*, const T*> columns[kTileColumns];
+          const float* columns[kTileColumns];
           for (int j = 0; j < kTileColumns; ++j) {
             if constexpr (kIsCopied) columns[j] = s.copy + (tile * kTileColumns + j) * count;
             else columns[j] = column(tile, j);
           }
-          multiply(columns);
+          if (is_whole) multiply_many<2>(columns, x, count, c, k == 0, ahead);
+          else multiply_many<1>(columns, x, count, c, k == 0, ahead);
         }
         if (is_last) emit(panel, BlockSums{sums, first, num_columns});
       }

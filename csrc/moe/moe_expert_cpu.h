@@ -5,13 +5,13 @@
 
 #include "moe_columns_cpu.h"
 
+#include "../common/sigmoid_cpu.h"
 #include "../common/vec_pair.h"
 
 namespace fmkernels {
 namespace {
 
-// g / (1 + exp(-g)) * u: as glu_cpu.cpp has it.
-FM_INLINE VecF gated_unit(VecF g, VecF u) { return g / (1.0f + exp(-g)) * u; }
+FM_INLINE VecF gated_unit(VecF g, VecF u) { return silu(g) * u; }
 
 // x as it is after a store in T.
 template <class T>
@@ -53,12 +53,10 @@ struct ExpertScratch {
   ExpertScratch(Arena& arena, int64_t inner) : x(arena.take<float>(kManyRows * inner)), many(arena) {}
 };
 
-// The inner rows of a block as floats that T holds: few: [row][stride_of(width)]; many: [panel][width][lanes].
+// The inner rows of a block as floats that T holds, at most kManyRows * width: few: [row][inner_row_stride(width)]; many:
+// [panel][width][lanes].
 inline int64_t inner_row_stride(int64_t width) { return round_up(width, kLanes); }
-template <class T>
-int64_t inner_floats(int64_t num_rows, int64_t width) {
-  return num_rows <= kFewRows<T> ? num_rows * inner_row_stride(width) : round_up(num_rows, kPanel) * width;
-}
+static_assert(6 * kLanes <= kManyRows);  // a few rows of a single number, rounded up
 
 // Of a panel the vectors at(i), i < count, of `lanes` rows each, to rows of T: to(row) + i * step for the first num_rows rows.
 template <class T, class At, class To>
@@ -128,7 +126,7 @@ void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* nex
                   float* inner) {
   const RowPanels panels(p.num_rows);
   for (int64_t panel = 0; panel < panels.count; ++panel) {
-    pack_rows(p.rows + panel * kPanel, panels.rows(panel), panels.lanes(panel), 0, p.b.inner,
+    pack_rows(p.rows + panel * kPanel, panels.rows(panel), panels.lanes(panel), p.b.inner,
               s.x + panel * kPanel * p.b.inner);
   }
   auto x_at = [&](int64_t panel, int64_t k) { return s.x + panel * kPanel * p.b.inner + k * panels.lanes(panel); };

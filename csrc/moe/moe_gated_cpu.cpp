@@ -117,7 +117,7 @@ void gated_mm(const MoeGatedMmParams& p) {
   const int64_t panels = ceil_div(width, kLanes);
   const int64_t parts =
       workers == 1 || num_blocks == 0 ? 1 : max(1, min(ceil_div(4 * workers, num_blocks), panels / kMinPartPanels));
-  const int64_t inner_bytes = Arena::array_bytes<float>(max(inner_floats<T>(kFewRows<T>, width), kManyRows * width));
+  const int64_t inner_bytes = Arena::array_bytes<float>(kManyRows * width);
   const int64_t worker_bytes = by_columns ? ExpertScratch::bytes(inner) + inner_bytes : GatedScratch::bytes(panels);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
@@ -184,11 +184,9 @@ void gated_row_backward(const MoeGatedBackwardParams& p, int64_t row) {
     } else {
       gu = {load_lanes(gate_up + c, count), load_lanes(gate_up + width + c, count)};
     }
-    const VecF e = exp(-absolute(gu.a)), large = 1.0f / (1.0f + e), small = e * large;
-    const VecI is_positive = gu.a > 0.0f;
-    const VecF sigmoid = is_positive ? large : small, rest = is_positive ? small : large;
-    const VecF active = gu.a * sigmoid, unit = active * gu.b, dw = d * weight;
-    VecPair result{dw * gu.b * (sigmoid * (1.0f + gu.a * rest)), dw * active};
+    const Sigmoid s = sigmoid(gu.a);
+    const VecF active = gu.a * s.value, unit = active * gu.b, dw = d * weight;
+    VecPair result{dw * gu.b * (s.value * (1.0f + gu.a * s.rest)), dw * active};
     if (inner != nullptr) store_lanes(inner + c, unit * weight, count);
     dots[c / kLanes % 4] += d * unit;
     if (p.is_interleaved) {

@@ -37,7 +37,7 @@ void mlp(const MoeMlpParams& p) {
   const int64_t parts = is_cut ? max(1, min(ceil_div(kTasksPerWorker * workers, max(1, num_blocks)), most_parts)) : 1;
 
   const int64_t scratch_bytes = ExpertScratch::bytes(max(hidden, width));
-  const int64_t inner_size = max(inner_floats<T>(kFewRows<T>, width), kManyRows * width);
+  const int64_t inner_size = kManyRows * width;
   const int64_t num_inner = is_cut ? num_blocks : workers;
   const Workspace workspace(workers * scratch_bytes + num_inner * Arena::array_bytes<float>(inner_size) +
                             Arena::array_bytes<Block>(num_blocks) + Arena::array_bytes<T>(num_rows * hidden));
