@@ -27,12 +27,7 @@ class Dropout {
   explicit Dropout(const AttentionForwardParams& p) : threshold_(p.dropout_threshold << 16) {
     if (!is_on()) return;
     offset_ = static_cast<uint64_t>(p.dropout_rng[1]);
-    for (int round = 0; round < 10; ++round) {
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t key = philox_round_key(static_cast<uint64_t>(p.dropout_rng[0]), half, round);
-        round_keys_[round][half].bits = Philox64{} + key;
-      }
-    }
+    keys_ = PhiloxKeys(static_cast<uint64_t>(p.dropout_rng[0]));
   }
 
   bool is_on() const { return threshold_ != 0; }
@@ -47,7 +42,7 @@ class Dropout {
     for (int64_t j = keys.begin / kDropoutGroup * kDropoutGroup; j < keys.end; j += kDropoutGroup) {
       const Philox64 call = Philox64{0, 1, 2, 3} + static_cast<uint64_t>((block + j) / kDropoutGroup * 4);
       PhiloxWords x[4] = {{call}, {Philox64{} + query}, {Philox64{} + head}, {Philox64{} + offset_}};
-      philox(x, [&](int half, int round) { return round_keys_[round][half]; });
+      philox(x, keys_);
 #pragma GCC unroll 4
       for (int word = 0; word < 4; ++word) {
         // The 16 bits of an even key, and of the odd one after it, at the top of their lanes; what lies below them
@@ -66,7 +61,7 @@ class Dropout {
   }
 
  private:
-  PhiloxWords round_keys_[10][2];
+  PhiloxKeys keys_;
   uint64_t offset_ = 0;
   uint32_t threshold_;  // in the upper 16 bits
 };

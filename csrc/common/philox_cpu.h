@@ -30,6 +30,7 @@ FM_INLINE PhiloxProduct<PhiloxWords> philox_multiply(PhiloxWords x, uint32_t fac
 struct PhiloxKeys {
   PhiloxWords at[10][2];
 
+  PhiloxKeys() = default;
   explicit PhiloxKeys(uint64_t key) {
     for (int round = 0; round < 10; ++round) {
       for (int half = 0; half < 2; ++half) at[round][half].bits = Philox64{} + philox_round_key(key, half, round);
