@@ -4,9 +4,11 @@
 from collections import Counter
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmkernels import reference
+from fmkernels.nn import WeightGradStore
 
 
 class CountOps(TorchDispatchMode):
@@ -30,6 +32,20 @@ def assert_same_bits(found, expected):
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert torch.equal(found[name], grad), name
+
+
+def assert_ddp_may_wait(make, batch):
+    """make(store), the same module on every rank, has its gradients under DDP with and without a store, bit for bit."""
+    results = []
+    for store in (None, WeightGradStore()):
+        module = DistributedDataParallel(make(store))
+        for _ in range(3):  # the buckets are rebuilt after the first
+            module.zero_grad()
+            module(batch).square().mean().backward()
+            if store is not None:
+                store.pop()()
+        results.append(gradients(module))
+    assert_same_bits(*results)
 
 
 def moe_definition(module):

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """nn.GroupedLinear, and the weight gradients of it and of nn.Experts that wait: the bits of an ordinary backward."""
 
-import os
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
-from nn_layers import CountOps, assert_same_bits, gradients
+from collective_ranks import as_processes
+from nn_layers import CountOps, assert_ddp_may_wait, assert_same_bits, gradients
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
-from torch.nn.parallel import DistributedDataParallel
 
 from fmkernels import moe, reference
 from fmkernels.nn import Experts, GroupedLinear, MoE, WeightGradStore
@@ -207,17 +206,8 @@ def check_pipeline(rank):
 
 def check_ddp(rank):
     torch.manual_seed(1)
-    batch = torch.randn(2 * WORLD_SIZE, 5, HIDDEN)
-    results = []
-    for store in (None, WeightGradStore()):
-        module = DistributedDataParallel(nn.Sequential(layer(0, store), layer(1, store)))
-        for _ in range(3):  # the buckets are rebuilt after the first
-            module.zero_grad()
-            module(batch.chunk(WORLD_SIZE)[rank]).square().mean().backward()
-            if store is not None:
-                store.pop()()
-        results.append(gradients(module))
-    assert_same_bits(*results)
+    batch = torch.randn(2 * WORLD_SIZE, 5, HIDDEN).chunk(WORLD_SIZE)[rank]
+    assert_ddp_may_wait(lambda store: nn.Sequential(layer(0, store), layer(1, store)), batch)
 
 
 def check_fsdp(rank):
@@ -243,21 +233,14 @@ def check_update_bias(rank):
     assert torch.equal(load, before)
 
 
-def run_rank(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
-    try:
-        for check in (check_pipeline, check_ddp, check_fsdp, check_update_bias):
-            check(rank)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # see test_nn_distributed.py
+def check_rank(rank):
+    for check in (check_pipeline, check_ddp, check_fsdp, check_update_bias):
+        check(rank)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_in_two_processes(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (tmp_path / "store",), nprocs=WORLD_SIZE)
+    as_processes(WORLD_SIZE, check_rank, tmp_path)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

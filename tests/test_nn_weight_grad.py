@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deferred weight gradients: the bits of an ordinary backward, each computed once, in pipelines and under DDP."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-from nn_layers import CountOps, assert_same_bits, gradients
+from collective_ranks import as_processes
+from nn_layers import CountOps, assert_ddp_may_wait, assert_same_bits, gradients
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
-from torch.nn.parallel import DistributedDataParallel
 
 from fmkernels import BlockTopology, random_blocks
 from fmkernels.nn import BlockSparseLinear, WeightGradStore
@@ -133,17 +131,8 @@ def check_pipeline(rank):
 
 def check_ddp(rank):
     torch.manual_seed(1)
-    batch = torch.randn(2 * WORLD_SIZE, WIDTH)
-    results = []
-    for store in (None, WeightGradStore()):
-        module = DistributedDataParallel(nn.Sequential(layer(0, store), nn.ReLU(), layer(1, store)))
-        for _ in range(3):  # the buckets are rebuilt after the first
-            module.zero_grad()
-            module(batch.chunk(WORLD_SIZE)[rank]).square().mean().backward()
-            if store is not None:
-                store.pop()()
-        results.append(gradients(module))
-    assert_same_bits(*results)
+    batch = torch.randn(2 * WORLD_SIZE, WIDTH).chunk(WORLD_SIZE)[rank]
+    assert_ddp_may_wait(lambda store: nn.Sequential(layer(0, store), nn.ReLU(), layer(1, store)), batch)
 
 
 def check_fsdp(rank):
@@ -154,21 +143,10 @@ def check_fsdp(rank):
         module[0].backward_dw()
 
 
-def run_rank(rank, store, check):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
-    try:
-        check(rank)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # see test_nn_distributed.py
-
-
 @needs_gloo
 @pytest.mark.parametrize("check", [check_pipeline, check_ddp, check_fsdp])
 def test_in_two_processes(check, tmp_path):
-    torch.multiprocessing.spawn(run_rank, (tmp_path / "store", check), nprocs=WORLD_SIZE)
+    as_processes(WORLD_SIZE, check, tmp_path)
 
 
 def test_blocks_that_change_before_the_gradient_is_computed():
