@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ._collectives_call import Call, Options, shard_bounds
 from ._collectives_launch import ALGORITHMS, launch_all_reduce
@@ -129,3 +130,32 @@ def check_parameters(name: str, parameters: Iterable[Any]) -> list[Tensor]:
                 f"{name}: parameters must be on one device, they are on {result[0].device} and {tensor.device}."
             )
     return result
+
+
+def check_apart_from_mesh(name: str, parameters: Iterable[Tensor], group: Any) -> None:
+    """Ranks that have other shards of a parameter have nothing to average with this one."""
+    for tensor in parameters:
+        if isinstance(tensor, DTensor):
+            shards = set(tensor.device_mesh.mesh.flatten().tolist()) - {dist.get_rank()}
+            others = sorted(shards.intersection(dist.get_process_group_ranks(group)))
+            if others:
+                raise ValueError(
+                    f"{name}: group must have no rank with another shard of a DTensor, it has rank {others[0]}."
+                )
+
+
+def check_saved(name: str, what: str, saved: Sequence[Tensor], mine: Sequence[Tensor]) -> None:
+    """Whether tensors of a state_dict fit those that they are loaded to."""
+    if len(saved) != len(mine):
+        raise ValueError(f"{name}: {what} of the state must be {len(mine)} tensors, there are {len(saved)}.")
+    for theirs, own in zip(saved, mine, strict=True):
+        if theirs.dtype != torch.float32 or theirs.shape != own.shape:
+            raise ValueError(
+                f"{name}: {what} of the state must be float32 of the shape {list(own.shape)}, one is {theirs.dtype} "
+                f"of {list(theirs.shape)}."
+            )
+
+
+def local_tensors(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank has of them, without gradients and in place."""
+    return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in parameters]

@@ -111,7 +111,7 @@ class QAdam(torch.optim.Optimizer):
         """Averages the gradients of a bucket during the warm-up, and afterwards leaves them as they are."""
         buffer, group = bucket.buffer(), state._average.group
         if state.num_steps < state.warmup_steps:
-            work = dist.all_reduce(buffer.div_(group.size()), group=group, async_op=True)
+            work = dist.all_reduce(buffer.mul_(1 / group.size()), group=group, async_op=True)  # as DDP
             return work.get_future().then(lambda future: future.value()[0])
         future = torch.futures.Future(devices=[buffer.device] if buffer.device.type == "cuda" else None)
         future.set_result(buffer)
