@@ -2,7 +2,7 @@
 """Optimizers that average over ranks what they need of them, as codes (`fmkernels.quantized_collectives`)."""
 
 # No `from __future__ import annotations`: DDP compares the annotation of `bucket` with dist.GradBucket itself.
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -48,9 +48,9 @@ class QAdam(torch.optim.Optimizer):
         **options: block, algorithm, node_size, inter_bits, hadamard and chunk_numel, as of
             `quantized_collectives.all_reduce`.
 
-    Without DDP, or under its `no_sync`, `step` averages the gradients of the warm-up itself, in place. `register`
-    leaves that to DDP, which does it during the backward pass, and makes DDP leave gradients alone afterwards.
-    `no_sync` keeps its meaning.
+    Without DDP `step` averages the gradients of the warm-up itself. `register` leaves that to DDP, which does it during
+    the backward pass, and makes DDP leave gradients alone afterwards; `no_sync` keeps its meaning. Local gradients are
+    clipped locally. All ranks make every step: a GradScaler, which skips one where a rank overflows, does not go along.
 
     Momentum, second moment and error are float32 and in `state_dict`, which is that of one rank: with error feedback
     every rank saves and loads its own. Parameters of fully_shard, whose gradients it has scattered, are refused.
@@ -87,12 +87,19 @@ class QAdam(torch.optim.Optimizer):
         if self.num_steps:
             raise ValueError(f"QAdam: a group must be added before the first step, there were {self.num_steps}.")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
-            if not group[name] >= 0.0:
-                raise ValueError(f"QAdam: {name} must be at least 0, got {group[name]}.")
-        if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise ValueError(f"QAdam: betas must be two numbers of at least 0 and below 1, got {group['betas']}.")
+            if not isinstance(group[name], int | float | Tensor) or not group[name] >= 0.0:
+                raise ValueError(f"QAdam: {name} must be a number of at least 0, got {group[name]}.")
+        betas = group["betas"]
+        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"QAdam: betas must be two numbers of at least 0 and below 1, got {betas}.")
         for tensor in check_parameters("QAdam", self._parameters()):
             if isinstance(tensor, DTensor):
                 raise TypeError(

@@ -238,8 +238,10 @@ def check_errors(rank):
         ({"warmup_steps": 2.0}, "TypeError: QAdam: warmup_steps must be an integer, got float."),
         ({"bits": 3}, f"{name}bits must be one of 8, 6, 4, 1, got 3."),
         ({"bits": None}, f"{name}bits must be one of 8, 6, 4, 1, got None."),
-        ({"lr": -1.0}, f"{name}lr must be at least 0, got -1.0."),
-        ({"eps": float("nan")}, f"{name}eps must be at least 0, got nan."),
+        ({"lr": -1.0}, f"{name}lr must be a number of at least 0, got -1.0."),
+        ({"eps": float("nan")}, f"{name}eps must be a number of at least 0, got nan."),
+        ({"weight_decay": "0"}, f"{name}weight_decay must be a number of at least 0, got 0."),
+        ({"betas": 0.9}, f"{name}betas must be two numbers of at least 0 and below 1, got 0.9."),
         ({"betas": (0.9, 1.0)}, f"{name}betas must be two numbers of at least 0 and below 1, got (0.9, 1.0)."),
         (
             {"rounding": "up"},
