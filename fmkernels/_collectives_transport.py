@@ -22,7 +22,7 @@ MAX_MESSAGES = 1 << 12  # of one call, to one rank
 _MAX_CALLS = 1 << 16  # whose tags are told apart
 _FIRST_TAG = 1 << 30  # tags below are those of users
 
-_all_gather: Callable[..., Any] = (  # neither where torch has no distributed
+exact_all_gather: Callable[..., Any] = (  # neither where torch has no distributed
     getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 )
 
@@ -143,7 +143,7 @@ class CollectiveTransport(_Transport):
         if wire.numel() < longest:  # parts of a collective are equal
             wire = torch.cat((wire, wire.new_zeros(longest - wire.numel())))
         received = wire.new_empty(self.world_size, longest)
-        work = _all_gather(received.view(-1), wire, group=self.group, async_op=True)
+        work = exact_all_gather(received.view(-1), wire, group=self.group, async_op=True)
         return _PaddedPending(self.name, [(-1, work)], received, sizes, wire)
 
 

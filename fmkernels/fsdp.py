@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ._collectives_call import Options
 from ._collectives_launch import SCATTER_ALGORITHMS, launch_reduce_scatter
+from ._collectives_transport import exact_all_gather
 from ._collectives_work import Work
 from .quantized_collectives import all_gather
 
@@ -33,7 +34,9 @@ class _Communication:
 class QuantizedAllGather(_Communication):
     """Gathers parameters with `quantized_collectives.all_gather`: every rank computes with the same rounded ones.
 
-    The sharded parameters, which the optimizer updates, stay exact.
+    The sharded parameters, which the optimizer updates, stay exact. With `reshard_after_forward=node_size` the backward
+    pass gathers what the forward pass has rounded, among some of the ranks. It does so exactly: rounded again, in other
+    blocks, they would not be the weights that gradients are of. An object is of modules that are sharded alike.
 
     Args:
         bits: 8, 6, 4 or 1.
@@ -44,10 +47,15 @@ class QuantizedAllGather(_Communication):
     def __init__(self, *, bits: int = 8, block: int = 128, hadamard: bool = False) -> None:
         self._options = {"bits": bits, "block": block, "hadamard": hadamard}
         Options(**self._options).check(type(self).__name__, ("two_shot",))
+        self._ranks: set[int] | None = None  # over which parameters are sharded, as the first gather is
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Work | None:
+        ranks = set(dist.get_process_group_ranks(group))
+        self._ranks = self._ranks or ranks
+        if ranks < self._ranks:
+            return exact_all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         return all_gather(output_tensor, input_tensor, group=group, async_op=async_op, **self._options)
 
 

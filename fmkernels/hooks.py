@@ -2,7 +2,6 @@
 """Communication hooks of DistributedDataParallel: gradients travel as codes (`fmkernels.quantized_collectives`)."""
 
 # No `from __future__ import annotations`: DDP compares the annotation of `bucket` with dist.GradBucket itself.
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,12 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._collectives_call import DEFAULT_CHUNK, Call, Options, shard_bounds
+from ._collectives_call import DEFAULT_CHUNK, Call, Options
 from ._collectives_launch import ALGORITHMS, launch_all_reduce
+from ._collectives_parameters import owned_pieces
 
 __all__ = ["QuantizedAllReduce"]
-
-_MIN_PIECE = 4096  # elements that are worth a wire of their own
 
 
 class QuantizedAllReduce:
@@ -126,19 +124,9 @@ class QuantizedAllReduce:
         self._num_steps += 1
 
     def _pieces(self, name: str, world_size: int) -> list[tuple[int, slice]]:
-        """The pieces of a parameter and their owners, whatever the bucket: a piece for each rank, if it is worth it.
-
-        The first owner depends on the name, so that small parameters do not all go to one rank.
-        """
+        """The pieces of a parameter and their owners, whatever the bucket."""
         if (name, world_size) not in self._plans:
-            numel, block = self._numels[name], self._options.block
-            num_blocks = -(-numel // block)
-            count = max(1, min(world_size, num_blocks * block // _MIN_PIECE))
-            ends = shard_bounds(numel, count, block)
-            first = zlib.crc32(name.encode())
-            self._plans[name, world_size] = [
-                ((first + i) % world_size, slice(ends[i], ends[i + 1])) for i in range(count) if ends[i] < ends[i + 1]
-            ]
+            self._plans[name, world_size] = owned_pieces(name, self._numels[name], world_size, self._options.block)
         return self._plans[name, world_size]
 
     # ---- errors ----

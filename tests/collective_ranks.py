@@ -15,9 +15,11 @@ IMPORTED_ONCE = (
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.testing",
+    "fmkernels.averaging",
     "fmkernels.expert_parallel",
     "fmkernels.fsdp",
     "fmkernels.hooks",
+    "fmkernels.optim",
 )
 
 

@@ -8,6 +8,10 @@ from collective_ranks import as_processes, raised
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+import fmkernels.fsdp
+from fmkernels import block_codec
+from fmkernels._collectives_header import header_bytes
+from fmkernels._collectives_transport import TaggedTransport
 from fmkernels.fsdp import QuantizedAllGather, QuantizedReduceScatter, quantize_communication
 from fmkernels.reference import quantized_collectives as reference
 
@@ -75,6 +79,75 @@ def check_gather(rank):
         assert torch.equal(laid_out([layer.weight.detach(), layer.bias.detach()]), expected)
         layer.reshard()
         assert torch.equal(layer.weight.full_tensor(), whole.weight)
+
+
+class RecordedAllGather(QuantizedAllGather):
+    """Keeps the ranks and the result of each gather, and the bytes that quantised ones send to each rank."""
+
+    gathers, num_bytes = [], torch.zeros(WORLD_SIZE, dtype=torch.int64)
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        work = super().__call__(output_tensor, input_tensor, group, async_op)
+        if work is not None:
+            work.wait()
+        self.gathers.append((dist.get_process_group_ranks(group), output_tensor.clone()))
+        return work
+
+    @classmethod
+    def count(cls, transport, post, way, data, peer, message):
+        if transport.name == "all_gather" and way == transport.group.send:
+            cls.num_bytes[dist.get_process_group_ranks(transport.group)[peer]] += data.nbytes
+        return post(transport, way, data, peer, message)
+
+
+def check_secondary_shards(rank):
+    """hpZ and qgZ in two nodes of two: the backward pass gathers inside the node, the weights of the forward pass.
+
+    Every shard of a gradient has the bits of one process that computes them at the rounded weights.
+    """
+    model, exact = make(), make()
+    for module in (model[0], model[2], model):
+        fully_shard(module, reshard_after_forward=2)
+    fmkernels.fsdp.QuantizedAllGather = RecordedAllGather
+    options = {"algorithm": "hierarchical", "node_size": 2, "inter_bits": 4}
+    quantize_communication(model, gather_bits=8, scatter_bits=8, **options)
+    fmkernels.fsdp.QuantizedAllGather = QuantizedAllGather
+    post = TaggedTransport._post
+    TaggedTransport._post = lambda *args: RecordedAllGather.count(args[0], post, *args[1:])
+    loss = loss_of(model, rank)
+    forward_bytes, num_forward = RecordedAllGather.num_bytes.clone(), len(RecordedAllGather.gathers)
+    loss.backward()
+    TaggedTransport._post = post
+    forward, backward = RecordedAllGather.gathers[:num_forward], RecordedAllGather.gathers[num_forward:]
+    assert [ranks for ranks, _ in forward] == [[0, 1, 2, 3]] * 2
+    assert [ranks for ranks, _ in backward] == [[rank // 2 * 2, rank // 2 * 2 + 1]] * 2
+    numels = [value.numel() // WORLD_SIZE for _, value in forward]
+    wires = sum(block_codec.wire_bytes(numel) + header_bytes(WORLD_SIZE) for numel in numels)
+    assert forward_bytes.tolist() == [0 if peer == rank else wires for peer in range(WORLD_SIZE)]
+    assert torch.equal(RecordedAllGather.num_bytes, forward_bytes), "nothing between nodes, and no codes inside"
+
+    for layer, (_, first), (_, second) in zip((exact[0], exact[2]), forward, reversed(backward), strict=True):
+        rounded = reference.all_gather(list(laid_out([layer.weight.detach(), layer.bias.detach()]))).view(
+            WORLD_SIZE, -1
+        )
+        assert torch.equal(first.view(WORLD_SIZE, -1), rounded)
+        rows = layer.weight.numel() // WORLD_SIZE
+        with torch.no_grad():
+            layer.weight.copy_(rounded[:, :rows].reshape(layer.weight.shape))
+            layer.bias.copy_(rounded[:, rows:].flatten())
+        halves = [t.detach().reshape(2, -1) for t in (layer.weight, layer.bias)]
+        assert torch.equal(second.view(2, -1), torch.cat(halves, 1)), "the weights of the forward pass"
+    grads = []
+    for other in range(WORLD_SIZE):
+        exact.zero_grad()
+        loss_of(exact, other).backward()
+        grads.append([laid_out([layer.weight.grad, layer.bias.grad]).flatten() for layer in (exact[0], exact[2])])
+    for index, layer in enumerate((model[0], model[2])):
+        inputs = [grad[index] for grad in grads]
+        splits = [inputs[0].numel() // WORLD_SIZE] * WORLD_SIZE
+        expected = reference.reduce_scatter(inputs, splits, op="avg", **options)[rank]
+        actual = torch.cat([p.grad.to_local().flatten() for p in (layer.weight, layer.bias)])
+        assert torch.equal(actual, expected), index
 
 
 def train(options, rank, num_steps, state=None, first=0):
@@ -192,7 +265,8 @@ def check_errors(rank):
 
 
 def check_rank(rank):
-    for check in (check_scatter, check_gather, check_training, check_unused_parameter, check_errors):
+    checks = check_scatter, check_gather, check_secondary_shards, check_training, check_unused_parameter, check_errors
+    for check in checks:
         check(rank)
 
 
