@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm import logs, text
-from lm.gradients import FORMS, GOALS, MAX_STRIP, payload_bytes
+from lm import gradients, logs, text
 from lm.model import ATTENTIONS, Config, Transformer
 from lm.training import Processes, Settings, processes, train
 from rich.console import Console
@@ -71,10 +70,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--gradients",
         nargs="+",
-        choices=FORMS,
+        choices=gradients.FORMS,
         default=["fp32"],
         metavar="FORM",
-        help=f"under torchrun: how they travel, {', '.join(FORMS)} (ef: with error feedback); several are compared",
+        help=f"under torchrun, how they travel: {', '.join(gradients.FORMS)} (ef: with error feedback); several "
+        "are compared; default: fp32",
     )
     add("--small", action="store_true", help="other defaults: a model of 0.9 M parameters that learns in two minutes")
     add("--moe", action="store_true", help="experts in place of each feed-forward layer")
@@ -180,7 +180,7 @@ def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
     if options.gradients == ["fp32"]:
         runs = {name: replace(plain, attention=name) for name in attentions}
     else:
-        runs = {name: replace(plain, gradients=name if FORMS[name] else None) for name in options.gradients}
+        runs = {name: replace(plain, gradients=name if gradients.FORMS[name] else None) for name in options.gradients}
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bars = {name: progress.add_task(name, total=options.steps) for name in runs}
         training = [train(settings, source, options.out / name, here, **how) for name, settings in runs.items()]
@@ -217,12 +217,11 @@ def judge_gradients(runs: dict[str, list[dict[str, Any]]], numels: list[int], wo
     missed = []
     for name, lines in runs.items():
         distance = max(map(abs, logs.beyond(lines, next(iter(runs.values())))))
-        if distance > GOALS.get(name, float("inf")):
-            missed.append(
-                f"The loss of {name} must be within {GOALS[name]:.0%} of that of fp32, it is {distance:.2%} away."
-            )
-        for line in lines if sum(numels) * world_size <= MAX_STRIP else []:
-            expected = payload_bytes(numels, name, world_size, line.get("num_calls", 0))
+        goal = gradients.GOALS.get(name, float("inf"))
+        if distance > goal:
+            missed.append(f"The loss of {name} must be within {goal:.0%} of that of fp32, it is {distance:.2%} away.")
+        for line in lines if sum(numels) * world_size <= gradients.MAX_STRIP else []:
+            expected = gradients.payload_bytes(numels, name, world_size, line.get("num_calls", 0))
             if line.get("payload_bytes", expected) != expected:
                 missed.append(f"{name} sent {line['payload_bytes']} bytes in step {line['step']}, not {expected}.")
     for sentence in missed or ["All losses are as close to that of fp32 as they must be."] * ("fp32" in runs):
