@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/train_lm.py --gradients: codes between processes are compared with float32, counted, and survive a stop."""
 
+import importlib.util
 import io
 import os
 import subprocess
@@ -60,7 +61,7 @@ def demo():
 def torchrun(script, *arguments, num_processes=2):
     """(exit code, what it has printed)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
     command += [script, *TINY, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return done.returncode, " ".join(done.stdout.split()) + done.stderr
@@ -112,14 +113,17 @@ def test_forms_are_compared(demo, whole):
         lines = demo.logs.read(folder / form)
         assert [line["step"] for line in lines] == list(range(1, 9))
         assert all(line["seconds"] > 0 for line in lines)
+    if importlib.util.find_spec("matplotlib"):
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert demo.logs.read(folder / "int8")[-1]["loss"] != demo.logs.read(folder / "fp32")[-1]["loss"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the counters of interfaces are those of Linux")
 def test_bytes_sent_are_those_of_the_formula_and_pass_the_interface(demo, whole):
     """The formula as docs/quantized_collectives.md has it; on the loopback an interface counts all processes."""
     folder, _ = whole
     numels = [tensor.numel() for tensor in checkpoint(folder / "fp32")["model"].values()]
-    medians = {}
+    least = {}  # other programs' bytes come on top
     for form, bits in (("int8", 8), ("int4+ef", 4)):
         wires = 0
         for numel in numels:
@@ -128,12 +132,11 @@ def test_bytes_sent_are_those_of_the_formula_and_pass_the_interface(demo, whole)
             wires += sum(block_codec.wire_bytes(part, bits=bits) for part in parts)
         for line in demo.logs.read(folder / form):
             assert line["payload_bytes"] == 2 * wires + line["num_calls"] * 2 * 8 * (16 + 2 * 2)
-        medians[form] = demo.logs.median(demo.logs.read(folder / form), "interface_bytes")
-        assert medians[form] is None or medians[form] > 2 * wires
-    medians["fp32"] = demo.logs.median(demo.logs.read(folder / "fp32"), "interface_bytes")
-    if sys.platform == "linux":
-        assert 2 * 4 * sum(numels) < medians["fp32"]
-        assert medians["int4+ef"] < medians["int8"] < medians["fp32"] / 2
+        least[form] = min(line["interface_bytes"] for line in demo.logs.read(folder / form))
+        assert least[form] > 2 * wires
+    least["fp32"] = min(line["interface_bytes"] for line in demo.logs.read(folder / "fp32"))
+    assert least["fp32"] > 2 * 4 * sum(numels)
+    assert least["int4+ef"] < least["int8"] < least["fp32"] / 2
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_errors_of_every_process(demo, whole, tmp_path):
@@ -215,11 +218,9 @@ def test_errors_of_two_processes_are_not_those_of_one(demo, whole):
     try:
         model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
         compression = demo.gradients.Compression(model, "int4+ef", None)
-        of_fsdp = [{"": {"error": None}}]
-        for gathered in (errors, of_fsdp, None):
-            with pytest.raises(
-                ValueError, match=r"^x\.pt has the errors of another number of processes, or of other mod"
-            ):
+        for gathered, whose in ((errors, "2 processes with DDP"), ([{"": {"error": None}}], "1 processes with FSDP")):
+            sentence = f"has the errors of {whose}, which must be those of the run, it has 1 processes with DDP$"
+            with pytest.raises(ValueError, match=sentence):
                 compression.scatter(gathered, Path("x.pt"))
         compression.scatter(compression.gather(), Path("x.pt"))
     finally:

@@ -80,17 +80,19 @@ class Compression:
         dist.gather_object(states, gathered)
         return gathered
 
-    def scatter(self, gathered: list[dict[str, Any]] | None, path: Path) -> None:
+    def scatter(self, gathered: list[dict[str, Any]], path: Path) -> None:
         """Takes what is this rank's of the errors in a checkpoint."""
         if not self.has_errors:
             return
-        if gathered is None or len(gathered) != dist.get_world_size() or gathered[0].keys() != self._states.keys():
-            raise ValueError(
-                f"{path} has the errors of another number of processes, or of other modules: with error feedback a run "
-                "goes on with as many, and with --fsdp as it began"
-            )
+        there, here = (_described(len(of), of[0]) for of in (gathered, [self._states] * dist.get_world_size()))
+        if there != here:
+            raise ValueError(f"{path} has the errors of {there}, which must be those of the run, it has {here}")
         for name, state in gathered[dist.get_rank()].items():
             self._states[name].load_state_dict(state)
+
+
+def _described(num_processes: int, states: dict[str, Any]) -> str:
+    return f"{num_processes} processes with {'DDP' if states.keys() == {'DDP'} else 'FSDP'}"
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
