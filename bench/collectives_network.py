@@ -213,9 +213,10 @@ def run_ranks(options: argparse.Namespace, namespaces: list[str]) -> int:
     finally:
         for process in processes:
             process.terminate()
+        end = time.monotonic() + SECONDS_TO_END
         for process in processes:  # torchrun ends its own first
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS_TO_END)
+                process.wait(max(0, end - time.monotonic()))
             process.kill()
 
 

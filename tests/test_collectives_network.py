@@ -23,7 +23,8 @@ x = torch.full((3,), dist.get_rank() + 1.0)
 dist.all_reduce(x)
 names = [line.split(":")[0].strip() for line in open("/proc/self/net/dev").read().splitlines()[2:]]
 name = os.environ["GLOO_SOCKET_IFNAME"]
-print("sum", x[0].item(), "of", dist.get_world_size(), "over", name, "of", *sorted(names), flush=True)
+line = f"sum {x[0].item()} of {dist.get_world_size()} over {name} of {' '.join(sorted(names))}\\n"
+os.write(1, line.encode())  # at once: the processes share their output
 """
 WAITS = """
 import os
@@ -31,7 +32,7 @@ import signal
 import time
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("process", os.getpid(), flush=True)
+os.write(1, f"process {os.getpid()}\\n".encode())
 time.sleep(600)
 """
 
@@ -53,12 +54,25 @@ def can_make_namespaces():
 needs_namespaces = pytest.mark.skipif(not can_make_namespaces(), reason="network namespaces need root, ip and tc")
 
 
-def begin(folder, text, *options):
-    script = folder / "script.py"
-    script.write_text(text)
-    command = [sys.executable, SCRIPT, "--ranks=2", *options, "--", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def begin(tmp_path):
+    """Begins a script in the network; what is still there after the test is ended in its own way."""
+    processes = []
+
+    def begin(text, *options):
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        command = [sys.executable, SCRIPT, "--ranks=2", *options, "--", script]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def namespaces_of(process):
@@ -71,16 +85,16 @@ def is_running(process):
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_script_runs_over_the_loopback(tmp_path):
-    process = begin(tmp_path, SUMS_RANKS, "--mbit=0")
+def test_a_script_runs_over_the_loopback(begin):
+    process = begin(SUMS_RANKS, "--mbit=0")
     shown, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert shown.count("sum 3.0 of 2 over lo of") == 2
 
 
 @needs_namespaces
-def test_a_script_runs_with_a_namespace_for_each_process(tmp_path):
-    process = begin(tmp_path, SUMS_RANKS, "--mbit=1000")
+def test_a_script_runs_with_a_namespace_for_each_process(begin):
+    process = begin(SUMS_RANKS, "--mbit=1000")
     shown, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert shown.count("sum 3.0 of 2 over eth0 of eth0 lo") == 2
@@ -88,9 +102,9 @@ def test_a_script_runs_with_a_namespace_for_each_process(tmp_path):
 
 
 @needs_namespaces
-def test_namespaces_and_processes_go_when_it_is_ended(tmp_path):
+def test_namespaces_and_processes_go_when_it_is_ended(begin):
     """Processes that torchrun cannot end in its own way, too."""
-    process = begin(tmp_path, WAITS, "--mbit=1000")
+    process = begin(WAITS, "--mbit=1000")
     waiting = [int(process.stdout.readline().split()[1]) for _ in range(2)]
     assert len(namespaces_of(process)) == 3
     assert all(map(is_running, waiting))
@@ -105,8 +119,8 @@ def test_namespaces_and_processes_go_when_it_is_ended(tmp_path):
 
 
 @needs_namespaces
-def test_namespaces_go_when_a_script_fails(tmp_path):
-    process = begin(tmp_path, "raise SystemExit(3)", "--mbit=1000")
+def test_namespaces_go_when_a_script_fails(begin):
+    process = begin("raise SystemExit(3)", "--mbit=1000")
     process.communicate(timeout=120)
     assert process.returncode == 1
     assert namespaces_of(process) == []
