@@ -3,10 +3,12 @@
 
     sudo python bench/collectives_network.py --ranks 2 --megabytes 25 --mbit 1000
     python bench/collectives_network.py --ranks 2 --megabytes 25 --mbit 0        # the loopback of this machine
+    sudo python bench/collectives_network.py --ranks 2 -- examples/train_lm.py --small --gradients fp32 int8 int4+ef
 
 Each rank is a process in a namespace of its own, joined to the others by a bridge; `tc tbf` limits what leaves a rank
 and what comes to it. Compute is as good as free: a gradient of ones. The rows are medians of interleaved steps, `sent`
-is what the interface of rank 0 counted in a step, or the loopback of all ranks. The namespaces are removed at the end,
+is what the interface of rank 0 counted in a step, or the loopback of all ranks. A script after `--` is run instead, by
+torchrun with a process in each namespace. The namespaces are removed at the end and what runs in them is ended,
 whatever happens.
 """
 
@@ -28,6 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERFACE = "eth0"
+SECONDS_TO_END = 10
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -38,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mbit", type=int, default=1000, help="per second; 0: no namespaces, the loopback")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="append the rows to this file")
+    parser.add_argument("script", nargs="*", help="after --: a script and its arguments, to run instead")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -78,7 +82,16 @@ def network(ranks: int, mbit: int) -> Iterator[list[str]]:
         yield names
     finally:
         for name in (hub, *names):
+            end_processes_in(name)
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+
+
+def end_processes_in(namespace: str) -> None:
+    """What has been left there; a namespace lives as long as its processes."""
+    listed = subprocess.run(["ip", "netns", "pids", namespace], check=False, capture_output=True, text=True)
+    for process in listed.stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
 
 
 # ---- a rank ----------------------------------------------------------------------------------------------------------
@@ -189,17 +202,32 @@ def run_ranks(options: argparse.Namespace, namespaces: list[str]) -> int:
         port = probe.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": INTERFACE if namespaces else "lo"}
     address = "10.99.0.1" if namespaces else "127.0.0.1"
-    command = [sys.executable, __file__, *sys.argv[1:], "--address", address, "--port", str(port)]
+    commands = [command_of(rank, options, address, port) for rank in range(options.ranks)]
     processes = []
     try:
-        for rank in range(options.ranks):
+        for rank, command in enumerate(commands):
             inside = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
-            processes.append(subprocess.Popen([*inside, *command, "--rank", str(rank)], env=environment))
+            processes.append(subprocess.Popen([*inside, *command], env=environment))
         codes = [process.wait() for process in processes]
         return int(any(codes))  # that of a signal is below 0
     finally:
         for process in processes:
+            process.terminate()
+        end = time.monotonic() + SECONDS_TO_END
+        for process in processes:  # torchrun ends its own first
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, end - time.monotonic()))
             process.kill()
+
+
+def command_of(rank: int, options: argparse.Namespace, address: str, port: int) -> list[str]:
+    if not options.script:
+        numbers = ["--rank", str(rank), "--address", address, "--port", str(port)]
+        return [sys.executable, __file__, *sys.argv[1:], *numbers]
+    own = address.rpartition(".")[0] + f".{rank + 1}" if options.mbit else address
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", f"--nnodes={options.ranks}"]
+    torchrun += [f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port}", f"--local-addr={own}"]
+    return [*torchrun, *options.script]
 
 
 def leave(*_: object) -> None:

@@ -6,15 +6,18 @@
     python examples/train_lm.py --attention both            over torch's attention too, and compares the losses
     python examples/train_lm.py --moe                       a mixture of experts, with as much arithmetic a byte
     torchrun --nproc-per-node 2 examples/train_lm.py        in two processes, with DDP, --fsdp or --expert-parallel
+    torchrun --nproc-per-node 2 examples/train_lm.py --gradients fp32 int8 int4+ef    and gradients as codes, compared
 
 The folder of a run has log.jsonl, a line for each step, and checkpoint.pt; loss.png beside it draws the losses, and
-with --moe load.png which experts were chosen.
-The exit code is 1 where the two attentions learned differently, 2 where training was not possible.
+with --moe load.png which experts were chosen. Runs that are compared take turns, step by step.
+The exit code is 1 where the two attentions learned differently, or a loss came out further from that of fp32 than
+it may, or bytes are not those of the formula; 2 where training was not possible.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from dataclasses import replace
@@ -22,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm import logs, text
+import torch.distributed as dist
+from lm import gradients, logs, text
 from lm.model import ATTENTIONS, Config, Transformer
 from lm.training import Processes, Settings, processes, train
 from rich.console import Console
@@ -30,7 +34,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -64,6 +67,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--attention", choices=[*ATTENTIONS, "both"], default="fmkernels", help="default: fmkernels")
+    add(
+        "--gradients",
+        nargs="+",
+        choices=gradients.FORMS,
+        default=["fp32"],
+        metavar="FORM",
+        help=f"under torchrun, how they travel: {', '.join(gradients.FORMS)} (ef: with error feedback); several "
+        "are compared; default: fp32",
+    )
     add("--small", action="store_true", help="other defaults: a model of 0.9 M parameters that learns in two minutes")
     add("--moe", action="store_true", help="experts in place of each feed-forward layer")
     add("--out", type=Path, help="folder of the runs; default: build/train_lm, with _small and _moe")
@@ -104,13 +116,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --learning-rate: must be above 0, got {options.learning_rate}")
     if options.expert_parallel and not options.moe:
         parser.error("argument --expert-parallel: needs --moe")
+    if len(options.gradients) > 1 and (options.gradients[0] != "fp32" or options.attention == "both"):
+        parser.error("argument --gradients: several are compared with fp32, which must be the first, by one attention")
+    if len(set(options.gradients)) < len(options.gradients):
+        parser.error(f"argument --gradients: must be different, got {' '.join(options.gradients)}")
     if options.topk > options.experts:
         parser.error(f"argument --topk: must be at most the {options.experts} experts, got {options.topk}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains; 0 when it came to its end, and two attentions came to the same losses."""
+    """Trains; 0 when it came to its end, and what was compared came to the same losses."""
     options = parse(arguments)
     usable = [backend.device for backend in backends("attention_backward")]
     device = options.device or ("cuda" if "cuda" in usable and options.bf16 else "cpu")
@@ -130,6 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
     if options.batch_size % here.world_size or options.validation_windows % here.world_size:
         raise ValueError(f"--batch-size and --validation-windows must be multiples of the {here.world_size} processes")
+    if options.gradients != ["fp32"] and not dist.is_initialized():
+        raise ValueError(f"--gradients {' '.join(options.gradients)} needs processes that send them: use torchrun")
     attentions = list(ATTENTIONS) if options.attention == "both" else [options.attention]
     if len(attentions) > 1 and options.steps == 1:
         raise ValueError("--attention both needs at least 2 --steps: the noise of one is not known")
@@ -157,29 +175,58 @@ def run(options: argparse.Namespace, here: Processes, console: Console) -> int:
     names = ("resume", "fsdp", "expert_parallel", "checkpoint_activations", "save_every", "validate_every")
     names += ("validation_windows",)
     how = {name: getattr(options, name) for name in names}
+    numbers = options.steps, options.batch_size, options.learning_rate, options.seed
+    plain = Settings(attentions[0], config, *numbers, options.bf16)
+    if options.gradients == ["fp32"]:
+        runs = {name: replace(plain, attention=name) for name in attentions}
+    else:
+        runs = {name: replace(plain, gradients=name if gradients.FORMS[name] else None) for name in options.gradients}
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        for attention in attentions:
-            bar = progress.add_task(attention, total=options.steps)
-
-            def advance(step: int, loss: float, attention: str = attention, bar: TaskID = bar) -> None:
-                progress.update(bar, completed=step, description=f"{attention:9} loss {loss:.4f}")
-
-            numbers = options.steps, options.batch_size, options.learning_rate, options.seed
-            settings = Settings(attention, config, *numbers, options.bf16)
-            train(settings, source, options.out / attention, here, advance=advance, **how)
-    if here.rank == 0:
-        runs = {name: logs.read(options.out / name) for name in attentions}
-        console.print(logs.table(runs))
-        draw(runs, options.out, title, console)
-    if len(attentions) == 1:
+        bars = {name: progress.add_task(name, total=options.steps) for name in runs}
+        training = [train(settings, source, options.out / name, here, **how) for name, settings in runs.items()]
+        for steps in itertools.zip_longest(*training):
+            for (name, bar), step in zip(bars.items(), steps, strict=True):
+                if step is not None:
+                    progress.update(bar, completed=step[0], description=f"{name:9} loss {step[1]:.4f}")
+    if here.rank != 0:
         return 0
-    largest, noise = logs.apart(*(logs.read(options.out / name) for name in attentions))
+    results = {name: logs.read(options.out / name) for name in runs}
+    if options.gradients == ["fp32"]:
+        console.print(logs.table(results))
+        draw(results, options.out, title, console)
+        return judge_attentions(results, console) if len(attentions) > 1 else 0
+    numels = [] if options.fsdp or options.expert_parallel else [t.numel() for t in model.parameters()]
+    console.print(*logs.tables_of_gradients(results, numels, here.world_size), sep="\n")
+    console.print(f"A byte has an entropy of {text.entropy(source):.4f} nats.")
+    draw(results, options.out, title, console)
+    return judge_gradients(results, numels, here.world_size, console)
+
+
+def judge_attentions(runs: dict[str, list[dict[str, Any]]], console: Console) -> int:
+    largest, noise = logs.apart(*runs.values())
     same = largest < noise
     console.print(
         f"The two attentions {'learn the same' if same else 'do not learn the same'}: the losses of a step differ by "
         f"{largest:.2g} at most, those of a step and the next usually by {noise:.2g}."
     )
     return 0 if same else 1
+
+
+def judge_gradients(runs: dict[str, list[dict[str, Any]]], numels: list[int], world_size: int, console: Console) -> int:
+    """1 where a loss is further from that of fp32 than GOALS allow, or bytes are not those of the formula."""
+    missed = []
+    for name, lines in runs.items():
+        distance = max(map(abs, logs.beyond(lines, next(iter(runs.values())))))
+        goal = gradients.GOALS.get(name, float("inf"))
+        if distance > goal:
+            missed.append(f"The loss of {name} must be within {goal:.0%} of that of fp32, it is {distance:.2%} away.")
+        for line in lines if sum(numels) * world_size <= gradients.MAX_STRIP else []:
+            expected = gradients.payload_bytes(numels, name, world_size, line.get("num_calls", 0))
+            if line.get("payload_bytes", expected) != expected:
+                missed.append(f"{name} sent {line['payload_bytes']} bytes in step {line['step']}, not {expected}.")
+    for sentence in missed or ["All losses are as close to that of fp32 as they must be."] * ("fp32" in runs):
+        console.print(sentence, soft_wrap=True)
+    return 1 if missed else 0
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], folder: Path, title: str, console: Console) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from . import gradients
+
 NAME = "log.jsonl"
 
 
@@ -53,10 +55,54 @@ def apart(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, floa
     return largest, statistics.median(abs(x - y) for curve in losses for x, y in itertools.pairwise(curve))
 
 
+def last(lines: list[dict[str, Any]]) -> tuple[float, float]:
+    """(training loss, the mean of the last tenth of the steps; last validation loss)."""
+    tenth = lines[-max(1, len(lines) // 10) :]
+    return statistics.fmean(line["loss"] for line in tenth), validation(lines)[-1][1]
+
+
+def beyond(lines: list[dict[str, Any]], base: list[dict[str, Any]]) -> list[float]:
+    """By how much these last losses are above those of another run, as parts of them."""
+    return [a / b - 1 for a, b in zip(last(lines), last(base), strict=True)]
+
+
+def median(lines: list[dict[str, Any]], name: str) -> float | None:
+    """Of what steps have measured; None where none has."""
+    values = [line[name] for line in lines if name in line]
+    return statistics.median(values) if values else None
+
+
+def tables_of_gradients(
+    runs: dict[str, list[dict[str, Any]]], numels: list[int], world_size: int
+) -> tuple[Table, Table]:
+    """(losses, costs) of runs that differ in how gradients travel. Bytes are those of a step.
+
+    Interfaces are those of the network namespace of the first process; payload and formula are of all processes, for
+    the parameters of DDP with so many elements.
+    """
+    first, base = next(iter(runs.items()))
+    losses, costs = (Table(title=title, title_justify="left") for title in ("loss, in nats a byte", "cost of a step"))
+    for heading in ("gradients", "steps", "last tenth", f"to {first}", "validation", f"to {first}"):
+        losses.add_column(heading, justify="left" if heading == "gradients" else "right")
+    for heading in ("gradients", "ms", f"x {first}", "MB at interfaces", "MB of payload", "by the formula"):
+        costs.add_column(heading, justify="left" if heading == "gradients" else "right")
+    for name, lines in runs.items():
+        pairs = zip(last(lines), beyond(lines, base), strict=True)
+        numbers = (text for loss, more in pairs for text in (f"{loss:.4f}", f"{more:+.2%}"))
+        losses.add_row(name, str(len(lines)), *numbers)
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(base, lines, strict=True))
+        num_calls = int(median(lines, "num_calls") or 0)
+        formula = gradients.payload_bytes(numels, name, world_size, num_calls) if numels else None
+        counts = median(lines, "interface_bytes"), median(lines, "payload_bytes"), formula
+        sizes = ("-" if count is None else f"{count / 1e6:.4f}" for count in counts)
+        costs.add_row(name, f"{1000 * (median(lines, 'seconds') or 0):.1f}", f"{ratio:.2f}", *sizes)
+    return losses, costs
+
+
 def table(runs: dict[str, list[dict[str, Any]]]) -> Table:
     result = Table(title="loss, in nats a byte", title_justify="left")
-    for heading in ("attention", "steps", "last training", "validation", "ms a step", "tokens/s"):
-        result.add_column(heading, justify="left" if heading == "attention" else "right")
+    for heading in ("run", "steps", "last training", "validation", "ms a step", "tokens/s"):
+        result.add_column(heading, justify="left" if heading == "run" else "right")
     for name, lines in runs.items():
         seconds = statistics.median(line["seconds"] for line in lines)
         losses = f"{lines[-1]['loss']:.4f}", f"{validation(lines)[-1][1]:.4f}"
@@ -66,28 +112,30 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> Table:
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Draws the losses of all runs, and where there are two also how far they are apart."""
+    """Draws the losses of all runs, and where there are several also how far they are from the first."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {"height_ratios": (3, 1)} if len(runs) == 2 else {}
-    fig, axes = plt.subplots(len(runs), sharex=True, squeeze=False, figsize=(9, 6), layout="constrained", **rows)
-    ax = axes[0, 0]
-    for (name, lines), style in zip(runs.items(), ("-", "--"), strict=False):
+    rows = {"height_ratios": (3, 1)} if len(runs) > 1 else {}
+    num_rows = 1 + (len(runs) > 1)
+    fig, axes = plt.subplots(num_rows, sharex=True, squeeze=False, figsize=(9, 6), layout="constrained", **rows)
+    ax, first = axes[0, 0], next(iter(runs.values()))
+    for (name, lines), style in zip(runs.items(), itertools.cycle(("-", "--", ":", "-.")), strict=False):
         steps = [line["step"] for line in lines]
         (curve,) = ax.plot(steps, [line["loss"] for line in lines], style, linewidth=1, label=f"{name}, training")
         steps, losses = zip(*validation(lines), strict=True)
-        marker = "o" if style == "-" else "x"
-        ax.plot(steps, losses, marker, color=curve.get_color(), label=f"{name}, validation")
+        marker, color = "o" if style == "-" else "x", curve.get_color()
+        ax.plot(steps, losses, marker, color=color, label=f"{name}, validation")
+        if lines is not first:
+            pairs = list(zip(first, lines, strict=True))
+            steps, differences = [a["step"] for a, _ in pairs], [abs(a["loss"] - b["loss"]) for a, b in pairs]
+            axes[1, 0].semilogy(steps, differences, color=color, linewidth=1)
+            axes[1, 0].set_ylabel("training losses,\nto the first run")
     ax.set_ylabel("loss, in nats a byte")
     ax.set_title(title, fontsize=9)
     ax.legend()
-    if len(runs) == 2:
-        pairs = list(zip(*runs.values(), strict=True))
-        axes[1, 0].semilogy([a["step"] for a, _ in pairs], [abs(a["loss"] - b["loss"]) for a, b in pairs], "black")
-        axes[1, 0].set_ylabel("difference of\ntraining losses")
     axes[-1, 0].set_xlabel("step")
     for each in axes.flat:
         each.grid(linewidth=0.4)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fmkernels.expert_parallel import ExpertParallel, clip_grad_norm_
 
-from . import checkpoints, logs, text
+from . import checkpoints, gradients, logs, text
 from .model import Config, Output, Transformer
 
 CHECKPOINT = "checkpoint.pt"
@@ -41,6 +42,7 @@ class Settings:
     learning_rate: float
     seed: int
     bf16: bool
+    gradients: str | None = None  # one of gradients.FORMS between processes; None: float32
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    group: gradients.CountingGroup | None = None  # of processes on the CPU
 
     def sum(self, value: Tensor) -> Tensor:
         """Of all processes; in place."""
@@ -70,7 +73,8 @@ def processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        group = gradients.CountingGroup() if device == "cpu" else None
+        yield Processes(dist.get_rank(), dist.get_world_size(), chosen, group)
         dist.barrier()  # nobody leaves while another still needs it
     finally:
         dist.destroy_process_group()
@@ -98,17 +102,24 @@ def train(
     save_every: int = 100,
     validate_every: int = 50,
     validation_windows: int = 32,
-    advance: Callable[[int, float], None] = lambda step, loss: None,
-) -> None:
-    """Trains into `folder`: log.jsonl has a line for each step, checkpoint.pt what is needed to go on."""
+) -> Iterator[tuple[int, float]]:
+    """Trains into `folder`: log.jsonl has a line for each step, checkpoint.pt what is needed to go on.
+
+    Yields (step, its loss) after each, so that the steps of several runs can take turns.
+    """
     config, path = settings.model, folder / CHECKPOINT
     torch.manual_seed(settings.seed)
     model = Transformer(config, settings.attention, checkpoint_activations).to(here.device)
     wrapped = wrap(model, here, fsdp, expert_parallel)
+    compression = None
+    if settings.gradients is not None:
+        compression = gradients.Compression(wrapped, settings.gradients, here.group)
     optimizer = torch.optim.AdamW(by_mesh(wrapped.parameters()), betas=(0.9, 0.95), weight_decay=0.1)
     saved_settings = asdict(settings) | asdict(config) | {"text": source.digest}
     del saved_settings["model"]
-    first = checkpoints.load(path, wrapped, optimizer, saved_settings) if resume and path.exists() else 0
+    first = 0
+    if resume and path.exists():
+        first = checkpoints.load(path, wrapped, optimizer, saved_settings, compression)
     if here.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         logs.cut(folder, first)
@@ -121,6 +132,7 @@ def train(
             return wrapped(windows.tensor_split(here.world_size)[here.rank])
 
     for step in range(first, settings.steps):
+        traffic = Traffic(here, compression)
         begin = time.perf_counter()
         windows = text.training_windows(source, config.seq, settings.batch_size, settings.seed, step)
         out = output_of(windows.to(here.device))
@@ -138,6 +150,7 @@ def train(
             line |= {"z_loss": here.mean(out.z_loss.detach()), "load": load.tolist()}
         seconds = time.perf_counter() - begin
         line |= {"seconds": seconds, "tokens_per_second": settings.batch_size * config.seq / seconds}
+        line |= traffic.of_this_step()
         is_last = step + 1 == settings.steps
         if (step + 1) % validate_every == 0 or is_last:
             with torch.no_grad():
@@ -145,8 +158,37 @@ def train(
         if here.rank == 0:
             logs.append(folder, line)
         if (step + 1) % save_every == 0 or is_last:
-            checkpoints.save(path, wrapped, optimizer, step + 1, saved_settings, here.rank)
-        advance(step + 1, line["loss"])
+            checkpoints.save(path, wrapped, optimizer, step + 1, saved_settings, here.rank, compression)
+        yield step + 1, line["loss"]
+
+
+class Traffic:
+    """Bytes from here on. Made before a step."""
+
+    def __init__(self, here: Processes, compression: gradients.Compression | None) -> None:
+        self._here, self._compression = here, compression
+        self._before = self._counts() if dist.is_initialized() else ()
+
+    def _counts(self) -> tuple[int | None, int, int]:
+        calls = self._compression.num_calls if self._compression else 0
+        return gradients.interface_bytes(), self._here.group.num_bytes if self._here.group else 0, calls
+
+    def of_this_step(self) -> dict[str, int]:
+        """For the log; called by all processes.
+
+        interface_bytes: of the network namespace of the first process, and so of all that share it, whoever sent them.
+        payload_bytes: of all processes, as handed to their groups as gradients in num_calls calls each; with DDP.
+        """
+        if not self._before:
+            return {}
+        (interface, payload, calls), (interface_before, before, calls_before) = self._counts(), self._before
+        numbers = {}
+        if interface is not None and interface_before is not None:
+            numbers["interface_bytes"] = interface - interface_before
+        if calls > calls_before and self._here.group is not None:
+            total = self._here.sum(torch.tensor(payload - before)).item()
+            numbers |= {"payload_bytes": total, "num_calls": calls - calls_before}
+        return numbers
 
 
 def wrap(model: Transformer, here: Processes, fsdp: bool, expert_parallel: bool) -> nn.Module:
@@ -154,7 +196,9 @@ def wrap(model: Transformer, here: Processes, fsdp: bool, expert_parallel: bool)
     if not dist.is_initialized():
         return model
     if not fsdp and not expert_parallel:
-        return DistributedDataParallel(model)
+        # All processes have the same buffers, from the same sums.
+        sync = inspect.signature(DistributedDataParallel).parameters.keys() & {"forward_sync_buffers"}
+        return DistributedDataParallel(model, **{"".join(sync) or "broadcast_buffers": False})
     experts: set[nn.Parameter] = set()
     if expert_parallel:
         mesh = init_device_mesh(here.device.type, (here.world_size,), mesh_dim_names=("ep",))
