@@ -100,12 +100,12 @@ class Codec:
     def empty(self, strip: Strip) -> Tensor:
         return torch.empty(self.message_bytes(strip), dtype=torch.uint8, device=self.device)
 
-    def encode(self, strip: Strip, stage: int, decay: float = 0.0) -> Tensor:
+    def encode(self, strip: Strip, stage: int, decay: float = 0.0, out: Tensor | None = None) -> Tensor:
         """The message of a strip, or of it and its residuals, which then keep what the message lacks.
 
         With a decay they keep a moving average of that. A block that is not finite leaves its residual as it is.
         """
-        message = self.empty(strip)
+        message = self.empty(strip) if out is None else out
         for part, wire in self._wires(message, strip):
             self._encode(part, wire, stage, decay)
         return message
@@ -150,15 +150,23 @@ class Codec:
         )
 
     def reduce(
-        self, messages: Tensor, strip: Strip, op: str, to: Codec, stage: int, weight: int, decay: float
+        self,
+        messages: Tensor,
+        strip: Strip,
+        op: str,
+        to: Codec,
+        stage: int,
+        weight: int,
+        decay: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The message of the sum of [ranks, bytes]; of the strip the lengths, places and residuals matter.
 
         In one pass where there is no residual. A residual is what this rank still owes to the sum over `weight` ranks,
         of which the messages may have the average; it is then what the result lacks.
         """
-        result = to.empty(strip)
-        for (part, wires), (_, out) in zip(self._wires(messages, strip), to._wires(result, strip), strict=True):
+        result = to.empty(strip) if out is None else out
+        for (part, wires), (_, wire) in zip(self._wires(messages, strip), to._wires(result, strip), strict=True):
             if part.residual is not None:
                 total = torch.empty(part.tensor.numel(), dtype=torch.float32, device=self.device)
                 self._sum(wires, total, op)
@@ -174,7 +182,7 @@ class Codec:
                 block=self.block,
                 hadamard=self.hadamard,
                 op=op,
-                out=out,
+                out=wire,
                 **to._rounding(stage, part.place),
             )
         return result

@@ -50,24 +50,36 @@ class Route:
     def result_codec(self) -> Codec:
         return self.inter_codec if self.node_size else self.codec
 
-    def requantise(self, messages: Tensor, strip: Strip, weight: int, codec: Codec, to: Codec, stage: int) -> Tensor:
+    def requantise(
+        self,
+        messages: Tensor,
+        strip: Strip,
+        weight: int,
+        codec: Codec,
+        to: Codec,
+        stage: int,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The message of the sum of `weight` ranks. What it lacks is this rank's to keep: nobody else knows the sum."""
-        return codec.reduce(messages, strip, self.op, to, stage, weight, self.decay)
+        return codec.reduce(messages, strip, self.op, to, stage, weight, self.decay, out)
 
-    def encode(self, strip: Strip) -> Tensor:
+    def encode(self, strip: Strip, out: Tensor | None = None) -> Tensor:
         """The message of what this rank has."""
-        return self.codec.encode(strip, of_rank(self.rank), self.decay)
+        return self.codec.encode(strip, of_rank(self.rank), self.decay, out)
 
     # ---- messages 0, 1 of a chunk: to the owner ----
 
     def reduce_to_owner(self, message: int, pieces: Sequence[Strip]) -> Generator[None, None, tuple[Tensor, Codec]]:
         """[ranks, bytes] of the messages whose sum is this rank's piece, and what they are written in."""
-        wires = [self.encode(strip) for strip in pieces]
         if not self.node_size:
-            pending = self.transport.exchange(message, wires, [wires[self.rank].numel()] * self.world_size)
+            sizes = [self.codec.message_bytes(pieces[self.rank])] * self.world_size
+            received, own = self.transport.room(sizes, self.codec.device)
+            wires = [self.encode(strip, own if owner == self.rank else None) for owner, strip in enumerate(pieces)]
+            pending = self.transport.exchange(message, wires, sizes, received)
             yield
             pending.wait()
             return pending.received.view(self.world_size, -1), self.codec
+        wires = [self.encode(strip) for strip in pieces]
         node, local = divmod(self.rank, self.node_size)
         peers = range(node * self.node_size, (node + 1) * self.node_size)
         nothing = wires[0].new_empty(0)
@@ -100,11 +112,11 @@ class Route:
     # ---- messages 2, 3: back to everyone ----
 
     def gather_from_owners(
-        self, message: int, wire: Tensor, sizes: Sequence[int]
+        self, message: int, wire: Tensor, sizes: Sequence[int], received: Tensor
     ) -> Generator[None, None, Sequence[Tensor]]:
-        """The messages of all pieces, of `sizes` bytes, in the order of their owners."""
+        """The messages of all pieces, of `sizes` bytes, in the order of their owners; `wire` is of `received`."""
         if not self.node_size:
-            pending = self.transport.gather(message + 2, wire, sizes)
+            pending = self.transport.gather(message + 2, wire, sizes, received)
             yield
             return pending.wait()
         nothing = wire.new_empty(0)
@@ -137,16 +149,19 @@ def two_shot(route: Route, message: int, pieces: Sequence[Strip]) -> Steps:
     """all_reduce of one piece of each shard, in place; also the hierarchical one."""
     messages, codec = yield from route.reduce_to_owner(message, pieces)
     to, rank = route.result_codec, route.rank
-    mine = route.requantise(messages, pieces[rank], route.world_size, codec, to, OF_RESULT)
-    results = yield from route.gather_from_owners(message, mine, [to.message_bytes(strip) for strip in pieces])
+    sizes = [to.message_bytes(strip) for strip in pieces]
+    received, own = route.transport.room(sizes, to.device)
+    mine = route.requantise(messages, pieces[rank], route.world_size, codec, to, OF_RESULT, own)
+    results = yield from route.gather_from_owners(message, mine, sizes, received)
     for result, out in zip(results, pieces, strict=True):
         to.decode(result, out)
 
 
 def one_shot(route: Route, message: int, piece: Strip) -> Steps:
     """all_reduce of a piece, in place, that every rank sums by itself: one rounding, and as many bytes as ranks."""
-    mine = route.encode(piece)
-    pending = route.transport.gather(message, mine, [mine.numel()] * route.world_size)
+    sizes = [route.codec.message_bytes(piece)] * route.world_size
+    received, own = route.transport.room(sizes, route.codec.device)
+    pending = route.transport.gather(message, route.encode(piece, own), sizes, received)
     yield
     pending.wait()
     route.codec.sum(pending.received.view(route.world_size, -1), piece, route.op)
@@ -160,8 +175,9 @@ def scatter(route: Route, message: int, pieces: Sequence[Strip], out: Strip) -> 
 
 def gather(route: Route, message: int, piece: Strip, outs: Sequence[Strip]) -> Steps:
     """all_gather of a piece of what every rank has."""
-    mine = route.encode(piece)
-    pending = route.transport.gather(message, mine, [route.codec.message_bytes(out) for out in outs])
+    sizes = [route.codec.message_bytes(out) for out in outs]
+    received, own = route.transport.room(sizes, route.codec.device)
+    pending = route.transport.gather(message, route.encode(piece, own), sizes, received)
     yield
     for part, out in zip(pending.wait(), outs, strict=True):
         route.codec.decode(part, out)
