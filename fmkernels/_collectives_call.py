@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._collectives_codec import Codec, Strip, cut, padded_numel
-from ._collectives_header import DTYPES, OPS, Header, send_header
+from . import _check
+from ._block_codec_checks import checked_rounding, code_of
+from ._collectives_codec import STEP_BITS, Codec, Part, Strip, cut, grain, padded_numel, round_up
+from ._collectives_header import BITS, DTYPES, OPS, ROUNDINGS, Header, send_header
 from ._collectives_schedules import Route, Steps
 from ._collectives_transport import MAX_MESSAGES, make_transport, resolve_group
 from ._collectives_work import Job, Work, run, start
 from ._library import check_values
 
-BITS = (8, 6, 4, 1)
 DEFAULT_CHUNK = 1 << 22
+PLACE_BITS = 40  # tensors of up to so many elements, a parameter or those of a module, have places of their own
 _MESSAGES_OF_CHUNK = 4  # at most; the first message of a call is its header
 _MAX_CHUNKS = (MAX_MESSAGES - 1) // _MESSAGES_OF_CHUNK
 
@@ -29,35 +31,55 @@ class Options:
 
     op: str = "sum"
     group: Any = None
-    bits: int = 8
+    bits: int | str = 8
     block: int = 128
     algorithm: str = "two_shot"
     node_size: int | None = None
-    inter_bits: int = 4
+    inter_bits: int | str = 4
     hadamard: bool = False
     chunk_numel: int = DEFAULT_CHUNK
+    rounding: str = "nearest"
+    seed: int | None = None
+    step: int = 0
+    offset: int = 0
     decay: float = 0.0
 
     def check(self, name: str, algorithms: Sequence[str]) -> None:
+        """One sentence for what is wrong, before any rank hears of the call; the group is looked at later."""
         for argument, value, allowed in (
             ("op", self.op, OPS),
             ("bits", self.bits, BITS),
             ("inter_bits", self.inter_bits, BITS),
             ("algorithm", self.algorithm, algorithms),
+            ("rounding", self.rounding, ROUNDINGS),
         ):
-            if isinstance(value, bool) or value not in allowed:  # True is 1
+            # True is 1 and 8.0 is 8; a tensor is compared element by element.
+            if isinstance(value, bool) or not isinstance(value, int | str) or value not in allowed:
                 raise ValueError(f"{name}: {argument} must be one of {', '.join(map(str, allowed))}, got {value}.")
-        if not isinstance(self.block, int) or self.block not in (32, 64, 128, 256, 512, 1024, 2048):
+        _check.integer(name, "block", self.block, 1)
+        if self.block not in (32, 64, 128, 256, 512, 1024, 2048):
             raise ValueError(f"{name}: block must be a power of two from 32 to 2048, got {self.block}.")
-        if not isinstance(self.chunk_numel, int) or self.chunk_numel < 1:
-            raise ValueError(f"{name}: chunk_numel must be an integer of at least 1, got {self.chunk_numel}.")
+        _check.flag(name, "hadamard", self.hadamard)
+        _check.integer(name, "chunk_numel", self.chunk_numel, 1)
+        _check.number(name, "decay", self.decay)
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"{name}: decay must be at least 0 and below 1, got {self.decay}.")
+        if self.node_size is not None:
+            _check.integer(name, "node_size", self.node_size, 1)
         if (self.algorithm == "hierarchical") != (self.node_size is not None):
             raise ValueError(
                 f"{name}: node_size must be given for the hierarchical algorithm and for no other, "
                 f"got {self.node_size} for {self.algorithm}."
             )
+        for bits in (self.bits, self.inter_bits) if self.algorithm == "hierarchical" else (self.bits,):
+            code = code_of(name, "bits", bits)
+            checked_rounding(name, self.rounding, code, self.block, self.seed, self.step, self.offset)
+        if self.step >= 1 << STEP_BITS:
+            raise ValueError(f"{name}: step must be below 2**{STEP_BITS}, got {self.step}.")
+
+    def with_draws(self, step: int, offset: int) -> Options:
+        """Of the call that an adapter makes of these."""
+        return replace(self, step=step, offset=offset) if self.rounding == "stochastic" else self
 
 
 def check_tensor(name: str, argument: str, tensor: Any) -> None:
@@ -109,8 +131,11 @@ def check_splits(name: str, argument: str, splits: Any, numel: int, world_size: 
                 f"given, there are {numel}."
             )
         return [numel // world_size] * world_size
+    if not isinstance(splits, Iterable):
+        raise TypeError(f"{name}: {argument} must be a list of counts, got {type(splits).__name__}.")
     splits = list(splits)
-    if len(splits) != world_size or any(not isinstance(n, int) or n < 0 for n in splits) or sum(splits) != numel:
+    are_counts = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in splits)
+    if len(splits) != world_size or not are_counts or sum(splits) != numel:
         raise ValueError(
             f"{name}: {argument} must be {world_size} counts, one for each rank, with the sum of {numel}, the elements "
             f"of {what}, got {splits}."
@@ -119,9 +144,9 @@ def check_splits(name: str, argument: str, splits: Any, numel: int, world_size: 
 
 
 def shard_bounds(numel: int, world_size: int, block: int) -> list[int]:
-    """Where the shards begin and the last ends: whole blocks, as many for every rank or one more."""
-    num_blocks = -(-numel // block)
-    return [min(num_blocks * j // world_size * block, numel) for j in range(world_size + 1)]
+    """Where the shards begin and the last ends: whole grains, as many for every rank or one more."""
+    num_grains = -(-numel // grain(block))
+    return [min(num_grains * j // world_size * grain(block), numel) for j in range(world_size + 1)]
 
 
 class Call:
@@ -132,7 +157,7 @@ class Call:
         group = resolve_group(name, options.group, tensor.device)
         world_size = group.size()
         node_size = options.node_size or 0
-        if options.node_size is not None and (node_size < 1 or world_size % node_size):
+        if options.node_size is not None and world_size % node_size:
             raise ValueError(
                 f"{name}: node_size must divide the {world_size} ranks of the group, got {options.node_size}."
             )
@@ -144,7 +169,10 @@ class Call:
         """After the last check of an argument: from here on the other ranks count on this one."""
         o = self.options
         transport = self.transport = make_transport(self.name, self._group, self.device)
-        codec, inter_codec = (Codec(bits, o.block, o.hadamard, self.device) for bits in (o.bits, o.inter_bits))
+        seed = o.seed if o.rounding == "stochastic" else None
+        codec, inter_codec = (
+            Codec(bits, o.block, o.hadamard, self.device, seed, o.step) for bits in (o.bits, o.inter_bits)
+        )
         node_size = self._node_size
         if node_size in (1, self.world_size):  # one of the two hops leads nowhere, and would only round
             codec = inter_codec if node_size < self.world_size else codec
@@ -164,14 +192,35 @@ class Call:
                 hadamard=o.hadamard,
                 error_feedback=has_feedback,
                 chunk_numel=o.chunk_numel,
+                rounding=o.rounding,
+                seed=seed or 0,
+                step=0 if seed is None else o.step,
+                offset=0 if seed is None else o.offset,
             )
             send_header(transport, header, sends, expects, self.device)
+
+    def strips(
+        self,
+        tensors: Sequence[Sequence[Tensor]],
+        residuals: Sequence[Sequence[Tensor]] | None = None,
+        places: Sequence[Sequence[int]] | None = None,
+    ) -> list[Strip]:
+        """A strip of each list of tensors. By default their places are one behind another, each from a grain on."""
+        strips, place = [], self.options.offset
+        for i, strip in enumerate(tensors):
+            parts = []
+            for j, tensor in enumerate(strip):
+                residual = None if residuals is None else residuals[i][j]
+                parts.append(Part(tensor, residual, place if places is None else places[i][j]))
+                place += round_up(tensor.numel(), grain(self.options.block))
+            strips.append(parts)
+        return strips
 
     def _step(self, strip: Strip) -> int:
         """Elements of a chunk in a strip: a function of that strip alone, which two ranks have in common."""
         block = self.options.block
         step = max(self.options.chunk_numel // self.world_size, -(-padded_numel(strip, block) // _MAX_CHUNKS), 1)
-        return -(-step // block) * block
+        return round_up(step, grain(block))
 
     def num_chunks(self, strips: Sequence[Strip]) -> int:
         lengths = [(padded_numel(strip, self.options.block), self._step(strip)) for strip in strips]
@@ -208,6 +257,6 @@ class Call:
         return None
 
 
-def strips_of(tensor: Tensor, splits: Sequence[int]) -> list[Strip]:
-    """The parts of a tensor, each a strip."""
+def strips_of(tensor: Tensor, splits: Sequence[int]) -> list[list[Tensor]]:
+    """The parts of a tensor, a list of one for each rank."""
     return [[part] for part in tensor.detach().view(-1).split(list(splits))]

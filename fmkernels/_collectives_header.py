@@ -13,14 +13,27 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ._block_codec_checks import CODES
 from ._collectives_transport import Pending, Transport
 
 FUNCTIONS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 ALGORITHMS = ("direct", "one_shot", "two_shot", "hierarchical")
 OPS = ("sum", "avg")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = tuple(CODES)
+ROUNDINGS = ("nearest", "stochastic")
 _NUM_WORDS = 16
-_MEANINGS = {"function": FUNCTIONS, "dtype": DTYPES, "op": OPS, "algorithm": ALGORITHMS}
+_MEANINGS = {
+    "function": FUNCTIONS,
+    "dtype": DTYPES,
+    "op": OPS,
+    "bits": BITS,
+    "algorithm": ALGORITHMS,
+    "inter_bits": BITS,
+    "hadamard": (False, True),
+    "error_feedback": (False, True),
+    "rounding": ROUNDINGS,
+}
 
 
 @dataclass(frozen=True)
@@ -31,14 +44,18 @@ class Header:
     dtype: torch.dtype
     numel: int  # where every rank has as much
     op: str
-    bits: int
+    bits: int | str
     block: int
     algorithm: str
-    inter_bits: int
+    inter_bits: int | str
     node_size: int
     hadamard: bool
     error_feedback: bool  # whether there is
     chunk_numel: int
+    rounding: str
+    seed: int  # 0, as step and offset, where nothing is drawn
+    step: int
+    offset: int
 
     def words(self) -> list[int]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -47,9 +64,7 @@ class Header:
     @staticmethod
     def text(index: int, word: int) -> str:
         name = fields(Header)[index].name
-        if name in _MEANINGS:
-            return str(_MEANINGS[name][word])
-        return str(bool(word)) if name in ("hadamard", "error_feedback") else str(word)
+        return str(_MEANINGS[name][word] if name in _MEANINGS else word)
 
 
 def send_header(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import _check
 from ._collectives_call import (
     Call,
     Options,
@@ -18,7 +19,6 @@ from ._collectives_call import (
     check_tensor,
     strips_of,
 )
-from ._collectives_codec import Strip
 from ._collectives_schedules import Steps, one_shot, scatter, two_shot
 from ._collectives_work import Work
 
@@ -27,35 +27,40 @@ SCATTER_ALGORITHMS = ("direct", "hierarchical")
 
 
 def launch_all_reduce(
-    call: Call, shards: Sequence[Strip], residuals: Sequence[Strip] | None, value: Tensor, async_op: bool
+    call: Call,
+    shards: Sequence[Sequence[Tensor]],
+    residuals: Sequence[Sequence[Tensor]] | None,
+    value: Tensor,
+    async_op: bool,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> Work | None:
-    """In place, of a strip for every rank; `value` is what the work has as its result, and where the strips lie."""
+    """In place, of tensors for every rank; `value` is what the work has as its result, and where they lie.
+
+    `places`: see `Call.strips`.
+    """
     has_feedback, zeros = residuals is not None, [0] * call.world_size
-    call.begin(sum(tensor.numel() for strip in shards for tensor in strip), zeros, zeros, has_feedback)
+    call.begin(sum(tensor.numel() for shard in shards for tensor in shard), zeros, zeros, has_feedback)
     used = [value]
     if residuals is not None:
-        used += [tensor for strip in residuals for tensor in strip]
+        used += [tensor for shard in residuals for tensor in shard]
+    strips = call.strips(shards, residuals, places)
     if call.options.algorithm == "one_shot":
-        whole = [[tensor for strip in strips for tensor in strip] for strips in (shards, residuals or ())]
-
-        def steps(message: int, chunk: int) -> Steps:
-            piece, lack = call.pieces(whole, chunk)
-            return one_shot(call.route, message, piece, piece, lack if has_feedback else None)
-
-        return call.launch(steps, call.num_chunks(whole[:1]), value, used, async_op, has_feedback)
+        strips = [[part for strip in strips for part in strip]]
 
     def steps(message: int, chunk: int) -> Steps:
-        lacks = None if residuals is None else call.pieces(residuals, chunk)
-        pieces = call.pieces(shards, chunk)
-        return two_shot(call.route, message, pieces, pieces, lacks)
+        pieces = call.pieces(strips, chunk)
+        if call.options.algorithm == "one_shot":
+            return one_shot(call.route, message, *pieces)
+        return two_shot(call.route, message, pieces)
 
-    return call.launch(steps, call.num_chunks(shards), value, used, async_op, has_feedback)
+    return call.launch(steps, call.num_chunks(strips), value, used, async_op, has_feedback)
 
 
 def launch_reduce_scatter(
     output: Tensor, input: Tensor, options: Options, splits: Any, error_feedback: Tensor | None, async_op: bool
 ) -> Work | None:
     name = "reduce_scatter"
+    _check.flag(name, "async_op", async_op)
     check_tensor(name, "input", input)
     check_like(name, "output", output, input, "input")
     check_feedback(name, error_feedback, input, "input")
@@ -65,13 +70,12 @@ def launch_reduce_scatter(
         raise ValueError(f"{name}: output must have this rank's {splits[call.rank]} elements, it has {output.numel()}.")
     check_apart(name, "output", output, input, "input", sum(splits[: call.rank]))
     flat, out = input.detach().view(-1), output.detach().view(-1)
-    parts = strips_of(input, splits)
-    residuals = None if error_feedback is None else strips_of(error_feedback, splits)
-    call.begin(flat.numel(), splits, [splits[call.rank]] * call.world_size, residuals is not None)
+    parts = call.strips(strips_of(input, splits), None if error_feedback is None else strips_of(error_feedback, splits))
+    outs = call.strips([[out]])
+    call.begin(flat.numel(), splits, [splits[call.rank]] * call.world_size, error_feedback is not None)
 
     def steps(message: int, chunk: int) -> Steps:
-        lacks = None if residuals is None else call.pieces(residuals, chunk)
-        return scatter(call.route, message, call.pieces(parts, chunk), *call.pieces(([out],), chunk), lacks)
+        return scatter(call.route, message, call.pieces(parts, chunk), *call.pieces(outs, chunk))
 
     used = [flat, out] if error_feedback is None else [flat, out, error_feedback]
-    return call.launch(steps, call.num_chunks(parts), output, used, async_op, residuals is not None)
+    return call.launch(steps, call.num_chunks(parts), output, used, async_op, error_feedback is not None)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._collectives_codec import Codec, Strip
+from ._collectives_codec import OF_RESULT, Codec, Strip, of_node, of_rank
 from ._collectives_transport import Transport
 
 Steps = Generator[None, None, None]
@@ -51,29 +51,35 @@ class Route:
         return self.inter_codec if self.node_size else self.codec
 
     def requantise(
-        self, messages: Tensor, strip: Strip, weight: int, codec: Codec, to: Codec, residuals: Strip | None
+        self,
+        messages: Tensor,
+        strip: Strip,
+        weight: int,
+        codec: Codec,
+        to: Codec,
+        stage: int,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The message of the sum of `weight` ranks. What it lacks is this rank's to keep: nobody else knows the sum."""
-        if residuals is None:
-            return codec.reduce(messages, strip, self.op, to)
-        return codec.reduce_with(messages, strip, residuals, self.decay, self.op, weight, to)
+        return codec.reduce(messages, strip, self.op, to, stage, weight, self.decay, out)
 
-    def encode_all(self, pieces: Sequence[Strip], residuals: Sequence[Strip] | None) -> list[Tensor]:
-        lacks = [None] * len(pieces) if residuals is None else residuals
-        return [self.codec.encode(strip, lack, self.decay) for strip, lack in zip(pieces, lacks, strict=True)]
+    def encode(self, strip: Strip, out: Tensor | None = None) -> Tensor:
+        """The message of what this rank has."""
+        return self.codec.encode(strip, of_rank(self.rank), self.decay, out)
 
     # ---- messages 0, 1 of a chunk: to the owner ----
 
-    def reduce_to_owner(
-        self, message: int, pieces: Sequence[Strip], residuals: Sequence[Strip] | None
-    ) -> Generator[None, None, tuple[Tensor, Codec]]:
+    def reduce_to_owner(self, message: int, pieces: Sequence[Strip]) -> Generator[None, None, tuple[Tensor, Codec]]:
         """[ranks, bytes] of the messages whose sum is this rank's piece, and what they are written in."""
-        wires = self.encode_all(pieces, residuals)
         if not self.node_size:
-            pending = self.transport.exchange(message, wires, [wires[self.rank].numel()] * self.world_size)
+            sizes = [self.codec.message_bytes(pieces[self.rank])] * self.world_size
+            received, own = self.transport.room(sizes, self.codec.device)
+            wires = [self.encode(strip, own if owner == self.rank else None) for owner, strip in enumerate(pieces)]
+            pending = self.transport.exchange(message, wires, sizes, received)
             yield
             pending.wait()
             return pending.received.view(self.world_size, -1), self.codec
+        wires = [self.encode(strip) for strip in pieces]
         node, local = divmod(self.rank, self.node_size)
         peers = range(node * self.node_size, (node + 1) * self.node_size)
         nothing = wires[0].new_empty(0)
@@ -88,8 +94,9 @@ class Route:
         parts = pending.received.view(self.node_size, -1).split([wires[owner].numel() for owner in mine], 1)
         sends = [nothing] * self.world_size
         for owner, part in zip(mine, parts, strict=True):
-            lack = None if residuals is None else residuals[owner]
-            sends[owner] = self.requantise(part, pieces[owner], self.node_size, self.codec, self.inter_codec, lack)
+            sends[owner] = self.requantise(
+                part, pieces[owner], self.node_size, self.codec, self.inter_codec, of_node(node)
+            )
         size = self.inter_codec.message_bytes(pieces[self.rank])
         pending = self.transport.exchange(
             message + 1, sends, [size if j in mine else 0 for j in range(self.world_size)]
@@ -105,11 +112,11 @@ class Route:
     # ---- messages 2, 3: back to everyone ----
 
     def gather_from_owners(
-        self, message: int, wire: Tensor, sizes: Sequence[int]
+        self, message: int, wire: Tensor, sizes: Sequence[int], received: Tensor
     ) -> Generator[None, None, Sequence[Tensor]]:
-        """The messages of all pieces, of `sizes` bytes, in the order of their owners."""
+        """The messages of all pieces, of `sizes` bytes, in the order of their owners; `wire` is of `received`."""
         if not self.node_size:
-            pending = self.transport.gather(message + 2, wire, sizes)
+            pending = self.transport.gather(message + 2, wire, sizes, received)
             yield
             return pending.wait()
         nothing = wire.new_empty(0)
@@ -138,50 +145,47 @@ class Route:
         return wires
 
 
-def two_shot(
-    route: Route, message: int, pieces: Sequence[Strip], outs: Sequence[Strip], residuals: Sequence[Strip] | None
-) -> Steps:
-    """all_reduce of one piece of each shard; also the hierarchical one."""
-    messages, codec = yield from route.reduce_to_owner(message, pieces, residuals)
+def two_shot(route: Route, message: int, pieces: Sequence[Strip]) -> Steps:
+    """all_reduce of one piece of each shard, in place; also the hierarchical one."""
+    messages, codec = yield from route.reduce_to_owner(message, pieces)
     to, rank = route.result_codec, route.rank
-    lack = None if residuals is None else residuals[rank]
-    mine = route.requantise(messages, pieces[rank], route.world_size, codec, to, lack)
-    results = yield from route.gather_from_owners(message, mine, [to.message_bytes(strip) for strip in pieces])
-    for result, out in zip(results, outs, strict=True):
+    sizes = [to.message_bytes(strip) for strip in pieces]
+    received, own = route.transport.room(sizes, to.device)
+    mine = route.requantise(messages, pieces[rank], route.world_size, codec, to, OF_RESULT, own)
+    results = yield from route.gather_from_owners(message, mine, sizes, received)
+    for result, out in zip(results, pieces, strict=True):
         to.decode(result, out)
 
 
-def one_shot(route: Route, message: int, piece: Strip, out: Strip, residual: Strip | None) -> Steps:
-    """all_reduce of a piece that every rank sums by itself: one rounding, and as many bytes as ranks."""
-    mine = route.codec.encode(piece, residual, route.decay)
-    pending = route.transport.gather(message, mine, [mine.numel()] * route.world_size)
+def one_shot(route: Route, message: int, piece: Strip) -> Steps:
+    """all_reduce of a piece, in place, that every rank sums by itself: one rounding, and as many bytes as ranks."""
+    sizes = [route.codec.message_bytes(piece)] * route.world_size
+    received, own = route.transport.room(sizes, route.codec.device)
+    pending = route.transport.gather(message, route.encode(piece, own), sizes, received)
     yield
     pending.wait()
-    route.codec.sum(pending.received.view(route.world_size, -1), out, route.op)
+    route.codec.sum(pending.received.view(route.world_size, -1), piece, route.op)
 
 
-def scatter(
-    route: Route, message: int, pieces: Sequence[Strip], out: Strip, residuals: Sequence[Strip] | None
-) -> Steps:
+def scatter(route: Route, message: int, pieces: Sequence[Strip], out: Strip) -> Steps:
     """reduce_scatter of one piece of each shard."""
-    messages, codec = yield from route.reduce_to_owner(message, pieces, residuals)
+    messages, codec = yield from route.reduce_to_owner(message, pieces)
     codec.sum(messages, out, route.op)
 
 
-def gather(route: Route, message: int, piece: Strip, outs: Sequence[Strip], residual: Strip | None) -> Steps:
+def gather(route: Route, message: int, piece: Strip, outs: Sequence[Strip]) -> Steps:
     """all_gather of a piece of what every rank has."""
-    mine = route.codec.encode(piece, residual, route.decay)
-    pending = route.transport.gather(message, mine, [route.codec.message_bytes(out) for out in outs])
+    sizes = [route.codec.message_bytes(out) for out in outs]
+    received, own = route.transport.room(sizes, route.codec.device)
+    pending = route.transport.gather(message, route.encode(piece, own), sizes, received)
     yield
     for part, out in zip(pending.wait(), outs, strict=True):
         route.codec.decode(part, out)
 
 
-def exchange(
-    route: Route, message: int, pieces: Sequence[Strip], outs: Sequence[Strip], residuals: Sequence[Strip] | None
-) -> Steps:
+def exchange(route: Route, message: int, pieces: Sequence[Strip], outs: Sequence[Strip]) -> Steps:
     """all_to_all of a piece of each part."""
-    messages = route.encode_all(pieces, residuals)
+    messages = [route.encode(strip) for strip in pieces]
     pending = route.transport.exchange(message, messages, [route.codec.message_bytes(out) for out in outs])
     yield
     for part, out in zip(pending.wait(), outs, strict=True):

@@ -83,6 +83,11 @@ class _Transport:
         self.rank, self.world_size = group.rank(), group.size()
         self.header: Callable[[], None] | None = None  # raises when the ranks disagree about the call
 
+    def room(self, sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """What `sizes` bytes of each rank can be received in, and this rank's part: what is written there is sent."""
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        return received, received.narrow(0, sum(sizes[: self.rank]), sizes[self.rank])
+
     def check(self) -> None:
         """Waits for the headers of all ranks, where they were sent and have not been looked at."""
         header, self.header = self.header, None
@@ -99,16 +104,24 @@ class TaggedTransport(_Transport):
         super().__init__(name, group)
         self._tag = _FIRST_TAG + self.channel.next_call() % _MAX_CALLS * MAX_MESSAGES
 
-    def exchange(self, message: int, sends: Sequence[Tensor], sizes: Sequence[int]) -> Pending:
-        """Sends `sends[j]` to rank j and receives `sizes[j]` bytes from it, this rank's own among them."""
+    def exchange(
+        self, message: int, sends: Sequence[Tensor], sizes: Sequence[int], received: Tensor | None = None
+    ) -> Pending:
+        """Sends `sends[j]` to rank j and receives `sizes[j]` bytes from it, this rank's own among them.
+
+        `received`, where it is given, is of `room`, and the own part is there already.
+        """
         self.check()
-        received = sends[self.rank].new_empty(sum(sizes))
+        is_there = received is not None
+        if received is None:
+            received = sends[self.rank].new_empty(sum(sizes))
         parts = received.split(list(sizes))
         # Begins with the next rank, so that not all send to rank 0 at once.
         peers = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
         works = [(j, self._post(self.group.recv, parts[j], j, message)) for j in peers if sizes[j]]
         works += [(j, self._post(self.group.send, sends[j], j, message)) for j in peers if sends[j].numel()]
-        parts[self.rank].copy_(sends[self.rank])
+        if not is_there:
+            parts[self.rank].copy_(sends[self.rank])
         return Pending(self.name, works, received, sizes, sends)
 
     def _post(self, way: Callable[..., Any], data: Tensor, peer: int, message: int) -> Any:
@@ -117,9 +130,9 @@ class TaggedTransport(_Transport):
         except RuntimeError as error:
             raise _lost(self.name, peer, error) from error
 
-    def gather(self, message: int, wire: Tensor, sizes: Sequence[int]) -> Pending:
-        """Sends `wire` to every rank."""
-        return self.exchange(message, [wire] * self.world_size, sizes)
+    def gather(self, message: int, wire: Tensor, sizes: Sequence[int], received: Tensor | None = None) -> Pending:
+        """Sends `wire` to every rank. `received`: as in `exchange`."""
+        return self.exchange(message, [wire] * self.world_size, sizes, received)
 
 
 class CollectiveTransport(_Transport):
@@ -127,8 +140,10 @@ class CollectiveTransport(_Transport):
 
     is_tagged = False
 
-    def exchange(self, message: int, sends: Sequence[Tensor], sizes: Sequence[int]) -> Pending:
-        del message
+    def exchange(
+        self, message: int, sends: Sequence[Tensor], sizes: Sequence[int], received: Tensor | None = None
+    ) -> Pending:
+        del message, received  # collectives write the own part as well
         self.check()
         sent = torch.cat(list(sends))
         received = sent.new_empty(sum(sizes))
@@ -136,8 +151,8 @@ class CollectiveTransport(_Transport):
         work = dist.all_to_all_single(received, sent, list(sizes), splits, group=self.group, async_op=True)
         return Pending(self.name, [(-1, work)], received, sizes, sent)
 
-    def gather(self, message: int, wire: Tensor, sizes: Sequence[int]) -> Pending:
-        del message
+    def gather(self, message: int, wire: Tensor, sizes: Sequence[int], received: Tensor | None = None) -> Pending:
+        del message, received
         self.check()
         longest = max(sizes)
         if wire.numel() < longest:  # parts of a collective are equal

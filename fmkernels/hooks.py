@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._collectives_call import DEFAULT_CHUNK, Call, Options
+from . import _check as check
+from ._collectives_call import DEFAULT_CHUNK, PLACE_BITS, Call, Options
 from ._collectives_launch import ALGORITHMS, launch_all_reduce
 from ._collectives_parameters import owned_pieces
 
@@ -30,7 +31,7 @@ class QuantizedAllReduce:
         parameters: the model, wrapped or not, or its `named_parameters()`.
         group: that of the DDP model; None: the default group.
         op: "avg", as DDP without a hook, or "sum".
-        bits: 8, 6, 4 or 1.
+        bits: 8, 6, 4, 1 or "float8_e4m3fn".
         block: elements to a scale.
         algorithm: "two_shot", "one_shot" or "hierarchical".
         error_feedback: keep what rounding loses, in float32 for every parameter, and add it in the next step.
@@ -38,6 +39,9 @@ class QuantizedAllReduce:
         reset_interval: steps after which the errors are set to zero (LoCo); None: never.
         node_size: for "hierarchical": ranks to a node.
         inter_bits: for "hierarchical": bits between nodes.
+        rounding: "nearest" or "stochastic": steps count themselves, and parameters, ranks and further roundings draw
+            numbers of their own.
+        seed: of the draws of "stochastic", the same on every rank.
         hadamard: rotate before rounding.
         chunk_numel: elements that are encoded at a time.
 
@@ -53,14 +57,16 @@ class QuantizedAllReduce:
         *,
         group: Any = None,
         op: str = "avg",
-        bits: int = 8,
+        bits: int | str = 8,
         block: int = 128,
         algorithm: str = "two_shot",
         error_feedback: bool = False,
         decay: float = 0.0,
         reset_interval: int | None = None,
         node_size: int | None = None,
-        inter_bits: int = 4,
+        inter_bits: int | str = 4,
+        rounding: str = "nearest",
+        seed: int | None = None,
         hadamard: bool = False,
         chunk_numel: int = DEFAULT_CHUNK,
     ) -> None:
@@ -72,12 +78,26 @@ class QuantizedAllReduce:
             named = [(key.removeprefix("module."), tensor) for key, tensor in named]
         self._names = {tensor: key for key, tensor in named}  # a tensor is a key by its identity
         self._numels = {key: tensor.numel() for key, tensor in named}
+        # What is drawn for a parameter depends on its name and those of the others, not on buckets.
+        self._places = {key: index << PLACE_BITS for index, key in enumerate(sorted(self._numels))}
         self._options = Options(
-            op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel, decay=decay
+            op,
+            group,
+            bits,
+            block,
+            algorithm,
+            node_size,
+            inter_bits,
+            hadamard,
+            chunk_numel,
+            rounding,
+            seed,
+            decay=decay,
         )
         self._options.check(name, ALGORITHMS)
-        if reset_interval is not None and reset_interval < 1:
-            raise ValueError(f"{name}: reset_interval must be None or at least 1, got {reset_interval}.")
+        check.flag(name, "error_feedback", error_feedback)
+        if reset_interval is not None:
+            check.integer(name, "reset_interval", reset_interval, 1)
         if not error_feedback and (decay or reset_interval is not None):
             raise ValueError(f"{name}: decay and reset_interval must not be given without error_feedback.")
         self._has_feedback, self._reset_interval = error_feedback, reset_interval
@@ -105,17 +125,20 @@ class QuantizedAllReduce:
             )
         if bucket.index() == 0:
             self._begin_step()
+        call.options = self._options.with_draws(self._num_steps, 0)
         names = [self._names[tensor] for tensor in parameters]
         gradients = buffer.split([self._numels[name] for name in names])
         errors = [self._error(name, buffer.device) for name in names] if self._has_feedback else None
         shards: list[list[Tensor]] = [[] for _ in range(call.world_size)]
         residuals: list[list[Tensor]] = [[] for _ in range(call.world_size)]
+        places: list[list[int]] = [[] for _ in range(call.world_size)]
         for index, name in enumerate(names):
             for owner, piece in self._pieces(name, call.world_size):
                 shards[owner].append(gradients[index][piece])
+                places[owner].append(self._places[name] + piece.start)
                 if errors is not None:
                     residuals[owner].append(errors[index][piece])
-        work = launch_all_reduce(call, shards, residuals if self._has_feedback else None, buffer, async_op=True)
+        work = launch_all_reduce(call, shards, residuals if self._has_feedback else None, buffer, True, places)
         return work.get_future()
 
     def _begin_step(self) -> None:
@@ -148,7 +171,7 @@ class QuantizedAllReduce:
             error.mul_(factor) if factor else error.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """The errors by the names of parameters, and the number of steps. Of this rank."""
+        """The errors by the names of parameters, and the number of steps, which draws depend on. Of this rank."""
         return {"errors": self.errors(), "num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,5 +190,6 @@ class QuantizedAllReduce:
                     f"{name}: the error of {key} must be float32 with {self._numels[key]} elements, it is "
                     f"{tensor.dtype} with {tensor.numel()}."
                 )
+        check.integer(name, "num_steps", state["num_steps"], 0)
         self._errors = {key: tensor.detach().clone().view(-1) for key, tensor in state["errors"].items()}
         self._num_steps = state["num_steps"]

@@ -7,7 +7,7 @@ from hop to hop: a sum is rounded once more than its terms and that is all.
 
 A block's result depends on that block of every rank, on the number of ranks and on the options that say so below; not
 on the length of the tensor around it, on `chunk_numel`, nor on which rank sums it. Blocks are counted from the first
-element of the tensor, or of each part that one rank sends or gets.
+element of the tensor, or of each part that one rank sends or gets. What is drawn depends on its place besides.
 
 Groups: gloo (tensors on the CPU) and NCCL (on CUDA), of any size; a rank with nothing to send takes part. All ranks
 make the same calls in the same order, as with torch; on the CPU, and on CUDA under FMKERNELS_CHECK=1, a call that
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _check
 from ._collectives_call import (
     DEFAULT_CHUNK,
     Call,
@@ -50,13 +51,17 @@ def all_reduce(
     *,
     op: str = "sum",
     group: Any = None,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     algorithm: str = "two_shot",
     error_feedback: Tensor | None = None,
     async_op: bool = False,
     node_size: int | None = None,
-    inter_bits: int = 4,
+    inter_bits: int | str = 4,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    step: int = 0,
+    offset: int = 0,
     hadamard: bool = False,
     chunk_numel: int = DEFAULT_CHUNK,
 ) -> Work | None:
@@ -66,7 +71,7 @@ def all_reduce(
         tensor: float32, bfloat16 or float16, contiguous, any length; the same dtype and length on every rank.
         op: "sum" or "avg".
         group: a process group; None: the default group.
-        bits: 8, 6, 4 or 1.
+        bits: 8, 6, 4, 1 or "float8_e4m3fn".
         block: elements to a scale, a power of two from 32 to 2048.
         algorithm: "two_shot": every rank sums a shard and sends it to all; of W ranks each sends and gets
             2 (W - 1) / W wires, two roundings. "one_shot": every rank sums everything; W - 1
@@ -78,7 +83,13 @@ def all_reduce(
         async_op: return at once with a Work; tensor and error_feedback belong to the call until its `wait`. Where
             another asynchronous call follows, on the CPU, that may last until all ranks have begun the other one.
         node_size: for "hierarchical": ranks to a node, of consecutive numbers; divides the size of the group.
-        inter_bits: for "hierarchical": 8, 6, 4 or 1.
+        inter_bits: for "hierarchical": as bits.
+        rounding: "nearest" or "stochastic", whose mean over seeds and steps is exact; not of 1 bit nor of floats.
+        seed: of the draws of "stochastic", from 0 to 2**63 - 1, the same on every rank. Ranks, and each further
+            rounding, draw numbers of their own from it.
+        step: of the draws too, below 2**40: another one, other draws.
+        offset: elements of the whole before the first one, a multiple of block and of 64. A draw depends on the place
+            of its element in the whole, so that it does not matter how that is cut.
         hadamard: rotate 32 elements at a time before they are rounded, for data with outliers.
         chunk_numel: elements that are encoded at a time while others travel; changes no bit.
 
@@ -88,10 +99,14 @@ def all_reduce(
     Raises ValueError and TypeError for arguments, also where ranks disagree, and RuntimeError when a rank is gone.
     Deterministic. A NaN or an infinity makes its block NaN and no other.
     """
-    options = Options(op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel)
-    check_tensor("all_reduce", "tensor", tensor)
-    check_feedback("all_reduce", error_feedback, tensor, "tensor")
-    call = Call("all_reduce", tensor, options, ALGORITHMS)
+    options = Options(
+        op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel, rounding, seed, step, offset
+    )
+    name = "all_reduce"
+    check_tensor(name, "tensor", tensor)
+    check_feedback(name, error_feedback, tensor, "tensor")
+    _check.flag(name, "async_op", async_op)
+    call = Call(name, tensor, options, ALGORITHMS)
     if algorithm == "one_shot":
         sizes = [tensor.numel()]
     else:
@@ -107,14 +122,18 @@ def reduce_scatter(
     *,
     op: str = "sum",
     group: Any = None,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     algorithm: str = "direct",
     input_splits: Sequence[int] | None = None,
     error_feedback: Tensor | None = None,
     async_op: bool = False,
     node_size: int | None = None,
-    inter_bits: int = 4,
+    inter_bits: int | str = 4,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    step: int = 0,
+    offset: int = 0,
     hadamard: bool = False,
     chunk_numel: int = DEFAULT_CHUNK,
 ) -> Work | None:
@@ -125,7 +144,7 @@ def reduce_scatter(
         input: float32, bfloat16 or float16, contiguous; the same dtype and length on every rank.
         op: "sum" or "avg".
         group: a process group; None: the default group.
-        bits: 8, 6, 4 or 1.
+        bits: 8, 6, 4, 1 or "float8_e4m3fn".
         block: elements to a scale, a power of two from 32 to 2048; counted from the beginning of each part.
         algorithm: "direct": one exchange, one rounding. "hierarchical": inside a node with `bits`, then between nodes
             with `inter_bits`; two roundings.
@@ -133,14 +152,17 @@ def reduce_scatter(
         error_feedback: float32, as many elements as input; see `all_reduce`.
         async_op: return at once with a Work.
         node_size: for "hierarchical": ranks to a node.
-        inter_bits: for "hierarchical": 8, 6, 4 or 1.
+        inter_bits: for "hierarchical": as bits.
+        rounding, seed, step, offset: see `all_reduce`; the place of a part is a multiple of block and of 64.
         hadamard: rotate 32 elements at a time before they are rounded.
         chunk_numel: elements that are encoded at a time; changes no bit.
 
     Returns:
         None, or the Work of an asynchronous call. Errors as those of `all_reduce`. Deterministic.
     """
-    options = Options(op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel)
+    options = Options(
+        op, group, bits, block, algorithm, node_size, inter_bits, hadamard, chunk_numel, rounding, seed, step, offset
+    )
     return launch_reduce_scatter(output, input, options, input_splits, error_feedback, async_op)
 
 
@@ -150,11 +172,15 @@ def all_gather(
     input: Tensor,
     *,
     group: Any = None,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     output_splits: Sequence[int] | None = None,
     error_feedback: Tensor | None = None,
     async_op: bool = False,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    step: int = 0,
+    offset: int = 0,
     hadamard: bool = False,
     chunk_numel: int = DEFAULT_CHUNK,
 ) -> Work | None:
@@ -165,11 +191,12 @@ def all_gather(
             this rank's part of it.
         input: float32, bfloat16 or float16, contiguous; the same dtype on every rank.
         group: a process group; None: the default group.
-        bits: 8, 6, 4 or 1.
+        bits: 8, 6, 4, 1 or "float8_e4m3fn".
         block: elements to a scale, a power of two from 32 to 2048; counted from the beginning of each input.
         output_splits: elements of each rank's input, the same list on every rank; by default equal parts of output.
         error_feedback: float32, as many elements as input; see `all_reduce`.
         async_op: return at once with a Work.
+        rounding, seed, step, offset: see `all_reduce`; places are those in input.
         hadamard: rotate 32 elements at a time before they are rounded.
         chunk_numel: elements of the output that are encoded at a time; changes no bit.
 
@@ -180,29 +207,25 @@ def all_gather(
     check_tensor(name, "input", input)
     check_like(name, "output", output, input, "input")
     check_feedback(name, error_feedback, input, "input")
-    options = Options("sum", group, bits, block, "direct", None, bits, hadamard, chunk_numel)
+    _check.flag(name, "async_op", async_op)
+    options = Options(
+        "sum", group, bits, block, "direct", None, bits, hadamard, chunk_numel, rounding, seed, step, offset
+    )
     call = Call(name, input, options, ("direct",))
     splits = check_splits(name, "output_splits", output_splits, output.numel(), call.world_size, "output")
     if input.numel() != splits[call.rank]:
         raise ValueError(f"{name}: input must have this rank's {splits[call.rank]} elements, it has {input.numel()}.")
     check_apart(name, "input", input, output, "output", sum(splits[: call.rank]))
-    flat, outs = input.detach().view(-1), strips_of(output, splits)
-    residual = None if error_feedback is None else error_feedback.detach().view(-1)
-    own = [[flat]] if residual is None else [[flat], [residual]]
-    call.begin(output.numel(), [flat.numel()] * call.world_size, splits, residual is not None)
+    numel = input.numel()
+    own = call.strips(strips_of(input, [numel]), None if error_feedback is None else strips_of(error_feedback, [numel]))
+    outs = call.strips(strips_of(output, splits))
+    call.begin(output.numel(), [numel] * call.world_size, splits, error_feedback is not None)
 
     def steps(message: int, chunk: int) -> Steps:
-        piece, *lacks = call.pieces(own, chunk)
-        return gather(call.route, message, piece, call.pieces(outs, chunk), lacks[0] if lacks else None)
+        return gather(call.route, message, *call.pieces(own, chunk), call.pieces(outs, chunk))
 
-    return call.launch(
-        steps,
-        call.num_chunks(outs),
-        output,
-        [flat, output] if residual is None else [flat, output, residual],
-        async_op,
-        residual is not None,
-    )
+    used = [input, output] if error_feedback is None else [input, output, error_feedback]
+    return call.launch(steps, call.num_chunks(outs), output, used, async_op, error_feedback is not None)
 
 
 @torch.no_grad()
@@ -211,12 +234,16 @@ def all_to_all(
     input: Tensor,
     *,
     group: Any = None,
-    bits: int = 8,
+    bits: int | str = 8,
     block: int = 128,
     output_splits: Sequence[int] | None = None,
     input_splits: Sequence[int] | None = None,
     error_feedback: Tensor | None = None,
     async_op: bool = False,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    step: int = 0,
+    offset: int = 0,
     hadamard: bool = False,
     chunk_numel: int = DEFAULT_CHUNK,
 ) -> Work | None:
@@ -226,12 +253,13 @@ def all_to_all(
         output: the parts of all ranks one behind another, dtype and device of input; contiguous.
         input: float32, bfloat16 or float16, contiguous; the same dtype on every rank.
         group: a process group; None: the default group.
-        bits: 8, 6, 4 or 1.
+        bits: 8, 6, 4, 1 or "float8_e4m3fn".
         block: elements to a scale, a power of two from 32 to 2048; counted from the beginning of each part.
         output_splits: elements from each rank; by default equal parts.
         input_splits: elements to each rank; by default equal parts.
         error_feedback: float32, as many elements as input; see `all_reduce`.
         async_op: return at once with a Work.
+        rounding, seed, step, offset: see `all_reduce`; places are those in input.
         hadamard: rotate 32 elements at a time before they are rounded.
         chunk_numel: elements of the input that are encoded at a time; the same on every rank, and changes no bit. On
             CUDA all are one chunk: ranks with other lengths would make another number of collectives of torch.
@@ -243,22 +271,24 @@ def all_to_all(
     check_tensor(name, "input", input)
     check_like(name, "output", output, input, "input")
     check_feedback(name, error_feedback, input, "input")
-    options = Options("sum", group, bits, block, "direct", None, bits, hadamard, chunk_numel)
+    _check.flag(name, "async_op", async_op)
+    options = Options(
+        "sum", group, bits, block, "direct", None, bits, hadamard, chunk_numel, rounding, seed, step, offset
+    )
     call = Call(name, input, options, ("direct",))
     sends = check_splits(name, "input_splits", input_splits, input.numel(), call.world_size, "input")
     expects = check_splits(name, "output_splits", output_splits, output.numel(), call.world_size, "output")
     check_apart(name, "output", output, input, "input", None)
-    parts, outs = strips_of(input, sends), strips_of(output, expects)
-    residuals = None if error_feedback is None else strips_of(error_feedback, sends)
-    call.begin(0, sends, expects, residuals is not None)
+    parts = call.strips(strips_of(input, sends), None if error_feedback is None else strips_of(error_feedback, sends))
+    outs = call.strips(strips_of(output, expects))
+    call.begin(0, sends, expects, error_feedback is not None)
     if call.transport.is_tagged:
         num_chunks = call.num_chunks([*parts, *outs])
     else:  # as many collectives on every rank, none of which knows the lengths of all
         num_chunks, call.options = 1, replace(options, chunk_numel=1 << 62)
 
     def steps(message: int, chunk: int) -> Steps:
-        lacks = None if residuals is None else call.pieces(residuals, chunk)
-        return exchange(call.route, message, call.pieces(parts, chunk), call.pieces(outs, chunk), lacks)
+        return exchange(call.route, message, call.pieces(parts, chunk), call.pieces(outs, chunk))
 
     used = [input, output] if error_feedback is None else [input, output, error_feedback]
-    return call.launch(steps, num_chunks, output, used, async_op, residuals is not None)
+    return call.launch(steps, num_chunks, output, used, async_op, error_feedback is not None)

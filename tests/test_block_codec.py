@@ -354,6 +354,17 @@ def test_blocks_and_threads_do_not_matter(backend):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EACH_BITS
+def test_results_that_are_written_past_the_caches_are_the_same(bits, dtype):
+    numel = 2**21 + 77  # more than 4 MiB of every dtype
+    wires = torch.stack([block_codec.quantize(normal(numel, seed=seed), bits=bits) for seed in range(2)])
+    whole = block_codec.sum_wires(wires, numel, bits=bits, op="avg", dtype=dtype)
+    shifted = torch.empty(numel + 1, dtype=dtype)[1:]  # on no boundary: written as smaller ones are
+    block_codec.sum_wires(wires, numel, bits=bits, op="avg", dtype=dtype, out=shifted)
+    assert torch.equal(whole, shifted)
+
+
 def test_no_gradient_is_recorded():
     x = normal(100).requires_grad_()
     assert not block_codec.quantize(x).requires_grad

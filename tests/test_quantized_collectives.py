@@ -26,7 +26,18 @@ OPTIONS = (
     {"block": 2048, "dtype": torch.float16, "op": "avg"},
     {"hadamard": True, "bits": 4},
     {"algorithm": "one_shot", "op": "avg"},
+    {"bits": "float8_e4m3fn", "op": "avg"},
+    {"rounding": "stochastic", "seed": 5, "step": 3, "op": "avg"},
+    {
+        "rounding": "stochastic",
+        "seed": 2**63 - 1,
+        "step": 2**40 - 1,
+        "offset": 2**62,
+        "bits": 4,
+        "algorithm": "one_shot",
+    },
 )
+DRAWN = {"rounding": "stochastic", "seed": 5, "step": 3}
 
 
 def inputs(world_size, numel, dtype=torch.float32, seed=0):
@@ -51,7 +62,9 @@ def assert_same_bits(actual, expected, at):
 def test_all_reduce_is_its_definition_on_every_rank(world_size):
     cases = [(numel, {}) for numel in LENGTHS] + [(1000, options) for options in OPTIONS]
     for node_size in node_sizes(world_size):
-        cases.append((1000, {"algorithm": "hierarchical", "node_size": node_size, "inter_bits": 6, "op": "avg"}))
+        nodes = {"algorithm": "hierarchical", "node_size": node_size}
+        cases += [(1000, nodes | {"inter_bits": 6, "op": "avg"}), (1000, nodes | {"inter_bits": "float8_e4m3fn"})]
+        cases.append((1000, nodes | DRAWN | {"hadamard": True}))
 
     def body(rank, group):
         results = []
@@ -84,8 +97,15 @@ def test_the_other_collectives_are_their_definitions(world_size):
     splits = uneven(world_size, numel)
     matrix = [[(7 * i + 5 * j) % 4 * 111 for j in range(world_size)] for i in range(world_size)]
     hierarchical = [{"algorithm": "hierarchical", "node_size": n, "op": "avg"} for n in node_sizes(world_size)]
-    scatters = ({}, {"bits": 4, "op": "avg"}, {"hadamard": True}, {"chunk_numel": 1}, *hierarchical)
-    simple = ({}, {"bits": 6, "block": 64}, {"hadamard": True}, {"chunk_numel": 1})
+    others = (
+        {"hadamard": True},
+        {"chunk_numel": 1},
+        {"bits": "float8_e4m3fn"},
+        DRAWN | {"block": 32, "chunk_numel": 1},
+    )
+    hierarchical += [options | DRAWN for options in hierarchical]
+    scatters = ({}, {"bits": 4, "op": "avg"}, *others, *hierarchical)
+    simple = ({}, {"bits": 6, "block": 64}, *others)
     parts = [x.split(splits)[rank] for rank, x in enumerate(inputs(world_size, numel))]
     sent = [x[: sum(counts)] for x, counts in zip(inputs(world_size, 333 * world_size), matrix, strict=True)]
 
@@ -162,28 +182,77 @@ def test_the_error_is_at_most_the_sum_of_half_steps(world_size, bits):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"algorithm": "one_shot"}, {"algorithm": "hierarchical", "node_size": 2}], ids=str
+    "options",
+    [
+        {},
+        {"algorithm": "one_shot"},
+        {"algorithm": "hierarchical", "node_size": 2},
+        DRAWN,
+        DRAWN | {"block": 32, "algorithm": "hierarchical", "node_size": 2},
+    ],
+    ids=str,
 )
 def test_bits_do_not_depend_on_chunks_nor_on_what_else_is_sent(options):
     world_size, numel, cut = 4, 5000, 17 * 128
 
     def body(rank, group):
-        def reduced(x, **more):
+        def reduced(x, place=256, **more):
             x = x.clone()
-            collectives.all_reduce(x, group=group, **options, **more)
+            collectives.all_reduce(
+                x, group=group, **options, **({"offset": place} if options.get("seed") else {}), **more
+            )
             return x
 
         x = inputs(world_size, numel)[rank]
         whole = reduced(x)
         for chunk_numel in (1, 1000, 10**9):
             assert_same_bits(reduced(x, chunk_numel=chunk_numel), whole, chunk_numel)
-        assert_same_bits(torch.cat([reduced(x[:cut]), reduced(x[cut:])]), whole, "two messages")
-        assert_same_bits(reduced(torch.cat([x[:256], x]))[256:], whole, "behind others")
-        matrix = x.view(50, 100).clone()
-        collectives.all_reduce(matrix, group=group, **options)
-        assert_same_bits(matrix.view(-1), whole, "shape")
+        assert_same_bits(torch.cat([reduced(x[:cut]), reduced(x[cut:], 256 + cut)]), whole, "two messages")
+        assert_same_bits(reduced(torch.cat([x[:256], x]), 0)[256:], whole, "behind others")
+        assert_same_bits(reduced(x.view(50, 100)).view(-1), whole, "shape")
 
     as_threads(world_size, body)
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_the_mean_over_what_is_drawn_is_the_sum(algorithm):
+    """Within the standard error of the mean. Ranks that have the same numbers must not round them alike.
+
+    At most one test of 10^4 has an element beyond so many standard errors, by Bernstein's inequality, whose second term
+    is for the rare steps of what is nearly a whole code.
+    """
+    world_size, numel, num_seeds, copies, bits, block = 3, 2048, 8, 40, 4, 128
+    x = inputs(1, numel)[0]
+
+    def body(rank, group):
+        results = torch.empty(num_seeds, copies, numel)  # each copy has draws of its own, by its place
+        options = {"bits": bits, "block": block, "algorithm": algorithm, "rounding": "stochastic"}
+        for seed, result in enumerate(results):
+            collectives.all_reduce(result.copy_(x), seed=seed, group=group, **options)
+        return results.view(-1, numel)
+
+    results, count = as_threads(world_size, body)[0], num_seeds * copies
+    largest = results.abs().view(count, -1, block).amax((0, 2))
+    mean = results.double().mean(0)
+    variance = (results.double() - world_size * x.double()).square().mean(0)
+    levels = 2 ** (bits - 1) - 1
+    step = (x.view(-1, block).abs().amax(1, keepdim=True) / levels).double()
+    part = (x.double().view(-1, block) / step) % 1
+    expected = (world_size * step**2 * part * (1 - part)).flatten()  # of the ranks' own roundings, if independent
+    errors = 6.0
+    slack = (2**-16 * world_size + errors**2 / 3 / count) * step.expand(-1, block).flatten()
+    if algorithm == "two_shot":  # the sum is rounded too, by at most a quarter of its step squared
+        last = (largest.double() / levels)[:, None].expand(-1, block).flatten()
+        expected, slack = expected + last**2 / 4, slack + (2**-16 + errors**2 / 3 / count) * last
+    deviation = (mean - world_size * x.double()).abs()
+    assert (deviation <= errors * (expected / count).sqrt() + slack).all()
+    drawn = expected > 1e-3 * step.expand(-1, block).flatten() ** 2
+    ratio = (variance / expected)[drawn].mean()
+    noise = 6 * (2 / (count * drawn.sum())).sqrt()
+    if algorithm == "one_shot":
+        assert abs(ratio - 1) <= 3 * noise, ratio  # 3 if ranks drew alike
+    else:
+        assert ratio <= 1 + 3 * noise, ratio
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -209,6 +278,8 @@ FEEDBACK = (
     {"algorithm": "one_shot", "bits": 4},
     {"algorithm": "hierarchical", "node_size": 2},
     {"algorithm": "hierarchical", "node_size": 2, "op": "avg", "hadamard": True},
+    {"algorithm": "hierarchical", "node_size": 2, "op": "avg", "rounding": "stochastic", "seed": 1},
+    {"bits": "float8_e4m3fn", "op": "avg"},
 )
 
 

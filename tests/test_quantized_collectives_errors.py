@@ -20,14 +20,43 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 BAD = {
     "ValueError: all_reduce: op must be one of sum, avg, got max.": {"op": "max"},
-    "ValueError: all_reduce: bits must be one of 8, 6, 4, 1, got 5.": {"bits": 5},
-    "ValueError: all_reduce: bits must be one of 8, 6, 4, 1, got True.": {"bits": True},
-    "ValueError: all_reduce: inter_bits must be one of 8, 6, 4, 1, got 0.": {"inter_bits": 0},
+    "ValueError: all_reduce: bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 5.": {"bits": 5},
+    "ValueError: all_reduce: bits must be one of 8, 6, 4, 1, float8_e4m3fn, got True.": {"bits": True},
+    "ValueError: all_reduce: inter_bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 0.": {"inter_bits": 0},
     "ValueError: all_reduce: block must be a power of two from 32 to 2048, got 100.": {"block": 100},
     "ValueError: all_reduce: algorithm must be one of two_shot, one_shot, hierarchical, got ring.": {
         "algorithm": "ring"
     },
-    "ValueError: all_reduce: chunk_numel must be an integer of at least 1, got 0.": {"chunk_numel": 0},
+    "ValueError: all_reduce: chunk_numel must be at least 1, got 0.": {"chunk_numel": 0},
+    "ValueError: all_reduce: bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 8.0.": {"bits": 8.0},
+    "ValueError: all_reduce: chunk_numel must be below 2**63, got 9223372036854775808.": {"chunk_numel": 2**63},
+    "TypeError: all_reduce: chunk_numel must be an integer, got bool.": {"chunk_numel": True},
+    "TypeError: all_reduce: block must be an integer, got str.": {"block": "128"},
+    "TypeError: all_reduce: hadamard must be True or False, got str.": {"hadamard": "yes"},
+    "TypeError: all_reduce: hadamard must be True or False, got int.": {"hadamard": 2},
+    "TypeError: all_reduce: async_op must be True or False, got int.": {"async_op": 1},
+    "TypeError: all_reduce: node_size must be an integer, got str.": {"algorithm": "hierarchical", "node_size": "1"},
+    "TypeError: all_reduce: node_size must be an integer, got bool.": {"algorithm": "hierarchical", "node_size": True},
+    "ValueError: all_reduce: node_size must be at least 1, got 0.": {"algorithm": "hierarchical", "node_size": 0},
+    "ValueError: all_reduce: rounding must be one of nearest, stochastic, got up.": {"rounding": "up"},
+    "ValueError: all_reduce: rounding must be one of nearest, stochastic, got None.": {"rounding": None},
+    "ValueError: all_reduce: seed must be given where rounding is 'stochastic', got None.": {"rounding": "stochastic"},
+    "TypeError: all_reduce: seed must be an integer, got float.": {"rounding": "stochastic", "seed": 1.0},
+    "ValueError: all_reduce: seed must be at least 0, got -1.": {"seed": -1},
+    "ValueError: all_reduce: step must be below 2**40, got 1099511627776.": {"step": 2**40},
+    "ValueError: all_reduce: offset must be a multiple of 64 for this block, got 32.": {
+        "rounding": "stochastic",
+        "seed": 0,
+        "block": 32,
+        "offset": 32,
+    },
+    "ValueError: all_reduce: rounding must be 'nearest' for 1 bit and for 'float8_e4m3fn', got 'stochastic'.": {
+        "rounding": "stochastic",
+        "seed": 0,
+        "algorithm": "hierarchical",
+        "node_size": 1,
+        "inter_bits": 1,
+    },
     "ValueError: all_reduce: node_size must be given for the hierarchical algorithm and for no other, got None for "
     "hierarchical.": {"algorithm": "hierarchical"},
     "ValueError: all_reduce: node_size must be given for the hierarchical algorithm and for no other, got 2 for "
@@ -68,6 +97,11 @@ def test_bad_shapes_of_the_others_are_one_sentence():
             raised(collectives.reduce_scatter, torch.zeros(3).half(), y, group=group),
             raised(collectives.all_gather, y, torch.zeros(2), group=group),
             raised(collectives.all_to_all, y, y, group=group, input_splits=[6]),
+            raised(collectives.all_to_all, y, y.clone(), group=group, output_splits=3),
+            raised(collectives.all_to_all, y, y.clone(), group=group, output_splits=[True, 5]),
+            raised(collectives.all_to_all, y, y.clone(), group=group, async_op=None),
+            raised(collectives.all_gather, y, y[1:4], group=group, async_op="no"),
+            raised(collectives.reduce_scatter, y[:3], y, group=group, async_op=0),
             raised(collectives.all_reduce, x, algorithm="direct", group=group),
             raised(collectives.all_reduce, x, error_feedback=x, group=group),
             raised(collectives.all_to_all, y, y, group=group),
@@ -87,6 +121,12 @@ def test_bad_shapes_of_the_others_are_one_sentence():
         "ValueError: all_gather: input must have this rank's 3 elements, it has 2.",
         "ValueError: all_to_all: input_splits must be 2 counts, one for each rank, with the sum of 6, the elements of "
         "input, got [6].",
+        "TypeError: all_to_all: output_splits must be a list of counts, got int.",
+        "ValueError: all_to_all: output_splits must be 2 counts, one for each rank, with the sum of 6, the elements of "
+        "output, got [True, 5].",
+        "TypeError: all_to_all: async_op must be True or False, got NoneType.",
+        "TypeError: all_gather: async_op must be True or False, got str.",
+        "TypeError: reduce_scatter: async_op must be True or False, got int.",
         "ValueError: all_reduce: algorithm must be one of two_shot, one_shot, hierarchical, got direct.",
         "ValueError: all_reduce: error_feedback must share no memory with tensor.",
         "ValueError: all_to_all: output must share no memory with input.",
@@ -117,6 +157,12 @@ def test_ranks_that_disagree_all_raise_the_same_sentence_and_go_on():
             raised(collectives.all_reduce, zeros, op="avg" if last else "sum", group=group),
             raised(collectives.all_reduce, zeros, algorithm="one_shot" if last else "two_shot", group=group),
             raised(collectives.all_reduce, zeros, error_feedback=torch.zeros(600) if last else None, group=group),
+            raised(collectives.all_reduce, zeros, bits="float8_e4m3fn" if last else 8, group=group),
+            raised(collectives.all_reduce, zeros, rounding="stochastic" if last else "nearest", seed=1, group=group),
+            raised(collectives.all_reduce, zeros, rounding="stochastic", seed=2**63 - 1 - last, group=group),
+            raised(collectives.all_reduce, zeros, rounding="stochastic", seed=0, step=int(last), group=group),
+            raised(collectives.all_reduce, zeros, rounding="stochastic", seed=0, offset=128 * last, group=group),
+            raised(collectives.all_reduce, zeros.clone(), seed=rank, group=group),
             raised(collectives.reduce_scatter, torch.zeros(200), zeros, group=group)
             if last
             else raised(collectives.all_gather, zeros, torch.zeros(200), group=group),
@@ -148,6 +194,12 @@ def test_ranks_that_disagree_all_raise_the_same_sentence_and_go_on():
         f"ValueError: all_reduce: op {same} sum and rank 2 avg.",
         f"ValueError: all_reduce: algorithm {same} two_shot and rank 2 one_shot.",
         f"ValueError: all_reduce: error_feedback {same} False and rank 2 True.",
+        f"ValueError: all_reduce: bits {same} 8 and rank 2 float8_e4m3fn.",
+        f"ValueError: all_reduce: rounding {same} nearest and rank 2 stochastic.",
+        f"ValueError: all_reduce: seed {same} 9223372036854775807 and rank 2 9223372036854775806.",
+        f"ValueError: all_reduce: step {same} 0 and rank 2 1.",
+        f"ValueError: all_reduce: offset {same} 0 and rank 2 128.",
+        "nothing",  # where nothing is drawn seeds do not matter
         f"ValueError: all_gather: function {same} all_gather and rank 2 reduce_scatter.",
         "ValueError: all_to_all: splits must agree between ranks, rank 2 sends 200 elements to rank 2, which expects "
         "201.",

@@ -30,8 +30,8 @@ def check_bits(rank):
         collectives.all_reduce(two_shot, chunk_numel=1000)
         collectives.all_reduce(whole, algorithm="one_shot", bits=4)
         collectives.all_reduce(nodes, algorithm="hierarchical", node_size=2, chunk_numel=1000)
-        collectives.all_reduce(alone, algorithm="hierarchical", node_size=1)
-        collectives.reduce_scatter(scattered, x, input_splits=splits)
+        collectives.all_reduce(alone, algorithm="hierarchical", node_size=1, rounding="stochastic", seed=1)
+        collectives.reduce_scatter(scattered, x, input_splits=splits, bits="float8_e4m3fn")
         collectives.reduce_scatter(over_nodes, x, input_splits=splits, algorithm="hierarchical", node_size=2)
         collectives.all_gather(gathered, x[: splits[rank]], output_splits=splits)
         collectives.all_to_all(

@@ -54,15 +54,18 @@ def check_scatter(rank):
         {"bits": 8},
         {"bits": 4, "hadamard": True},
         {"bits": 8, "algorithm": "hierarchical", "node_size": 2},
+        {"bits": "float8_e4m3fn"},
+        {"bits": 4, "rounding": "stochastic", "seed": 7},
     ):
         model = make()
-        named = {"scatter_bits" if key == "bits" else key: value for key, value in options.items()}
+        named = {f"scatter_{key}" if key in ("bits", "rounding") else key: value for key, value in options.items()}
         shard(model, gather_bits=None, **named)
         loss_of(model, rank).backward()
         for index, layer in enumerate((model[0], model[2])):
             inputs = [grad[index].flatten() for grad in grads]
             splits = [inputs[0].numel() // WORLD_SIZE] * WORLD_SIZE
-            expected = reference.reduce_scatter(inputs, splits, op="avg", **options)[rank]
+            draws = {"offset": 2 * (index + 1) << 40} if "seed" in options else {}  # of the second and the third module
+            expected = reference.reduce_scatter(inputs, splits, op="avg", **options, **draws)[rank]
             actual = torch.cat([p.grad.to_local().flatten() for p in (layer.weight, layer.bias)])
             assert torch.equal(actual, expected), (options, index)
 
@@ -150,6 +153,23 @@ def check_secondary_shards(rank):
         assert torch.equal(actual, expected), index
 
 
+def check_drawn_gather(rank):
+    """A backward pass has the parameters of its forward pass, the next step has others, and all ranks the same."""
+    model, whole = make(), make()
+    drawn = {"gather_bits": 4, "gather_rounding": "stochastic", "seed": 5}
+    scatters = shard(model, **drawn)
+    shards = laid_out([whole[0].weight.detach(), whole[0].bias.detach()])
+    for step in range(2):
+        draws = {"rounding": "stochastic", "seed": 5, "step": step, "offset": 3 << 40}
+        expected = reference.all_gather(list(shards), bits=4, **draws).view(WORLD_SIZE, -1)
+        for _ in range(2):
+            model[0].unshard()
+            assert torch.equal(laid_out([model[0].weight.detach(), model[0].bias.detach()]), expected), step
+            model[0].reshard()
+        loss_of(model, rank).backward()
+    assert scatters["0"].num_steps == 2
+
+
 def train(options, rank, num_steps, state=None, first=0):
     model = make()
     if state is not None:
@@ -177,6 +197,8 @@ def check_training(rank):
     for options, allowed in (({"scatter_bits": 8}, 0.01), ({"scatter_bits": 4, "error_feedback": True}, 0.03)):
         loss, state = train(options, rank, 12)
         assert abs(loss / exact - 1) <= allowed, (options, loss, exact)
+    options = options | {"scatter_rounding": "stochastic", "gather_rounding": "stochastic", "seed": 11}
+    _, state = train(options, rank, 12)
     _, half = train(options, rank, 5)
     _, resumed = train(options, rank, 7, state=half, first=5)
     for name, tensor in state["model"].items():
@@ -244,10 +266,31 @@ def check_errors(rank):
         "error_feedback every module needs an object of its own."
     )
     assert raised(QuantizedAllGather, bits=3) == (
-        "ValueError: QuantizedAllGather: bits must be one of 8, 6, 4, 1, got 3."
+        "ValueError: QuantizedAllGather: bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 3."
     )
     assert raised(QuantizedReduceScatter().load_state_dict, {"error": x}) == (
         "ValueError: QuantizedReduceScatter: error must be None where error_feedback is off, it is a tensor."
+    )
+    assert raised(QuantizedReduceScatter().load_state_dict, {"error": None, "num_steps": -1}) == (
+        "ValueError: QuantizedReduceScatter: num_steps must be at least 0, got -1."
+    )
+    drawn = {"rounding": "stochastic", "seed": 0}
+    assert raised(QuantizedAllGather, **drawn) == (
+        "ValueError: QuantizedAllGather: scatter must be given where rounding is 'stochastic': a forward pass and its "
+        "backward pass need the same parameters, and its calls tell one step from the next."
+    )
+    assert raised(QuantizedAllGather, scatter="layer", **drawn) == (
+        "TypeError: QuantizedAllGather: scatter must be a QuantizedReduceScatter, got str."
+    )
+    assert raised(QuantizedAllGather, hadamard=None) == (
+        "TypeError: QuantizedAllGather: hadamard must be True or False, got NoneType."
+    )
+    assert raised(QuantizedReduceScatter, error_feedback=1) == (
+        "TypeError: QuantizedReduceScatter: error_feedback must be True or False, got int."
+    )
+    assert raised(quantize_communication, nn.Linear(2, 2), scatter_bits=None, gather_rounding="stochastic") == (
+        "ValueError: quantize_communication: gather_rounding must be 'nearest' with scatter_bits=None: a gradient that "
+        "is scattered tells one step from the next, got 'stochastic'."
     )
     for value, options in ((1.5, {"error_feedback": True}), (-0.5, {})):
         assert raised(QuantizedReduceScatter, decay=value, **options) == (
@@ -265,8 +308,15 @@ def check_errors(rank):
 
 
 def check_rank(rank):
-    checks = check_scatter, check_gather, check_secondary_shards, check_training, check_unused_parameter, check_errors
-    for check in checks:
+    for check in (
+        check_scatter,
+        check_gather,
+        check_drawn_gather,
+        check_secondary_shards,
+        check_training,
+        check_unused_parameter,
+        check_errors,
+    ):
         check(rank)
 
 

@@ -61,11 +61,18 @@ def check_gradients(rank):
     """Buckets of the first step, of later ones and of other sizes; accumulated under no_sync."""
     seen = {}
     alone = [gradients_of(make(), step) for step in range(2)]
-    for options in ({}, {"bits": 4, "algorithm": "one_shot"}, {"bits": 4, "error_feedback": True}, {"bits": 1}):
+    drawn = {"bits": 4, "rounding": "stochastic", "seed": 3}
+    several = ({"bits": 4, "algorithm": "one_shot"}, {"bits": 4, "error_feedback": True}, {"bits": 1}, drawn)
+    places = {key: index << 40 for index, key in enumerate(sorted(alone[0]))}
+    for options in ({}, {"bits": "float8_e4m3fn"}, *several):
         algorithm = {key: value for key, value in options.items() if key != "error_feedback"}
         for bucket_cap_mb in (0.01, 25.0):
             for step in range(2):
-                expected = {key: reference.all_reduce(g, op="avg", **algorithm) for key, g in alone[step].items()}
+                draws = [{"step": step + 1, "offset": places[key]} if options is drawn else {} for key in places]
+                expected = {
+                    key: reference.all_reduce(alone[step][key], op="avg", **algorithm, **draw)
+                    for key, draw in zip(places, draws, strict=True)
+                }
                 if step == 0:
                     model, ddp, compression = wrap(options, bucket_cap_mb)
                 elif options.get("error_feedback"):
@@ -151,7 +158,9 @@ def train(options, rank, num_steps, bucket_cap_mb=25.0, state=None, first=0):
 def check_training(rank, folder):
     """Close to that of exact gradients; interrupted, it goes on with the same bits although buckets begin anew."""
     exact, _ = train(None, rank, 40)
-    for options, allowed in (({}, 0.01), ({"bits": 4, "error_feedback": True}, 0.03)):
+    feedback = {"bits": 4, "error_feedback": True}
+    drawn = {"rounding": "stochastic", "seed": 2}
+    for options, allowed in (({}, 0.01), (feedback, 0.03), (feedback | drawn, 0.03)):
         loss, state = train(options, rank, 40, bucket_cap_mb=0.02)
         assert abs(loss / exact - 1) <= allowed, (options, loss, exact)
         for name, tensor in state["model"].items():
@@ -175,9 +184,11 @@ def check_errors(rank):
         loss_of(ddp, rank, 0).backward()
 
     assert "bits must be the same on every rank, rank 0 has 8 and rank 2 4." in raised(run, bits=4 if rank == 2 else 8)
+    text = raised(run, rounding="stochastic", seed=rank)
+    assert "seed must be the same on every rank, rank 0 has 0 and rank 1 1." in text, text
     model = make()
     name = "ValueError: QuantizedAllReduce: "
-    assert raised(QuantizedAllReduce, model, bits=5) == f"{name}bits must be one of 8, 6, 4, 1, got 5."
+    assert raised(QuantizedAllReduce, model, bits=5) == f"{name}bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 5."
     assert raised(QuantizedAllReduce, model, decay=1.0, error_feedback=True) == (
         f"{name}decay must be at least 0 and below 1, got 1.0."
     )
@@ -185,8 +196,18 @@ def check_errors(rank):
         f"{name}decay and reset_interval must not be given without error_feedback."
     )
     assert raised(QuantizedAllReduce, model, reset_interval=0, error_feedback=True) == (
-        f"{name}reset_interval must be None or at least 1, got 0."
+        f"{name}reset_interval must be at least 1, got 0."
     )
+    assert raised(QuantizedAllReduce, model, rounding="stochastic") == (
+        f"{name}seed must be given where rounding is 'stochastic', got None."
+    )
+    for options, sentence in (
+        ({"reset_interval": 1.5, "error_feedback": True}, "reset_interval must be an integer, got float."),
+        ({"error_feedback": "yes"}, "error_feedback must be True or False, got str."),
+        ({"hadamard": 1}, "hadamard must be True or False, got int."),
+        ({"decay": "0.5", "error_feedback": True}, "decay must be a number, got str."),
+    ):
+        assert raised(QuantizedAllReduce, model, **options) == f"TypeError: QuantizedAllReduce: {sentence}"
     compression = QuantizedAllReduce(model, error_feedback=True)
     state = {"errors": {"9.weight": torch.zeros(3)}, "num_steps": 1}
     assert raised(compression.load_state_dict, state) == (
@@ -195,6 +216,9 @@ def check_errors(rank):
     state = {"errors": {"0.bias": torch.zeros(3)}, "num_steps": 1}
     assert raised(compression.load_state_dict, state) == (
         f"{name}the error of 0.bias must be float32 with 130 elements, it is torch.float32 with 3."
+    )
+    assert raised(QuantizedAllReduce(model).load_state_dict, {"errors": {}, "num_steps": None}) == (
+        "TypeError: QuantizedAllReduce: num_steps must be an integer, got NoneType."
     )
     assert raised(QuantizedAllReduce(model).load_state_dict, state) == (
         f"{name}errors must be empty where error_feedback is off, there are 1."

@@ -14,17 +14,25 @@ namespace fmkernels {
 namespace {
 
 constexpr int64_t kTaskTiles = 8;
+// Results of so many bytes are gone from the second-level cache when they are read: written past it, they are not read
+// from memory first. Of 1 bit and float8 decoding takes longer than memory does.
+constexpr int64_t kStreamBytes = 4 << 20;
 
-// f(first element, number of elements) for every tile.
-template <class F>
-void for_each_tile(int64_t numel, int64_t num_bytes, F&& f) {
+// f(first element, number of elements) for every tile, and end_of_task() after the last of a task.
+template <class F, class End>
+void for_each_tile(int64_t numel, int64_t num_bytes, F&& f, End&& end_of_task) {
   const int64_t tiles = ceil_div(numel, kTile);
   parallel_for(ceil_div(tiles, kTaskTiles), workers_for(num_bytes), [&](int64_t task, int) {
     const int64_t end = min(tiles, (task + 1) * kTaskTiles);
     for (int64_t tile = task * kTaskTiles; tile < end; ++tile) {
       f(tile * kTile, min(kTile, numel - tile * kTile));
     }
+    end_of_task();
   });
+}
+template <class F>
+void for_each_tile(int64_t numel, int64_t num_bytes, F&& f) {
+  for_each_tile(numel, num_bytes, f, [] {});
 }
 
 void clear_padding(const CodecWire& wire, uint8_t* out) {
@@ -104,27 +112,39 @@ void run_block_codec_quantize<kIsa>(const BlockCodecQuantizeParams& p) {
   });
 }
 
+// The sum of a tile, to `out` from its first element on.
+template <int kCode, bool kStreams, class T>
+void decode_tile(const CodecSum& sum, int64_t first, int64_t valid, T* out) {
+  for (int64_t at = first; at < first + valid; at += kUnit) {
+    V8 acc[kUnitVectors];
+    sum_unit<kCode>(sum, at / kUnit, acc);
+    if (sum.hadamard) rotate_unit(acc);
+    for (V8& v : acc) v *= sum.factor;
+    if (at + kUnit <= first + valid) {
+      for (int i = 0; i < kUnitVectors; i += 2) {
+        if constexpr (kStreams) stream16(out + at + 8 * i, acc[i], acc[i + 1]);
+        else store16(out + at + 8 * i, acc[i], acc[i + 1]);
+      }
+    } else {
+      T last[kUnit];
+      for (int i = 0; i < kUnitVectors; ++i) store8(last + 8 * i, acc[i]);
+      memcpy(out + at, last, static_cast<size_t>(first + valid - at) * sizeof(T));
+    }
+  }
+}
+
 template <>
 void run_block_codec_sum<kIsa>(const BlockCodecSumParams& p) {
-  const int64_t numel = p.sum.wire.numel, num_bytes = numel * (element_bytes(p.dtype) + p.sum.num_wires);
+  const int64_t numel = p.sum.wire.numel, out_bytes = numel * element_bytes(p.dtype);
+  const int64_t num_bytes = out_bytes + numel * p.sum.num_wires;
+  const bool streams = out_bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(p.out) % kStreamAlignment == 0;
   dispatch_dtype(p.dtype, [&]<class T>() {
     dispatch_checked_int<1, 4, 6, 8, kFloat8>(p.sum.wire.code, [&]<int kCode>() {
       T* out = static_cast<T*>(p.out);
-      for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
-        for (int64_t at = first; at < first + valid; at += kUnit) {
-          V8 acc[kUnitVectors];
-          sum_unit<kCode>(p.sum, at / kUnit, acc);
-          if (p.sum.hadamard) rotate_unit(acc);
-          for (V8& v : acc) v *= p.sum.factor;
-          if (at + kUnit <= first + valid) {
-            for (int i = 0; i < kUnitVectors; i += 2) store16(out + at + 8 * i, acc[i], acc[i + 1]);
-          } else {
-            T last[kUnit];
-            for (int i = 0; i < kUnitVectors; ++i) store8(last + 8 * i, acc[i]);
-            memcpy(out + at, last, static_cast<size_t>(first + valid - at) * sizeof(T));
-          }
-        }
-      });
+      auto tile = [&](int64_t first, int64_t valid) { decode_tile<kCode, false>(p.sum, first, valid, out); };
+      auto streamed = [&](int64_t first, int64_t valid) { decode_tile<kCode, (kCode > 1)>(p.sum, first, valid, out); };
+      if (streams && kCode > 1) for_each_tile(numel, num_bytes, streamed, end_stream);
+      else for_each_tile(numel, num_bytes, tile);
     });
   });
 }

@@ -53,22 +53,47 @@ FM_INLINE void store8(T* p, V8 x) {
   }
 }
 
+#ifdef __AVX2__
+// One packing of two vectors.
+FM_INLINE __m256i bfloat16_of(V8 a, V8 b) {
+  auto rounded = [](V8 x) {
+    const V8u bits = (V8u)x, upper = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (__m256i)(x != x ? V8u{} + 0x7fffu : upper);
+  };
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(a), rounded(b)), 0xd8);
+}
+#endif
+
 // 16 elements.
 template <class T>
 FM_INLINE void store16(T* p, V8 a, V8 b) {
 #ifdef __AVX2__
-  if constexpr (std::is_same_v<T, BFloat16>) {  // one packing of two vectors
-    auto rounded = [](V8 x) {
-      const V8u bits = (V8u)x, upper = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-      return (__m256i)(x != x ? V8u{} + 0x7fffu : upper);
-    };
-    const __m256i halves = _mm256_packus_epi32(rounded(a), rounded(b));
-    write(p, _mm256_permute4x64_epi64(halves, 0xd8));
-    return;
-  }
+  if constexpr (std::is_same_v<T, BFloat16>) return write(p, bfloat16_of(a, b));
 #endif
   store8(p, a);
   store8(p + 8, b);
+}
+
+// 16 elements past the caches, where the processor and the type allow it. p is on a boundary of kStreamAlignment; what
+// other threads see of them is in order after end_stream().
+constexpr int64_t kStreamAlignment = 32;
+template <class T>
+FM_INLINE void stream16(T* p, V8 a, V8 b) {
+#ifdef __AVX2__
+  if constexpr (std::is_same_v<T, float>) {
+    _mm256_stream_ps(p, (__m256)a);
+    return _mm256_stream_ps(p + 8, (__m256)b);
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_of(a, b));
+  }
+#endif
+  store16(p, a, b);
+}
+FM_INLINE void end_stream() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
 }
 
 template <int kStep>
