@@ -354,10 +354,9 @@ def test_blocks_and_threads_do_not_matter(backend):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@EACH_BITS
-def test_results_that_are_written_past_the_caches_are_the_same(bits, dtype):
-    numel = 2**21 + 77  # more than 4 MiB of every dtype
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 8), (torch.bfloat16, 4)], ids=str)
+def test_results_that_are_written_past_the_caches_are_the_same(dtype, bits):
+    numel = 2**24 // dtype.itemsize + 77  # more than 16 MiB
     wires = torch.stack([block_codec.quantize(normal(numel, seed=seed), bits=bits) for seed in range(2)])
     whole = block_codec.sum_wires(wires, numel, bits=bits, op="avg", dtype=dtype)
     shifted = torch.empty(numel + 1, dtype=dtype)[1:]  # on no boundary: written as smaller ones are

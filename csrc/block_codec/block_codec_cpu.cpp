@@ -14,9 +14,9 @@ namespace fmkernels {
 namespace {
 
 constexpr int64_t kTaskTiles = 8;
-// Results of so many bytes are gone from the second-level cache when they are read: written past it, they are not read
+// Results of so many bytes are gone from most caches when they are read: written past them, they are not read
 // from memory first. Of 1 bit and float8 decoding takes longer than memory does.
-constexpr int64_t kStreamBytes = 4 << 20;
+constexpr int64_t kStreamBytes = 16 << 20;
 
 // f(first element, number of elements) for every tile, and end_of_task() after the last of a task.
 template <class F, class End>
@@ -83,6 +83,27 @@ void update_residual(const CodecSum& sum, const float* h, int64_t first, int64_t
   }
 }
 
+// The sum of a tile, to `out` from its first element on.
+template <int kCode, bool kStreams, class T>
+void decode_tile(const CodecSum& sum, int64_t first, int64_t valid, T* out) {
+  for (int64_t at = first; at < first + valid; at += kUnit) {
+    V8 acc[kUnitVectors];
+    sum_unit<kCode>(sum, at / kUnit, acc);
+    if (sum.hadamard) rotate_unit(acc);
+    for (V8& v : acc) v *= sum.factor;
+    if (at + kUnit <= first + valid) {
+      for (int i = 0; i < kUnitVectors; i += 2) {
+        if constexpr (kStreams) stream16(out + at + 8 * i, acc[i], acc[i + 1]);
+        else store16(out + at + 8 * i, acc[i], acc[i + 1]);
+      }
+    } else {
+      T last[kUnit];
+      for (int i = 0; i < kUnitVectors; ++i) store8(last + 8 * i, acc[i]);
+      memcpy(out + at, last, static_cast<size_t>(first + valid - at) * sizeof(T));
+    }
+  }
+}
+
 }  // namespace
 
 template <>
@@ -110,27 +131,6 @@ void run_block_codec_quantize<kIsa>(const BlockCodecQuantizeParams& p) {
       });
     });
   });
-}
-
-// The sum of a tile, to `out` from its first element on.
-template <int kCode, bool kStreams, class T>
-void decode_tile(const CodecSum& sum, int64_t first, int64_t valid, T* out) {
-  for (int64_t at = first; at < first + valid; at += kUnit) {
-    V8 acc[kUnitVectors];
-    sum_unit<kCode>(sum, at / kUnit, acc);
-    if (sum.hadamard) rotate_unit(acc);
-    for (V8& v : acc) v *= sum.factor;
-    if (at + kUnit <= first + valid) {
-      for (int i = 0; i < kUnitVectors; i += 2) {
-        if constexpr (kStreams) stream16(out + at + 8 * i, acc[i], acc[i + 1]);
-        else store16(out + at + 8 * i, acc[i], acc[i + 1]);
-      }
-    } else {
-      T last[kUnit];
-      for (int i = 0; i < kUnitVectors; ++i) store8(last + 8 * i, acc[i]);
-      memcpy(out + at, last, static_cast<size_t>(first + valid - at) * sizeof(T));
-    }
-  }
 }
 
 template <>
