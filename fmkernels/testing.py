@@ -54,6 +54,7 @@ class Backend:
     device: str
     namespace: str = "fmkernels"
     architecture: int = 80  # of the emulated GPU
+    num_sms: int = 0  # its multiprocessors; 0: those of a well-known one
 
     def __str__(self) -> str:
         return self.name
@@ -94,7 +95,7 @@ class Backend:
             return nullcontext()
         import emulator
 
-        return emulator.watch(architecture=self.architecture)
+        return emulator.watch(architecture=self.architecture, num_sms=self.num_sms)
 
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
