@@ -14,7 +14,6 @@ from fmkernels.testing import EMULATED_NAMESPACE, assert_as_good_as_torch, backe
 
 GPUS = [b for b in backends("moe_grouped_mm") if b.namespace == EMULATED_NAMESPACE and b in backends("moe_gated_mm")]
 EVERY_GPU = pytest.mark.parametrize("gpu", GPUS, ids=str)
-EVERY_LAYOUT = pytest.mark.parametrize("trans_b", [False, True], ids=["rows", "columns"])
 
 # Ends of the groups, one of which is empty, rows of none behind them, inner indices, columns of b: so many rows on
 # average as the tile is chosen for, no whole number of strips of 8 tiles, and for one tile more than its stages hold.
@@ -26,7 +25,19 @@ TILES = {
     "64 x 256, by elements": ([70, 70, 200, 270, 290, 300], 70, 37, 262),
     "128 x 128": ([130, 130, 400, 600], 140, 136, 272),
 }
-EVERY_TILE = pytest.mark.parametrize("tile", TILES)
+EVERY_TILE = pytest.mark.parametrize(
+    ("tile", "trans_b"),
+    [
+        pytest.param(
+            tile,
+            trans_b,
+            id=f"{tile}, {'columns' if trans_b else 'rows'}",
+            marks=() if index in (0, 5) or index % 2 == trans_b else pytest.mark.slow,
+        )
+        for index, tile in enumerate(TILES)
+        for trans_b in (False, True)
+    ],
+)
 
 
 def normal(*shape, seed=0):
@@ -72,7 +83,6 @@ def num_tiles(tile):
     return int((-(-counts // rows)).sum()) * -(-columns // tile_columns)
 
 
-@EVERY_LAYOUT
 @EVERY_TILE
 @EVERY_GPU
 def test_a_block_of_several_tiles_gives_the_bits_of_a_block_each(gpu, tile, trans_b):
@@ -88,7 +98,6 @@ def test_a_block_of_several_tiles_gives_the_bits_of_a_block_each(gpu, tile, tran
     assert_as_good_as_torch(few, lambda a, b, bias: reference.moe.grouped_mm(a, b, offsets, bias=bias), a, b, bias)
 
 
-@EVERY_LAYOUT
 @EVERY_TILE
 @EVERY_GPU
 def test_the_gated_product_too(gpu, tile, trans_b):
@@ -121,10 +130,10 @@ def test_a_gpu_that_is_full_gets_no_more_blocks(gpu, architecture):
     assert blocks[2] == bound * 3
 
 
-@pytest.mark.parametrize("num_groups", [31, 32, 150, 1030])
+@pytest.mark.parametrize("num_groups", [31, 150, 1030])
 @EVERY_GPU
 def test_many_groups_whose_offsets_are_any(gpu, num_groups):
-    """A lane knows of 1, 2, 5 and 33 groups. Offsets that decrease, or are no rows, are clamped."""
+    """A lane knows of 1, 5 and 33 groups. Offsets that decrease, or are no rows, are clamped."""
     generator = torch.Generator().manual_seed(num_groups)
     offsets = torch.randint(-5, 39, [num_groups], generator=generator).sort().values.int()
     offsets[::9] = torch.randint(-(2**31), 0, offsets[::9].shape, generator=generator).int()
@@ -143,12 +152,12 @@ def test_every_synchronisation_is_needed(gpu, function):
 
     def run():
         for trans_b in (False, True):
-            b = normal(2, 264, 72, seed=1).transpose(1, 2) if trans_b else normal(2, 72, 264, seed=1)
-            a, offsets = normal(40, 72), torch.tensor([17, 36], dtype=torch.int32)
+            b = normal(2, 272, 72, seed=1).transpose(1, 2) if trans_b else normal(2, 72, 272, seed=1)
+            a, offsets = normal(32, 72), torch.tensor([13, 28], dtype=torch.int32)
             further = (None,) if function is mm else (None, False, False)
             dataclasses.replace(gpu, num_sms=1).run(function, a, b, offsets, *further)
 
     kernel = "moe_grouped_mm_kernel" if function is mm else "moe_gated_mm_kernel"
-    count, unseen = missing_synchronisations(kernel, "FewTraits", run)
-    assert count == 2 * 9
+    count, unseen = missing_synchronisations(kernel, "FewTraitsINS_8BFloat16E", run)
+    assert count == 2 * 8
     assert unseen == []
