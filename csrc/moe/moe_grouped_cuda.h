@@ -14,7 +14,7 @@ struct GroupRows {
   int group, first, count;
 };
 
-// The largest of all lanes, in a register that the compiler knows to be the same in each: what follows from it is no divergence.
+// The largest of all lanes, in a register that the compiler knows to be the same in each: branches on it do not diverge.
 __device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kAllLanes, x); }
 
 // The largest of the lanes up to this one; their sum. All lanes of a warp together.
@@ -40,10 +40,36 @@ __device__ __forceinline__ int end_of(const int32_t* offsets, int num_groups, in
   return group < num_groups ? min(max(__ldg(offsets + group), 0), num_rows) : num_rows;
 }
 
-// The tiles of kRows rows of all groups, of which each has as few as hold its rows; the rows of no group come last, as those of
-// one. A warp has an index of them, all its lanes together: each lane knows of as many groups as any other, one after
-// another, where they begin and how many tiles come before. Whatever the offsets, it is read once; and for each tile those
-// of one lane, of 32 groups one.
+// Tiles of kRows rows, of which a group has as few as hold its rows: the one of this number, for a block that has no other. A
+// warp looks at 32 groups at a time, all its lanes together; every lane holds the result.
+template <int kRows>
+__device__ __forceinline__ GroupRows rows_of_tile(const int32_t* offsets, int num_groups, int num_rows, int tile) {
+  const int lane = threadIdx.x % kWarp;
+  int end_before = 0, tiles_before = 0;  // of the groups before these 32
+#pragma unroll 1
+  for (int first = 0; first <= num_groups; first += kWarp) {
+    const int own_end = end_of(offsets, num_groups, num_rows, first + lane);
+    const int end = max(scan_max(own_end, lane), end_before);
+    int begin = __shfl_up_sync(ptx::kAllLanes, end, 1);
+    if (lane == 0) begin = end_before;
+    const int tiles = (end - begin) / kRows + ((end - begin) % kRows != 0);
+    const int through = scan_sum(tiles, lane) + tiles_before;
+    const unsigned behind = __ballot_sync(ptx::kAllLanes, tile < through);
+    if (behind != 0) {
+      const int found = __ffs(static_cast<int>(behind)) - 1;
+      const int tile_of_group = tile - __shfl_sync(ptx::kAllLanes, through - tiles, found);
+      const int first_row = __shfl_sync(ptx::kAllLanes, begin, found) + tile_of_group * kRows;
+      return {first + found, first_row, min(__shfl_sync(ptx::kAllLanes, end, found) - first_row, kRows)};
+    }
+    end_before = __shfl_sync(ptx::kAllLanes, end, kWarp - 1);
+    tiles_before = __shfl_sync(ptx::kAllLanes, through, kWarp - 1);
+  }
+  return {num_groups, num_rows, 0};
+}
+
+// The same tiles, for a block that takes several; the rows of no group come last, as those of one. A warp has an index of
+// them, all its lanes together: each lane knows of as many groups as any other, one after another, where they begin and how
+// many tiles come before. The offsets are read twice for it, and then, for each tile, those of one lane: one of 31 groups.
 template <int kRows>
 class RowTiles {
  public:
@@ -71,13 +97,13 @@ class RowTiles {
   // Those of a tile, of count().
   __device__ __forceinline__ GroupRows at(int tile) const {
     const bool is_before = before_ <= tile;  // the last lane for which it is knows the group
-    int group = (uniform(is_before ? static_cast<int>(threadIdx.x % kWarp) : 0)) * lane_groups();
+    int group = uniform(is_before ? static_cast<int>(threadIdx.x % kWarp) : 0) * lane_groups();
     int begin = uniform(is_before ? begin_ : 0);
     tile -= uniform(is_before ? before_ : 0);
 #pragma unroll 1
     for (;; ++group) {
-      const int end = uniform(max(begin, end_of(offsets_, num_groups_, num_rows_, group))),
-                tiles = tiles_of(end - begin);
+      const int end = uniform(max(begin, end_of(offsets_, num_groups_, num_rows_, group)));
+      const int tiles = tiles_of(end - begin);
       if (tile < tiles || group >= num_groups_) {
         return {group, begin + tile * kRows, min(end - begin - tile * kRows, kRows)};
       }

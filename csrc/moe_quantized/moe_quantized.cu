@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kThreads, 2) moe_quantized_kernel(KernelParams
 
   // The rows and the panel of this block.
   const int block = blockIdx.x, panel = block % p.panels;
-  const RowTiles<Traits::kRows> row_tiles(p.offsets, static_cast<int>(p.num_groups), static_cast<int>(p.num_rows));
-  if (block / p.panels >= row_tiles.count()) return;
-  const GroupRows found = row_tiles.at(block / p.panels);
+  const GroupRows found = rows_of_tile<Traits::kRows>(p.offsets, static_cast<int>(p.num_groups),
+                                                      static_cast<int>(p.num_rows), block / p.panels);
+  if (found.count == 0) return;
   T* out = static_cast<T*>(p.out) + panel * kPackedPanel;
   if (found.group == p.num_groups) {
     for (int i = threadIdx.x; i < found.count * kPackedPanel; i += kThreads) {
