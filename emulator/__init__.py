@@ -98,8 +98,8 @@ def configure(
 
     Args:
         architecture: of the GPU, 80 for sm_80 (the default), 86, 89, 90, 100 or 120.
-        num_sms: multiprocessors of the GPU, for launches that fill it; 0 (the default): those of a well-known GPU of the
-            architecture. Estimates in counters are of the GPUs that they name all the same.
+        num_sms: multiprocessors of the GPU, for launches that fill it; 0 (the default): those of a well-known GPU of
+            the architecture. Estimates in counters are of the GPUs that they name all the same.
         checks: races, unwritten reads and the like; bounds, alignment, barriers and traps are always checked.
         counters: whether launches are counted.
         threads: of the operating system, over the blocks of a launch: for kernels whose blocks do not depend on the
