@@ -42,8 +42,7 @@ def _load_emulated() -> str | None:
     return None
 
 
-emulated_error: str | None = _load_emulated()
-"""Why there is no emulated backend; None where there is."""
+emulated_error: str | None = _load_emulated()  # why there is no emulated backend; None where there is
 
 
 @dataclass(frozen=True)
