@@ -41,13 +41,15 @@ def tile_efficiency(loads: torch.Tensor) -> float:
     return num_rows / (-(-loads // tile) * tile).sum().item()
 
 
-def mm_case(kind: str, num_rows: int, num_experts: int, trans_b: bool = False) -> Case:
+def mm_case(
+    kind: str, num_rows: int, num_experts: int, trans_b: bool = False, inner: int = INNER, columns: int = COLUMNS
+) -> Case:
     loads = loads_of(kind, num_rows, num_experts)
-    b = normal(num_experts, COLUMNS, INNER).transpose(1, 2) if trans_b else normal(num_experts, INNER, COLUMNS)
+    b = normal(num_experts, columns, inner).transpose(1, 2) if trans_b else normal(num_experts, inner, columns)
     layout = "columns" if trans_b else "rows"
     name = f"mm, {num_rows} rows, {num_experts} experts, {kind}, b by {layout}: tiles {tile_efficiency(loads):.0%} full"
-    arguments = (normal(num_rows, INNER), b, loads.cumsum(0).int())
-    return Case.of(name, mm, arguments, 2 * num_rows * INNER * COLUMNS)
+    arguments = (normal(num_rows, inner), b, loads.cumsum(0).int())
+    return Case.of(name, mm, arguments, 2 * num_rows * inner * columns)
 
 
 def inner_case(kind: str, num_rows: int, num_experts: int) -> Case:
@@ -61,5 +63,6 @@ CASES = [
     *[mm_case(kind, 1024, 8) for kind in ("balanced", "Zipf", "one-hot")],
     mm_case("balanced", 1024, 8, trans_b=True),
     *[mm_case("balanced", rows * 8, 8) for rows in (64, 32, 16)],
+    *[mm_case(kind, 4096, 64, inner=256, columns=1024) for kind in ("balanced", "Zipf", "one-hot")],  # by turns
     *[inner_case(kind, 1024, 4) for kind in ("balanced", "Zipf")],
 ]

@@ -88,6 +88,7 @@ class FaultError(RuntimeError):
 def configure(
     *,
     architecture: int | None = None,
+    num_sms: int | None = None,
     checks: bool | None = None,
     counters: bool | None = None,
     threads: int | None = None,
@@ -97,13 +98,15 @@ def configure(
 
     Args:
         architecture: of the GPU, 80 for sm_80 (the default), 86, 89, 90, 100 or 120.
+        num_sms: multiprocessors of the GPU, for launches that fill it; 0 (the default): those of a well-known GPU of
+            the architecture. Estimates in counters are of the GPUs that they name all the same.
         checks: races, unwritten reads and the like; bounds, alignment, barriers and traps are always checked.
         counters: whether launches are counted.
         threads: of the operating system, over the blocks of a launch: for kernels whose blocks do not depend on the
             order in which they run.
         max_instructions: warp-instructions of a launch; beyond them it is ended, and reported as a livelock.
     """
-    _emulator.configure(architecture, checks, counters, threads, max_instructions)
+    _emulator.configure(architecture, num_sms, checks, counters, threads, max_instructions)
 
 
 def options() -> dict[str, Any]:

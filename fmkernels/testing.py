@@ -42,8 +42,7 @@ def _load_emulated() -> str | None:
     return None
 
 
-emulated_error: str | None = _load_emulated()
-"""Why there is no emulated backend; None where there is."""
+emulated_error: str | None = _load_emulated()  # why there is no emulated backend; None where there is
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Backend:
     device: str
     namespace: str = "fmkernels"
     architecture: int = 80  # of the emulated GPU
+    num_sms: int = 0  # its multiprocessors; 0: those of a well-known one
 
     def __str__(self) -> str:
         return self.name
@@ -94,7 +94,7 @@ class Backend:
             return nullcontext()
         import emulator
 
-        return emulator.watch(architecture=self.architecture)
+        return emulator.watch(architecture=self.architecture, num_sms=self.num_sms)
 
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

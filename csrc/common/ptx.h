@@ -25,6 +25,14 @@ namespace fmkernels::ptx {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// mov.u32 of %tid.x: the thread of its block, read where it stands. What is computed from it in a loop is computed in every turn,
+// and takes no registers from one to the next.
+__device__ __forceinline__ uint32_t tid_x() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Address of shared memory as the instructions below take it.
 __device__ __forceinline__ uint32_t smem_address(const void* smem) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(smem));

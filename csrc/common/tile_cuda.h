@@ -253,7 +253,7 @@ class Fragments {
   __device__ __forceinline__ Fragments(uint32_t operand, int first) {
     // ldmatrix.x4 gives four 8 x 8 matrices. As registers of a are numbered they stand column by column in [row, inner],
     // those of two of b row by row in [column, inner]; read across, the other way round.
-    const int lane = threadIdx.x % kWarp;
+    const int lane = ptx::tid_x() % kWarp;
     const bool by_column = kIsA != L::kAcross;
     const int line = by_column ? lane % 16 : lane % 8 + lane / 16 * 8, chunk = by_column ? lane / 16 : lane / 8 % 2;
     at_ = operand + (L::kAcross ? L::swizzled(line, first / kChunk + chunk) : L::swizzled(first + line, chunk));

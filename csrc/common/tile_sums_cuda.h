@@ -29,7 +29,7 @@ template <class T, bool kTransposed>
 __device__ __forceinline__ void store_sums(float* to, const Sums<T>& sums, int first_row, int first_column) {
   using L = SumLines<T, kTransposed>;
   auto at = [](int row, int column) { return kTransposed ? L::at(column, row) : L::at(row, column); };
-  const int lane = threadIdx.x % kWarp;
+  const int lane = ptx::tid_x() % kWarp;
   const uint32_t first = at(first_row + lane / 4, first_column + lane % 4 * 2);
   auto further = [&](int rows, int columns) {  // bits that are not among those of the lane's
     constexpr uint32_t kPermuted = 32;

@@ -128,11 +128,11 @@ template <class T, bool kIsInterleaved, class F>
 __device__ __forceinline__ void store_gated(const float* sums, typename T::Element* out, typename T::Element* gate_up,
                                             const GatedColumns& columns, int num_rows, bool is_aligned, F&& is_row) {
   using Element = typename T::Element;
-  const int own_along = threadIdx.x % (T::kColumns / kChunk) * kChunk;  // of every chunk of a thread
+  const int own_along = ptx::tid_x() % (T::kColumns / kChunk) * kChunk;  // of every chunk of a thread
   const bool is_up = own_along / kChunk % 2 != 0;
   const int64_t column = columns.first + own_along / 2, kept_column = columns.at(own_along);
   const int count = static_cast<int>(min(columns.width - column, int64_t{4})), left = columns.left_from(own_along);
-  for_each_chunk<SumLines<T, false>, T>(sums, threadIdx.x, [&](int line, int, float (&x)[kChunk]) {
+  for_each_chunk<SumLines<T, false>, T>(sums, ptx::tid_x(), [&](int line, int, float (&x)[kChunk]) {
     // Gates and ups of 4 elements: those of a chunk in turns; or a lane's chunk has 8 gates and its neighbour's the ups.
     float gate[4], unit[4];
 #pragma unroll

@@ -31,55 +31,61 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm)
   const MoeGatedMmParams& p = args.p;
   auto& smem = dynamic_smem<Smem<T>>();
 
-  // The rows and columns of this block.
-  const int num_groups = static_cast<int>(p.num_groups), num_rows = static_cast<int>(p.out.rows);
-  const GroupRows rows = rows_of_tile<T::kRows>(p.offsets, num_groups, num_rows, args.grid.row_tile(blockIdx.x));
-  if (rows.count == 0) return;
-  const GatedColumns columns{int64_t{args.grid.column_tile(blockIdx.x)} * (T::kColumns / 2), p.out.columns,
-                             p.is_interleaved};
-  Element* out = static_cast<Element*>(p.out.data) + rows.first * columns.width;
-  Element* gate_up = p.gate_up == nullptr ? nullptr : static_cast<Element*>(p.gate_up) + 2 * columns.width * rows.first;
-
-  // The product; of rows of no group the sums are zeros.
-  const int warp = threadIdx.x / kWarp;
-  const int warp_row = warp / T::kWarpsAcross * T::kWarpRows, warp_column = warp % T::kWarpsAcross * T::kWarpColumns;
-  Sums<T> sums = {};
-  auto run = [&]<bool kIsRowMajor>() {
+  const int num_groups = static_cast<int>(p.num_groups), inner = static_cast<int>(p.a.columns);
+  const RowTiles<T::kRows> row_tiles(p.offsets, num_groups, static_cast<int>(p.out.rows));
+  auto multiply_tiles = [&]<bool kIsRowMajor>() {
     using LinesA = Lines<T::kRows, false, T::kThreads>;
     using LinesB = Lines<T::kColumns, kIsRowMajor, T::kThreads>;
     using A = GatheredCopies<LinesA, Element, kIsFast>;
     using B = Copies<LinesB, Element, kIsFast>;
-    const int thread = threadIdx.x, inner = static_cast<int>(p.a.columns);
-    InnerWalk<A, B> walk{{p.a, args.a_row_bytes, args.a_is_aligned, thread,
-                          [&](int line) {
-                            if (line >= rows.count) return -1;
-                            return p.pos_to_token == nullptr ? rows.first + line : p.pos_to_token[rows.first + line];
-                          }},
-                         copies_of_columns<LinesB, Element, kIsFast>(
-                             static_cast<const Element*>(p.b.data) + rows.group * p.b.batch_stride, p.b, columns,
-                             args.b_is_aligned, thread),
-                         args.passes,
-                         inner};
-    const bool is_wanted = warp_row < rows.count && warp_column / 2 < columns.width - columns.first;
-    multiply<T, LinesA, LinesB>(sums, smem.stages, (inner + kStep - 1) / kStep, 0, 0, warp_row, warp_column, is_wanted,
-                                walk);
-  };
-  if (rows.group < num_groups) {
-    if (args.b_is_row_major) run.template operator()<true>();
-    else run.template operator()<false>();
-  }
+#pragma unroll 1
+    for (unsigned tile = blockIdx.x; tile < args.grid.count(row_tiles.count()); tile += gridDim.x) {
+      // Its rows and columns.
+      const auto [row_tile, column_tile] = args.grid.at(static_cast<int>(tile), row_tiles.count());
+      const GroupRows rows = row_tiles.at(row_tile);
+      const GatedColumns columns{int64_t{column_tile} * (T::kColumns / 2), p.out.columns, p.is_interleaved};
+      Element* out = static_cast<Element*>(p.out.data) + rows.first * columns.width;
+      Element* gate_up =
+          p.gate_up == nullptr ? nullptr : static_cast<Element*>(p.gate_up) + 2 * columns.width * rows.first;
 
-  // The result.
-  store_sums<T, false>(smem.sums[0], sums, warp_row, warp_column);
-  __syncthreads();  // the sums of all warps are there
-  auto is_row = [&](int line) {
-    return p.pos_to_token == nullptr || is_within(p.pos_to_token[rows.first + line], p.a.rows);
+      // The product; of rows of no group the sums are zeros.
+      const int thread = ptx::tid_x(), warp = thread / kWarp;
+      const int warp_row = warp / T::kWarpsAcross * T::kWarpRows;
+      const int warp_column = warp % T::kWarpsAcross * T::kWarpColumns;
+      Sums<T> sums = {};
+      if (rows.group < num_groups) {
+        InnerWalk<A, B> walk{{p.a, args.a_row_bytes, args.a_is_aligned, thread,
+                              [&](int line) {
+                                if (line >= rows.count) return -1;
+                                return p.pos_to_token == nullptr ? rows.first + line
+                                                                 : p.pos_to_token[rows.first + line];
+                              }},
+                             copies_of_columns<LinesB, Element, kIsFast>(
+                                 static_cast<const Element*>(p.b.data) + rows.group * p.b.batch_stride, p.b, columns,
+                                 args.b_is_aligned, thread),
+                             args.passes,
+                             inner};
+        const bool is_wanted = warp_row < rows.count && warp_column / 2 < columns.width - columns.first;
+        multiply<T, LinesA, LinesB>(sums, smem.stages, (inner + kStep - 1) / kStep, 0, 0, warp_row, warp_column,
+                                    is_wanted, walk);
+      }
+
+      // The result.
+      store_sums<T, false>(smem.sums[0], sums, warp_row, warp_column);
+      __syncthreads();  // the sums of all warps are there
+      auto is_row = [&](int line) {
+        return p.pos_to_token == nullptr || is_within(p.pos_to_token[rows.first + line], p.a.rows);
+      };
+      auto store = [&]<bool kIsInterleaved>() {
+        store_gated<T, kIsInterleaved>(smem.sums[0], out, gate_up, columns, rows.count, args.out_is_aligned, is_row);
+      };
+      if (columns.is_interleaved) store.template operator()<true>();
+      else store.template operator()<false>();
+      __syncthreads();  // all have read the sums, in whose place the next tile is copied
+    }
   };
-  auto store = [&]<bool kIsInterleaved>() {
-    store_gated<T, kIsInterleaved>(smem.sums[0], out, gate_up, columns, rows.count, args.out_is_aligned, is_row);
-  };
-  if (columns.is_interleaved) store.template operator()<true>();
-  else store.template operator()<false>();
+  if (args.b_is_row_major) multiply_tiles.template operator()<true>();
+  else multiply_tiles.template operator()<false>();
 }
 
 template <class T, bool kIsFast>
@@ -93,8 +99,8 @@ void launch_tiles(const MoeGatedMmParams& p, bool b_is_aligned, cudaStream_t str
                        is_aligned(p.a),
                        b_is_aligned,
                        is_aligned_16(p.out.data, 2, p.out.columns, {}) && is_aligned_16(p.gate_up, 2, 0, {})};
-  launch("moe_gated_mm", moe_gated_mm_kernel<T, kIsFast>, args.grid.blocks(), T::kThreads, sizeof(Smem<T>), stream,
-         args);
+  launch_by_turns("moe_gated_mm", moe_gated_mm_kernel<T, kIsFast>, args.grid.most(), T::kThreads, sizeof(Smem<T>),
+                  stream, args);
 }
 
 }  // namespace

@@ -14,6 +14,9 @@ struct GroupRows {
   int group, first, count;
 };
 
+// The largest of all lanes, in a register that the compiler knows to be the same in each: branches on it do not diverge.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kAllLanes, x); }
+
 // The largest of the lanes up to this one; their sum. All lanes of a warp together.
 __device__ __forceinline__ int scan_max(int x, int lane) {
 #pragma unroll
@@ -37,8 +40,8 @@ __device__ __forceinline__ int end_of(const int32_t* offsets, int num_groups, in
   return group < num_groups ? min(max(__ldg(offsets + group), 0), num_rows) : num_rows;
 }
 
-// Tiles of kRows rows, of which a group has as few as hold its rows: the one of this number. A warp looks at 32 groups at a
-// time, all its lanes together; every lane holds the result.
+// Tiles of kRows rows, of which a group has as few as hold its rows: the one of this number, for a block that has no other. A
+// warp looks at 32 groups at a time, all its lanes together; every lane holds the result.
 template <int kRows>
 __device__ __forceinline__ GroupRows rows_of_tile(const int32_t* offsets, int num_groups, int num_rows, int tile) {
   const int lane = threadIdx.x % kWarp;
@@ -64,6 +67,60 @@ __device__ __forceinline__ GroupRows rows_of_tile(const int32_t* offsets, int nu
   return {num_groups, num_rows, 0};
 }
 
+// The same tiles, for a block that takes several; the rows of no group come last, as those of one. A warp has an index of
+// them, all its lanes together: each lane knows of as many groups as any other, one after another, where they begin and how
+// many tiles come before. The offsets are read twice for it, and then, for each tile, those of one lane: one of 31 groups.
+template <int kRows>
+class RowTiles {
+ public:
+  __device__ __forceinline__ RowTiles(const int32_t* offsets, int num_groups, int num_rows)
+      : offsets_(offsets), num_groups_(num_groups), num_rows_(num_rows) {
+    const int lane = threadIdx.x % kWarp, first = lane * lane_groups();
+    int end = 0, tiles = 0;
+#pragma unroll 1
+    for (int i = 0; i < lane_groups(); ++i) end = max(end, end_of(offsets, num_groups, num_rows, first + i));
+    begin_ = __shfl_up_sync(ptx::kAllLanes, scan_max(end, lane), 1);
+    if (lane == 0) begin_ = 0;
+#pragma unroll 1
+    for (int i = 0, begin = begin_; i < lane_groups(); ++i) {
+      end = max(begin, end_of(offsets, num_groups, num_rows, first + i));
+      tiles += tiles_of(end - begin);
+      begin = end;
+    }
+    const int through = scan_sum(tiles, lane);
+    before_ = through - tiles;
+    count_ = uniform(through);
+  }
+
+  __device__ __forceinline__ int count() const { return count_; }
+
+  // Those of a tile, of count().
+  __device__ __forceinline__ GroupRows at(int tile) const {
+    const bool is_before = before_ <= tile;  // the last lane for which it is knows the group
+    int group = uniform(is_before ? static_cast<int>(threadIdx.x % kWarp) : 0) * lane_groups();
+    int begin = uniform(is_before ? begin_ : 0);
+    tile -= uniform(is_before ? before_ : 0);
+#pragma unroll 1
+    for (;; ++group) {
+      const int end = uniform(max(begin, end_of(offsets_, num_groups_, num_rows_, group)));
+      const int tiles = tiles_of(end - begin);
+      if (tile < tiles || group >= num_groups_) {
+        return {group, begin + tile * kRows, min(end - begin - tile * kRows, kRows)};
+      }
+      tile -= tiles;
+      begin = end;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int tiles_of(int rows) { return (static_cast<unsigned>(rows) + kRows - 1) / kRows; }
+  __device__ __forceinline__ int lane_groups() const { return num_groups_ / kWarp + 1; }
+
+  const int32_t* offsets_;
+  int num_groups_, num_rows_;
+  int begin_, before_, count_;  // of the lane's groups; of all
+};
+
 // All rows of a group, for a warp likewise.
 __device__ __forceinline__ GroupRows rows_of_group(const int32_t* offsets, int num_groups, int num_rows, int group) {
   int begin = 0;
@@ -83,7 +140,9 @@ struct MmTraits<Element, 128> : TileTraits<Element, 128, 128, 64, 64> {};
 // Of few rows, where b is what there is to read: four times the blocks of MmTraits<Element, 16>, each with 28 KiB of it on
 // its way.
 template <class Element>
-struct FewTraits : TileTraits<Element, 16, 64, 16, 16, 1, 8> {};
+struct FewTraits : TileTraits<Element, 16, 64, 16, 16, 1, 8> {
+  static constexpr int kBlocksPerSm = 5;  // as the shared memory of sm_90 allows
+};
 constexpr int64_t kFewBlocks = 512;  // about four for each multiprocessor of a large GPU
 
 // Tiles that any offsets may need: each group, and the rows of none, ends with one that may hold a single row.
@@ -105,27 +164,34 @@ void dispatch_tile(int64_t num_rows, int64_t num_groups, int64_t columns, F&& f)
                                 [&]<int kRows>() { f.template operator()<MmTraits<Element, kRows>>(); });
 }
 
-// The blocks of a product: of kStrip tiles of rows, which mostly have their b in common, all columns before the next ones.
+// The tiles of a product, in order: of kStrip tiles of rows, which mostly have their b in common, all columns before the next
+// ones. Blocks take them by turns, as many blocks as a GPU has at one time.
 class TileGrid {
  public:
   static constexpr int kStrip = 8;
+  struct Place {
+    int row_tile, column_tile;
+  };
 
   TileGrid(const char* name, int64_t row_tiles, int64_t columns, int64_t tile_columns) {
     constexpr int64_t kMaxColumnTiles = 0x7fffffff / kStrip;
     const int64_t column_tiles = (columns + tile_columns - 1) / tile_columns;
     FM_CHECK(column_tiles <= kMaxColumnTiles, name, ": b has too many columns on CUDA, ", columns);
     strip_tiles_ = Divisor(static_cast<int32_t>(column_tiles * kStrip));
-    blocks_ = grid_of(name, (row_tiles + kStrip - 1) / kStrip * column_tiles * kStrip, 1);
+    most_ = grid_of(name, row_tiles * column_tiles, 1).x;
   }
-  dim3 blocks() const { return blocks_; }
-  __device__ __forceinline__ int row_tile(int block) const {
-    return block / strip_tiles_ * kStrip + block % strip_tiles_ % kStrip;
+  int64_t most() const { return most_; }  // tiles that any offsets may need
+  // Of so many tiles of rows: all tiles, and where one of them is.
+  __device__ __forceinline__ unsigned count(int row_tiles) const { return row_tiles * (strip_tiles_.value() / kStrip); }
+  __device__ __forceinline__ Place at(int tile, int row_tiles) const {
+    const int first = tile / strip_tiles_ * kStrip, of_strip = tile % strip_tiles_;
+    const int rows = min(row_tiles - first, kStrip), column = of_strip / rows;
+    return {first + of_strip - column * rows, column};
   }
-  __device__ __forceinline__ int column_tile(int block) const { return block % strip_tiles_ / kStrip; }
 
  private:
   Divisor strip_tiles_;
-  dim3 blocks_;
+  int64_t most_;
 };
 
 // ---- operands and results --------------------------------------------------------------------------------------------
@@ -154,7 +220,7 @@ template <class T>
 __device__ __forceinline__ void store_tile(float* sums, typename T::Element* out, int64_t stride, int num_rows,
                                            int num_columns, const float* bias, bool is_aligned) {
   using Element = typename T::Element;
-  for_each_chunk<SumLines<T, false>, T>(sums, threadIdx.x, [&](int line, int along, float (&x)[kChunk]) {
+  for_each_chunk<SumLines<T, false>, T>(sums, ptx::tid_x(), [&](int line, int along, float (&x)[kChunk]) {
     if (line >= num_rows || along >= num_columns) return;
     const int count = min(num_columns - along, kChunk);
     if (bias != nullptr) {

@@ -29,6 +29,7 @@ constexpr int kSharedWithoutOptIn = 48 * 1024;  // bytes of a block
 constexpr int kSharedReserved = 1024;           // bytes of every block that the driver keeps
 constexpr int kRegisters = 65536;               // of a multiprocessor, and the most that one block may have
 constexpr int kMaxThreadRegisters = 255;
+constexpr int kMaxSms = 1024;  // of a device that somebody asks for
 constexpr int kConstantBytes = 64 * 1024;
 
 // The device of an architecture; null for one that is not emulated.

@@ -28,17 +28,22 @@ int64_t environment_number(const char* name, int64_t otherwise) {
   return value;
 }
 
-const Device& checked_device(const Options& options) {
+Device checked_device(const Options& options) {
   const Device* device = find_device(options.architecture);
   if (device == nullptr) {
     throw Error("architecture must be one of " + emulated_architectures() + ", got " +
                 std::to_string(options.architecture));
   }
+  if (options.num_sms < 0 || options.num_sms > kMaxSms) {
+    throw Error("num_sms must be from 0 to " + std::to_string(kMaxSms) + ", got " + std::to_string(options.num_sms));
+  }
   if (options.threads < 1 || options.threads > 1024) {
     throw Error("threads must be from 1 to 1024, got " + std::to_string(options.threads));
   }
   if (options.max_instructions < 1) throw Error("max_instructions must be at least 1");
-  return *device;
+  Device result = *device;
+  if (options.num_sms > 0) result.num_sms = options.num_sms;
+  return result;
 }
 
 Status status_of(const LaunchOutcome& outcome) {
@@ -98,12 +103,13 @@ Driver& Driver::instance() {
   return *driver;
 }
 
-Driver::Driver() : device_(find_device(options_.architecture)) {
+Driver::Driver() : device_(*find_device(options_.architecture)) {
   device_memory();  // made before what is registered here and by the first host object, so that it outlives both
   std::atexit(leave);
   try {
     Options options;
     options.architecture = static_cast<int>(environment_number("EMULATOR_ARCHITECTURE", options.architecture));
+    options.num_sms = static_cast<int>(environment_number("EMULATOR_NUM_SMS", options.num_sms));
     options.checks = environment_number("EMULATOR_CHECKS", options.checks) != 0;
     options.counters = environment_number("EMULATOR_COUNTERS", options.counters) != 0;
     options.threads = static_cast<int>(environment_number("EMULATOR_THREADS", options.threads));
@@ -121,10 +127,10 @@ Options Driver::options() const {
 }
 
 void Driver::configure(const Options& options) {
-  const Device& device = checked_device(options);
+  const Device device = checked_device(options);
   const std::lock_guard lock(mutex_);
   options_ = options;
-  device_ = &device;
+  device_ = device;
 }
 
 void Driver::edit_images(Edit edit) {
@@ -138,9 +144,9 @@ void Driver::edit_images(Edit edit) {
   }
 }
 
-const Device& Driver::device() const {
+Device Driver::device() const {
   const std::lock_guard lock(mutex_);
-  return *device_;
+  return device_;
 }
 
 // ---- What host objects register -------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ const Function* Driver::load(const Kernel& kernel, Status* status) {
 Status Driver::limits(const Function& function, const LaunchShape& shape, uint64_t max_dynamic_shared,
                       std::string* why) const {
   const FunctionInfo& info = function.info();
-  const Device& gpu = device();
+  const Device gpu = device();
   const uint64_t num_threads = uint64_t{shape.block[0]} * shape.block[1] * shape.block[2];
   for (int i = 0; i < 3; ++i) {
     if (shape.grid[i] < 1 || shape.grid[i] > kMaxGridDim[i]) {

@@ -83,7 +83,7 @@ class Driver {
   Options options() const;
   // Throws Error for what cannot be. Modules are loaded anew for another architecture.
   void configure(const Options& options);
-  const Device& device() const;
+  Device device() const;
   // The PTX of registered images goes through `edit` when it is loaded, which all of it is anew; none: as it is.
   using Edit = std::function<std::string(const std::string& text)>;
   void edit_images(Edit edit);
@@ -136,7 +136,7 @@ class Driver {
   mutable std::mutex mutex_;  // everything below
   Options options_;
   Edit edit_;
-  const Device* device_;
+  Device device_;
   std::map<const Image*, std::unique_ptr<Image>> images_;
   std::map<const void*, std::unique_ptr<Kernel>> kernels_;  // by host stub
   std::map<const void*, HostVariable> variables_;           // by host address

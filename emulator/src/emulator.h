@@ -23,6 +23,7 @@ struct Program;
 
 struct Options {
   int architecture = 80;                      // 10 * compute capability
+  int num_sms = 0;                            // multiprocessors; 0: as many as the architecture's device has
   bool checks = true;                         // bounds, alignment, barriers and traps are checked even without
   bool counters = true;                       //
   int threads = 1;                            // OS threads over the blocks of a launch

@@ -122,10 +122,11 @@ void launch_module(const Module& module, const std::string& kernel, const Dim& g
                 most - static_smem);
 }
 
-void configure(std::optional<int> architecture, std::optional<bool> checks, std::optional<bool> counters,
-               std::optional<int> threads, std::optional<uint64_t> max_instructions) {
+void configure(std::optional<int> architecture, std::optional<int> num_sms, std::optional<bool> checks,
+               std::optional<bool> counters, std::optional<int> threads, std::optional<uint64_t> max_instructions) {
   Options options = Driver::instance().options();
   options.architecture = architecture.value_or(options.architecture);
+  options.num_sms = num_sms.value_or(options.num_sms);
   options.checks = checks.value_or(options.checks);
   options.counters = counters.value_or(options.counters);
   options.threads = threads.value_or(options.threads);
@@ -137,6 +138,7 @@ py::dict options() {
   const Options options = Driver::instance().options();
   py::dict result;
   result["architecture"] = options.architecture;
+  result["num_sms"] = options.num_sms;
   result["checks"] = options.checks;
   result["counters"] = options.counters;
   result["threads"] = options.threads;

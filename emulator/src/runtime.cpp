@@ -329,7 +329,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* num_bloc
   if (function == nullptr) return set_error(error);
   if (block_threads < 1) return set_error(cudaErrorInvalidValue);
   const FunctionInfo& info = function->info();
-  const Device& device = Driver::instance().device();
+  const Device device = Driver::instance().device();
   const bool fits = block_threads <= static_cast<int>(threads_of(info)) &&
                     dynamic_shared <= Driver::instance().max_dynamic_shared(*kernel, *function);
   *num_blocks = fits ? resident_blocks(device, block_threads, static_cast<int>(registers_of(info)),
@@ -383,7 +383,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device != 0) return set_error(cudaErrorInvalidDevice);
-  const Device& gpu = Driver::instance().device();
+  const Device gpu = Driver::instance().device();
   cudaDeviceProp& p = *properties;
   p = {};
   std::snprintf(p.name, sizeof p.name, "%s", gpu.name);

@@ -39,7 +39,9 @@ def _fresh_emulator():
     emulator.take_reports()
     emulator.take_launches()
     before = emulator.options()
-    emulator.configure(architecture=80, checks=True, counters=True, threads=1, max_instructions=4_000_000_000)
+    emulator.configure(
+        architecture=80, num_sms=0, checks=True, counters=True, threads=1, max_instructions=4_000_000_000
+    )
     yield
     emulator.configure(**before)
     left = emulator.take_reports()

@@ -174,6 +174,7 @@ def test_options_are_checked_and_kept_until_changed():
     emulator.configure(checks=False)
     assert emulator.options() == {
         "architecture": 90,
+        "num_sms": 0,
         "checks": False,
         "counters": True,
         "threads": 2,
@@ -181,6 +182,8 @@ def test_options_are_checked_and_kept_until_changed():
     }
     with pytest.raises(emulator.Error, match="architecture must be one of 80, 86, 89, 90, 100, 120, got 75"):
         emulator.configure(architecture=75)
+    with pytest.raises(emulator.Error, match="num_sms must be from 0 to 1024, got -1"):
+        emulator.configure(num_sms=-1)
     with pytest.raises(emulator.Error, match="threads must be from 1 to 1024, got 0"):
         emulator.configure(threads=0)
     assert emulator.options()["architecture"] == 90

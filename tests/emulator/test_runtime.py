@@ -41,6 +41,12 @@ def test_architectures(architecture, facts, program, run):
     assert (status, errors) == (0, "")
 
 
+def test_a_gpu_of_few_multiprocessors(program, run):
+    status, output, errors = run(program("runtime_api"), EMULATOR_NUM_SMS="3")
+    assert "sm_80: 3 multiprocessors, 166912 bytes a block" in output
+    assert (status, errors) == (0, "")
+
+
 @pytest.mark.parametrize("value", ["75", "x"])
 def test_an_architecture_that_is_not_emulated(value, program, run):
     _, _, errors = run(program("runtime_api"), EMULATOR_ARCHITECTURE=value)
