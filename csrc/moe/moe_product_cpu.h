@@ -36,10 +36,11 @@ struct Ahead {
 // Where the chains of a tile begin, and what becomes of them.
 enum class Chain { kFirst, kMore, kNext };  // c = sum; c = c + (the chain goes on); c += sum
 
-// c[kRows][kPanel] and the sum over `count` inner indices of a[k][row] b[k][.], of which rows of b are b_stride apart.
-template <int kRows, class B, bool kIsAhead>
+// c[kRows][kPanel] and the sum over `count` inner indices of a[k][row] b[k][.], of which rows of b are b_stride apart. kPacks: what is
+// read of b is left in `panel` for the tiles that follow.
+template <int kRows, class B, bool kIsAhead, bool kPacks = false>
 __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t b_stride, int64_t count, float* c,
-                                             int64_t c_stride, Chain chain, const Ahead& ahead) {
+                                             int64_t c_stride, Chain chain, const Ahead& ahead, float* panel = nullptr) {
   VecF acc[kRows][2] = {};
   if (chain == Chain::kMore) {
     for (int r = 0; r < kRows; ++r) {
@@ -48,6 +49,11 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
   }
   auto add = [&]() __attribute__((always_inline)) {
     const VecF b0 = load(b), b1 = load(b + kLanes);
+    if constexpr (kPacks) {
+      store(panel, b0);
+      store(panel + kLanes, b1);
+      panel += kPanel;
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const VecF x = broadcast(a[r]);
@@ -209,7 +215,10 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
   auto multiply_panel = [&](int64_t k, int64_t column, const float* left) {
     const int64_t count = min(kLongestSum, p.inner - k);
     const T* b = p.b + k * p.b_inner_stride + column * p.b_column_stride;
-    pack_panel(b, p.b_inner_stride, p.b_column_stride, count, min(kPanel, p.columns - column), s.panel);
+    const bool is_packed_meanwhile = p.b_column_stride == 1 && p.columns - column >= kPanel;
+    if (!is_packed_meanwhile) {
+      pack_panel(b, p.b_inner_stride, p.b_column_stride, count, min(kPanel, p.columns - column), s.panel);
+    }
     const bool is_last = by_columns ? k + count >= p.inner : column + kPanel >= p.columns;
     const T* other_way =
         by_columns ? p.b + (column + kPanel) * p.b_column_stride : p.b + (k + count) * p.b_inner_stride;
@@ -229,8 +238,13 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
       dispatch_rows(rows, [&]<int kRows>() {
         const float* a = left + row * count;
         float* to = c + row * c_stride;
-        if (row == 0) multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
-        else multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+        if (row == 0 && is_packed_meanwhile) {
+          multiply_tile<kRows, T, true, true>(a, b, p.b_inner_stride, count, to, c_stride, chain, ahead, s.panel);
+        } else if (row == 0) {
+          multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+        } else {
+          multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+        }
       });
     }
   };
