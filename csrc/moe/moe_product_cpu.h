@@ -27,10 +27,11 @@ constexpr int64_t kStreamAhead = 8;             // panels
 constexpr int kAheadLines = 16;
 constexpr int64_t kLineBytes = 64;
 
-// Memory that is asked for while a tile is multiplied: for inner index 16 i + k the line at `from` + i * step + k * stride.
+// Memory that is asked for while a tile is multiplied: a line each `every` inner indices, line 16 i + k at `from` + i * step +
+// k * stride.
 struct Ahead {
   const char* from;
-  int64_t stride, step;
+  int64_t stride, step, every;
 };
 
 // Where the chains of a tile begin, and what becomes of them.
@@ -40,7 +41,8 @@ enum class Chain { kFirst, kMore, kNext };  // c = sum; c = c + (the chain goes 
 // read of b is left in `panel` for the tiles that follow.
 template <int kRows, class B, bool kIsAhead, bool kPacks = false>
 __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t b_stride, int64_t count, float* c,
-                                             int64_t c_stride, Chain chain, const Ahead& ahead, float* panel = nullptr) {
+                                             int64_t c_stride, Chain chain, const Ahead& ahead,
+                                             float* panel = nullptr) {
   VecF acc[kRows][2] = {};
   if (chain == Chain::kMore) {
     for (int r = 0; r < kRows; ++r) {
@@ -65,11 +67,12 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
   };
   if constexpr (kIsAhead) {
     const char* from = ahead.from;
-    for (int64_t left = count; left > 0; left -= kAheadLines, from += ahead.step) {
+    const int64_t every = ahead.every;
+    for (int64_t left = count; left > 0; left -= kAheadLines * every, from += ahead.step) {
       const char* line = from;
-      for (int64_t k = 0; k < min(left, kAheadLines); ++k, line += ahead.stride) {
+      for (int64_t k = 0; k < min(left, kAheadLines * every); k += every, line += ahead.stride) {
         __builtin_prefetch(line, 0, 2);
-        add();
+        for (int64_t i = min(every, left - k); i > 0; --i) add();
       }
     }
   } else {
@@ -82,6 +85,9 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
     }
   }
 }
+
+// Tiles of a panel that ask for the lines of the next one, each for a part of them: all at once they wait for each other.
+inline int64_t asking_tiles(int64_t rows) { return rows <= kTileRows || rows > 96 ? 1 : rows < 4 * kTileRows ? 2 : 4; }
 
 template <class F>
 FM_INLINE void dispatch_rows(int64_t rows, F&& f) {
@@ -179,7 +185,7 @@ void multiply_in_place(const Product<T>& p, const Scratch& s) {
         const int64_t further = column + kStreamAhead * kPanel;
         const T* ahead = further < whole ? b + further : b + kStreamRows * p.b_inner_stride + further - whole;
         multiply_tile<kRows, T, true>(a, b + column, p.b_inner_stride, count, c + column, stride, chain,
-                                      {reinterpret_cast<const char*>(ahead), b_bytes, kAheadLines * b_bytes});
+                                      {reinterpret_cast<const char*>(ahead), b_bytes, kAheadLines * b_bytes, 1});
       }
       if (whole < p.columns) {
         pack_panel(b + whole, p.b_inner_stride, 1, count, p.columns - whole, s.panel);
@@ -225,8 +231,10 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
     const T* next = is_last ? other_way : by_columns ? b + count * p.b_inner_stride : b + kPanel * p.b_column_stride;
     // Of contiguous columns 16 lines side by side, in halves those of the next inner indices too.
     const int64_t line = (p.b_column_stride == 1 ? p.b_inner_stride : p.b_column_stride) * kBytes;
-    const Ahead ahead{reinterpret_cast<const char*>(next), line,
-                      p.b_column_stride == 1 ? kAheadLines * line : kLineBytes};
+    const int64_t num_asking = asking_tiles(p.rows);
+    Ahead ahead{reinterpret_cast<const char*>(next), line, p.b_column_stride == 1 ? kAheadLines * line : kLineBytes,
+                num_asking};
+    int64_t tile = 0;
     float* c = s.sums + column - whole;
     int64_t c_stride = sum_stride;
     if constexpr (sizeof(T) == 4) {
@@ -240,12 +248,14 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
         float* to = c + row * c_stride;
         if (row == 0 && is_packed_meanwhile) {
           multiply_tile<kRows, T, true, true>(a, b, p.b_inner_stride, count, to, c_stride, chain, ahead, s.panel);
-        } else if (row == 0) {
+        } else if (tile < num_asking) {
           multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
         } else {
           multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
         }
       });
+      ++tile;
+      ahead.from += ahead.step * ceil_div(ceil_div(count, kAheadLines), num_asking);
     }
   };
   if (by_columns) {
