@@ -69,7 +69,7 @@ void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
   int64_t num_blocks = 0;
   for (int64_t g = 0; g < p.num_groups; ++g) num_blocks += blocks_of(g);
   const int64_t parts = parts_of(num_blocks, columns, workers);
-  const int64_t worker_bytes = ExpertScratch::bytes(inner);
+  const int64_t worker_bytes = ExpertScratch<T>::bytes(inner, ceil_div(columns, 2));
   const Workspace workspace(workers * worker_bytes);
   auto matrix = [&](int64_t group) {
     const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride;
@@ -77,7 +77,7 @@ void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
   };
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     Arena arena(workspace.data() + worker * worker_bytes);
-    const ExpertScratch scratch(arena, inner);
+    const ExpertScratch<T> scratch(arena, inner, ceil_div(columns, 2));
     int64_t group = 0, block = task / parts;
     for (int64_t blocks; block >= (blocks = blocks_of(group)); ++group) block -= blocks;
     const int64_t begin = begin_of(p.offsets, group), num_rows = p.offsets[group] - begin;

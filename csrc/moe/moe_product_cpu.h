@@ -27,19 +27,28 @@ constexpr int64_t kStreamAhead = 8;             // panels
 constexpr int kAheadLines = 16;
 constexpr int64_t kLineBytes = 64;
 
-// Memory that is asked for while a tile is multiplied: a line each `every` inner indices, line 16 i + k at `from` + i * step +
+// Memory that is asked for while a tile is multiplied: a line each `every` inner indices, line 16 i + 8 h + k at from[h] + i * step +
 // k * stride.
 struct Ahead {
-  const char* from;
+  const char* from[2];
   int64_t stride, step, every;
+
+  // Where the next tile goes on, after one with `count` inner indices.
+  void advance(int64_t count) {
+    const int64_t bytes = ceil_div(count, every * kAheadLines) * step;
+    for (const char*& half : from) half += bytes;
+  }
 };
 
 // Where the chains of a tile begin, and what becomes of them.
 enum class Chain { kFirst, kMore, kNext };  // c = sum; c = c + (the chain goes on); c += sum
 
+// Which lines are asked for: none, one an inner index (`every` is 1, which a tile of few rows has no time to look up), or as `every` says.
+enum class Ask { kNone, kAlways, kSpread };
+
 // c[kRows][kPanel] and the sum over `count` inner indices of a[k][row] b[k][.], of which rows of b are b_stride apart. kPacks: what is
 // read of b is left in `panel` for the tiles that follow.
-template <int kRows, class B, bool kIsAhead, bool kPacks = false>
+template <int kRows, class B, Ask kAsk, bool kPacks = false>
 __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t b_stride, int64_t count, float* c,
                                              int64_t c_stride, Chain chain, const Ahead& ahead,
                                              float* panel = nullptr) {
@@ -65,14 +74,19 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
     a += kRows;
     b += b_stride;
   };
-  if constexpr (kIsAhead) {
-    const char* from = ahead.from;
-    const int64_t every = ahead.every;
-    for (int64_t left = count; left > 0; left -= kAheadLines * every, from += ahead.step) {
-      const char* line = from;
-      for (int64_t k = 0; k < min(left, kAheadLines * every); k += every, line += ahead.stride) {
-        __builtin_prefetch(line, 0, 2);
-        for (int64_t i = min(every, left - k); i > 0; --i) add();
+  if constexpr (kAsk != Ask::kNone) {
+    const int64_t every = kAsk == Ask::kAlways ? 1 : ahead.every;
+    for (int64_t left = count, step = 0; left > 0; left -= kAheadLines * every, step += ahead.step) {
+      if (left < kAheadLines * every) {
+        for (int64_t i = 0; i < left; ++i) add();
+        break;
+      }
+      for (int half = 0; half < 2; ++half) {
+        const char* line = ahead.from[half] + step;
+        for (int k = 0; k < kAheadLines / 2; ++k, line += ahead.stride) {
+          __builtin_prefetch(line, 0, 2);
+          for (int64_t i = 0; i < every; ++i) add();
+        }
       }
     }
   } else {
@@ -183,13 +197,15 @@ void multiply_in_place(const Product<T>& p, const Scratch& s) {
       const int64_t b_bytes = p.b_inner_stride * static_cast<int64_t>(sizeof(T));
       for (int64_t column = 0; column < whole; column += kPanel) {
         const int64_t further = column + kStreamAhead * kPanel;
-        const T* ahead = further < whole ? b + further : b + kStreamRows * p.b_inner_stride + further - whole;
-        multiply_tile<kRows, T, true>(a, b + column, p.b_inner_stride, count, c + column, stride, chain,
-                                      {reinterpret_cast<const char*>(ahead), b_bytes, kAheadLines * b_bytes, 1});
+        const T* next = further < whole ? b + further : b + kStreamRows * p.b_inner_stride + further - whole;
+        const char* from = reinterpret_cast<const char*>(next);
+        multiply_tile<kRows, T, Ask::kAlways>(
+            a, b + column, p.b_inner_stride, count, c + column, stride, chain,
+            {{from, from + kAheadLines / 2 * b_bytes}, b_bytes, kAheadLines * b_bytes, 1});
       }
       if (whole < p.columns) {
         pack_panel(b + whole, p.b_inner_stride, 1, count, p.columns - whole, s.panel);
-        multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, c + whole, stride, chain, {});
+        multiply_tile<kRows, float, Ask::kNone>(a, s.panel, kPanel, count, c + whole, stride, chain, {});
       }
       if (c == s.chains && (k + count == p.inner || (k + count) % kLongestSum == 0)) {
         for (int64_t i = 0; i < kRows * stride; i += kLanes) store(s.sums + i, load(s.sums + i) + load(s.chains + i));
@@ -232,7 +248,10 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
     // Of contiguous columns 16 lines side by side, in halves those of the next inner indices too.
     const int64_t line = (p.b_column_stride == 1 ? p.b_inner_stride : p.b_column_stride) * kBytes;
     const int64_t num_asking = asking_tiles(p.rows);
-    Ahead ahead{reinterpret_cast<const char*>(next), line, p.b_column_stride == 1 ? kAheadLines * line : kLineBytes,
+    const char* from = reinterpret_cast<const char*>(next);
+    Ahead ahead{{from, from + kAheadLines / 2 * line},
+                line,
+                p.b_column_stride == 1 ? kAheadLines * line : kLineBytes,
                 num_asking};
     int64_t tile = 0;
     float* c = s.sums + column - whole;
@@ -247,15 +266,16 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
         const float* a = left + row * count;
         float* to = c + row * c_stride;
         if (row == 0 && is_packed_meanwhile) {
-          multiply_tile<kRows, T, true, true>(a, b, p.b_inner_stride, count, to, c_stride, chain, ahead, s.panel);
+          multiply_tile<kRows, T, Ask::kSpread, true>(a, b, p.b_inner_stride, count, to, c_stride, chain, ahead,
+                                                      s.panel);
         } else if (tile < num_asking) {
-          multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+          multiply_tile<kRows, float, Ask::kSpread>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
         } else {
-          multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+          multiply_tile<kRows, float, Ask::kNone>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
         }
       });
       ++tile;
-      ahead.from += ahead.step * ceil_div(ceil_div(count, kAheadLines), num_asking);
+      ahead.advance(count);
     }
   };
   if (by_columns) {
