@@ -52,11 +52,11 @@ void grouped_mm_by_rows(const MoeGroupedMmParams& p, int workers) {
     const int64_t first = begin + tiles * block / num_blocks_of_group * kTileRows;
     const int64_t last = min(p.offsets[group], begin + tiles * (block + 1) / num_blocks_of_group * kTileRows);
     const Columns part(columns, task % parts, parts);
-    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride + part.first * p.b.column_stride;
+    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride + part.first;
     const float* bias = p.bias == nullptr ? nullptr : p.bias + group * columns + part.first;
     T* out = static_cast<T*>(p.out.data) + first * columns + part.first;
-    multiply<T>({static_cast<const T*>(p.a.data) + first * p.a.row_stride, p.a.row_stride, 1, 0, b, p.b.row_stride,
-                 p.b.column_stride, out, columns, bias, last - first, inner, part.count},
+    multiply<T>({static_cast<const T*>(p.a.data) + first * p.a.row_stride, p.a.row_stride, 1, 0, b, p.b.row_stride, out,
+                 columns, bias, last - first, inner, part.count},
                 scratch);
   });
 }
@@ -129,7 +129,6 @@ void grouped_mm_inner(const MoeGroupedMmInnerParams& p) {
                              rows - first,
                              static_cast<const T*>(p.b.data) + begin * p.b.row_stride + part.first,
                              p.b.row_stride,
-                             1,
                              out + (group * rows + first) * columns + part.first,
                              columns,
                              nullptr,
