@@ -280,14 +280,27 @@ def test_a_row_has_the_same_bits_wherever_it_stands(dtype, backend):
     assert torch.equal(run(a, offsets, view), out)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_the_bits_do_not_depend_on_how_b_lies(dtype):
+    """On either side of the numbers of rows and columns at which the CPU takes another way."""
+    ends = torch.tensor([1, 3, 4, 5, 6, 7, 16, 24, 25, 130]).cumsum(0).tolist()
+    a, b, offsets, bias = inputs(ends, None, 530, 37, dtype)
+    by_columns = b.transpose(1, 2).contiguous().transpose(1, 2)
+    for more in (None, bias):
+        rows, columns = moe.grouped_mm(a, b, offsets, bias=more), moe.grouped_mm(a, by_columns, offsets, bias=more)
+        assert torch.equal(rows, columns)
+
+
+@pytest.mark.parametrize("trans_b", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_threads_change_no_bits(num_threads):
-    a, b, offsets, bias = inputs([600, 640], None, 300, 500)
+def test_threads_change_no_bits(num_threads, trans_b):
+    a, b, offsets, bias = inputs([600, 603], None, 300, 500, trans_b=trans_b)
     before = torch.get_num_threads()
-    expected = moe.grouped_mm(a, b, offsets, bias=bias), moe.grouped_mm(a.t(), a, offsets)
+    run = lambda: (moe.grouped_mm(a, b, offsets, bias=bias, trans_b=trans_b), moe.grouped_mm(a.t(), a, offsets))  # noqa: E731
+    expected = run()
     torch.set_num_threads(num_threads)
     try:
-        actual = moe.grouped_mm(a, b, offsets, bias=bias), moe.grouped_mm(a.t(), a, offsets)
+        actual = run()
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, actual, expected))

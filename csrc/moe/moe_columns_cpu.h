@@ -4,8 +4,9 @@
 //
 // Halves    The columns of b are two lists of as many, the second one perhaps shorter by one: gate and up, or the first and the
 //           second half of them. A tile has the same columns of both, so that what joins them finds them in registers.
-// Few rows  Up to 4 (6 of bfloat16 and float16): 16 bytes of each of a vector of columns are transposed in registers and multiplied by every
-//           row. Lines are asked for kAheadBytes before.
+// Few rows  Up to 4 of float32: 16 bytes of each of a vector of columns are transposed in registers and multiplied by every row. Lines
+//           are asked for kAheadBytes before. Up to kFewRows of bfloat16 and float16: a panel of a vector of columns of each half and
+//           kLongestSum inner indices becomes float32, and tiles of 6 rows go over it, which ask for the lines of the next one.
 // Many      The rows are the vectors: x is packed in panels of 16 rows (8 where that is enough), [inner][row], and numbers of 3 + 3
 //           columns of b are broadcast, of 16 such tiles before the next panel. Nothing of b is transposed or copied, but for
 //           bfloat16 and float16, whose numbers become float32 a block at a time, in the second-level cache.
@@ -26,7 +27,7 @@ constexpr int64_t kSkew = 2;               // squares
 constexpr int64_t kAheadBytes = 1024;      // of each of 16 columns
 
 template <class T>
-constexpr int64_t kFewRows = sizeof(T) == 4 ? 4 : 6;  // at most; more are faster as a vector that they do not fill
+constexpr int64_t kFewRows = sizeof(T) == 4 ? 4 : 24;  // at most; more are faster as vectors, which they may not fill
 
 template <class T>
 struct Halves {
@@ -66,17 +67,30 @@ void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count,
 
 // ---- few rows ----------------------------------------------------------------------------------------------------------
 
+// Few rows, null for one of zeros, in the order in which they are read: [kLongestSum inner indices][tile][inner][row of the tile], and
+// up to a vector behind.
+template <class T>
+void pack_few(const T* const* rows, int64_t num_rows, int64_t inner, float* left) {
+  for (int64_t k = 0; k < inner; k += kLongestSum) {
+    const int64_t count = min(kLongestSum, inner - k);
+    for (int64_t row = 0, tile; row < num_rows; row += tile) {
+      tile = rows_of_tile(num_rows - row);
+      pack_gathered(rows + row, static_cast<int>(tile), k, count, left + k * num_rows + row * count);
+    }
+  }
+}
+
 // c[kRows][kPanel]: the products of the rows, left [inner][kRows], with columns [first, first + kLanes) of both halves. The
 // columns that are read after these are those of `next` from next_first on; null: none.
-template <int kRows, class T>
-__attribute__((noinline)) void multiply_few(const Halves<T>& b, int64_t first, const Halves<T>* next,
+template <int kRows>
+__attribute__((noinline)) void multiply_few(const Halves<float>& b, int64_t first, const Halves<float>* next,
                                             int64_t next_first, const float* left, float* c) {
-  const T* const from[2] = {b.base[0] + first * b.step, b.base[1] + first * b.step};
+  const float* const from[2] = {b.base[0] + first * b.step, b.base[1] + first * b.step};
   const int count[2] = {static_cast<int>(min(kLanes, b.count[0] - first)),
                         static_cast<int>(max(0, min(kLanes, b.count[1] - first)))};
   const int64_t step = b.step, inner = b.inner;
-  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(float));
   for (int64_t begin = 0; begin < inner; begin += kLongestSum) {
     VecF acc[2][kRows] = {};
     const int64_t end = min(inner, begin + kLongestSum);
@@ -85,44 +99,37 @@ __attribute__((noinline)) void multiply_few(const Halves<T>& b, int64_t first, c
       for (int r = 0; r < kRows; ++r) acc[half][r] += broadcast(a[r]) * numbers;
     };
     auto add_square = [&](int half, int64_t at) __attribute__((always_inline)) {
-      constexpr int64_t kIndices = 16 / sizeof(T);  // in 16 bytes
-      for (int64_t i = at; i < at + kSquare; i += kIndices) {
-        const float* a = left + i * kRows;
+      for (int64_t i = at; i < at + kSquare; i += 4) {
         VecI words[4];
-        transpose_words(from[half] + i, step * static_cast<int64_t>(sizeof(T)), words);
+        transpose_words(from[half] + i, step * static_cast<int64_t>(sizeof(float)), words);
 #pragma GCC unroll 4
-        for (int w = 0; w < 4; ++w) {
-          if constexpr (sizeof(T) == 4) {
-            add(half, a + w * kRows, (VecF)words[w]);
-          } else {  // two neighbours in a column, of which each is the upper half of a float
-            add(half, a + 2 * w * kRows, (VecF)((VecU)words[w] << 16));
-            add(half, a + (2 * w + 1) * kRows, (VecF)((VecU)words[w] & 0xffff0000u));
-          }
-        }
+        for (int w = 0; w < 4; ++w) add(half, left + (i + w) * kRows, (VecF)words[w]);
       }
     };
     // Of four neighbours each another line: columns that are a power of two apart would be asked of one channel of the memory
     // together.
     auto ask = [&](int64_t at) __attribute__((always_inline)) {
       const int64_t further = at + kAhead;
-      auto ask_of = [&](const T* const* base, int64_t column_step, auto&& is_wanted) __attribute__((always_inline)) {
-        for (int half = 0; half < 2; ++half) {
-          for (int i = 0; i < kLanes; ++i) {
-            if (is_wanted(i % 4 * kLine)) __builtin_prefetch(base[half] + i * column_step + i % 4 * kLine, 0, 2);
-          }
-        }
-      };
-      const T* here[2] = {from[0] + further, from[1] + further};
+      auto ask_of = [&](const float* const* base, int64_t column_step, auto&& is_wanted)
+                        __attribute__((always_inline)) {
+                          for (int half = 0; half < 2; ++half) {
+                            for (int i = 0; i < kLanes; ++i) {
+                              if (is_wanted(i % 4 * kLine))
+                                __builtin_prefetch(base[half] + i * column_step + i % 4 * kLine, 0, 2);
+                            }
+                          }
+                        };
+      const float* here[2] = {from[0] + further, from[1] + further};
       if (further + 3 * kLine < inner) return ask_of(here, step, [](int64_t) { return true; });
       if (further < inner) ask_of(here, step, [&](int64_t skew) { return further + skew < inner; });
       if (next == nullptr) return;
       const int64_t begin_of_next = next_first * next->step + further - inner;
-      const T* there[2] = {next->base[0] + begin_of_next, next->base[1] + begin_of_next};
+      const float* there[2] = {next->base[0] + begin_of_next, next->base[1] + begin_of_next};
       if (further >= inner) return ask_of(there, next->step, [](int64_t) { return true; });
       ask_of(there, next->step, [&](int64_t skew) { return further + skew >= inner; });
     };
     int64_t k = begin;
-    if (!std::is_same_v<T, Half> && count[0] == kLanes && count[1] == kLanes) {
+    if (count[0] == kLanes && count[1] == kLanes) {
       // The second half follows kSkew squares behind: columns that are a power of two apart share their sets of the cache.
       const int64_t num_squares = (end - begin) / kSquare;
       for (int64_t i = 0; i < num_squares + kSkew; ++i) {
@@ -152,6 +159,67 @@ __attribute__((noinline)) void multiply_few(const Halves<T>& b, int64_t first, c
         store(sum, begin == 0 ? acc[i][r] : load(sum) + acc[i][r]);
       }
     }
+  }
+}
+
+// The same of any number of rows, packed by pack_few, and of columns [first, last) of both halves, by way of a panel
+// [kLongestSum][kPanel]: sums [panel][row][kPanel]. All columns for kLongestSum inner indices before the next ones.
+template <class T>
+void multiply_by_panels(const Halves<T>& b, int64_t first, int64_t last, const Halves<T>* next, int64_t rows,
+                        const float* left, float* panel, float* sums) {
+  constexpr int64_t kBytes = sizeof(T);
+  const int64_t num_asking = asking_tiles(rows);
+  for (int64_t k = 0; k < b.inner; k += kLongestSum) {
+    const int64_t count = min(kLongestSum, b.inner - k);
+    for (int64_t n = first; n < last; n += kLanes) {
+      // Of the columns that are read next the lines of twice as many inner indices, half of which are then near for the next pass.
+      const bool is_last = n + kLanes >= last, is_end = is_last && k + count == b.inner;
+      const Halves<T>& after = is_end && next != nullptr ? *next : b;
+      const int64_t at = is_end ? 0 : is_last ? first * b.step + k + count : (n + kLanes) * b.step + k;
+      Ahead ahead{
+          {reinterpret_cast<const char*>(after.base[0] + at), reinterpret_cast<const char*>(after.base[1] + at)},
+          after.step * kBytes,
+          kLineBytes,
+          num_asking};
+      for (int half = 0; half < 2; ++half) {
+        const int num_columns = static_cast<int>(max(0, min(kLanes, b.count[half] - n)));
+        pack_half(b.base[half] + n * b.step + k, 1, b.step, count, num_columns, panel + half * kLanes);
+      }
+      float* c = sums + (n - first) / kLanes * rows * kPanel;
+      int64_t tile = 0;
+      for (int64_t row = 0, tile_rows; row < rows; row += tile_rows, ++tile) {
+        tile_rows = rows_of_tile(rows - row);
+        const float* a = left + k * rows + row * count;
+        float* to = c + row * kPanel;
+        const Chain chain = k == 0 ? Chain::kFirst : Chain::kNext;
+        dispatch_rows(tile_rows, [&]<int kRows>() {
+          if (tile < num_asking) {
+            multiply_tile<kRows, float, Ask::kSpread>(a, panel, kPanel, count, to, kPanel, chain, ahead);
+          } else {
+            multiply_tile<kRows, float, Ask::kNone>(a, panel, kPanel, count, to, kPanel, chain, ahead);
+          }
+        });
+        ahead.advance(count);
+      }
+    }
+  }
+}
+
+// emit(n, c): the sums c[row][kPanel] of a few rows and columns [n, n + kLanes) of both halves, for all of [first, last).
+template <class T, class Emit>
+void multiply_few_rows(const Halves<T>& b, int64_t first, int64_t last, const Halves<T>* next, int64_t rows,
+                       const float* left, float* panel, float* sums, Emit&& emit) {
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t n = first; n < last; n += kLanes) {
+      const bool is_last = n + kLanes >= last;
+      dispatch_checked_int<1, 2, 3, 4>(static_cast<int>(rows), [&]<int kRows>() {
+        multiply_few<kRows>(b, n, is_last ? next : &b, is_last ? 0 : n + kLanes, left, sums);
+      });
+      emit(n, sums);
+    }
+  } else {
+    multiply_by_panels(b, first, last, next, rows, left, panel, sums);
+    for (int64_t n = first; n < last; n += kLanes) emit(n, sums + (n - first) / kLanes * rows * kPanel);
   }
 }
 

@@ -44,28 +44,40 @@ struct HalfPart {
   int64_t last_tile() const { return ceil_div(last, kHalfColumns); }
 };
 
-// What a worker needs for blocks of products with up to so many inner indices.
+// What a worker needs for blocks of products with up to so many inner indices and columns of a half.
+template <class T>
 struct ExpertScratch {
-  float* x;  // few rows: [inner][rows]; many: [panel][inner][lanes]
+  float* x;         // few rows: as pack_few has them; many: [panel][inner][lanes]
+  float* few_sums;  // [panel of columns][row][kPanel], of float32 those of one panel
   ManyScratch many;
 
-  static int64_t bytes(int64_t inner) { return Arena::array_bytes<float>(kManyRows * inner) + ManyScratch::kBytes; }
-  ExpertScratch(Arena& arena, int64_t inner) : x(arena.take<float>(kManyRows * inner)), many(arena) {}
+  static int64_t sum_floats(int64_t half_columns) {
+    return kFewRows<T> * (sizeof(T) == 4 ? kPanel : 2 * round_up(half_columns, kLanes));
+  }
+  static int64_t bytes(int64_t inner, int64_t half_columns) {
+    return Arena::array_bytes<float>(kManyRows * inner) + Arena::array_bytes<float>(sum_floats(half_columns)) +
+           ManyScratch::kBytes;
+  }
+  ExpertScratch(Arena& arena, int64_t inner, int64_t half_columns)
+      : x(arena.take<float>(kManyRows * inner)), few_sums(arena.take<float>(sum_floats(half_columns))), many(arena) {}
 };
 
-// The inner rows of a block as floats that T holds, at most kManyRows * width: few: [row][inner_row_stride(width)]; many:
+// The inner rows of a block as floats that T holds, inner_floats: few: [row][inner_row_stride(width)]; many:
 // [panel][width][lanes].
 inline int64_t inner_row_stride(int64_t width) { return round_up(width, kLanes); }
-static_assert(6 * kLanes <= kManyRows);  // a few rows of a single number, rounded up
+template <class T>
+int64_t inner_floats(int64_t width) {
+  return max(kManyRows * width, kFewRows<T> * inner_row_stride(width));
+}
 
-// Of a panel the vectors at(i), i < count, of `lanes` rows each, to rows of T: to(row) + i * step for the first num_rows rows.
+// Of a panel the vectors at(i, lane), i < count, of the rows from `lane` on, to rows of T: to(row) + i * step for the first num_rows.
 template <class T, class At, class To>
 void store_panel(int64_t num_rows, int64_t count, int64_t step, At&& at, To&& to) {
   for (int64_t lane = 0; lane < num_rows; lane += kLanes) {
     for (int64_t i = 0; i < count; i += kLanes) {
       const int length = static_cast<int>(min(kLanes, count - i));
       VecF lines[kLanes] = {};
-      for (int j = 0; j < length; ++j) lines[j] = load(at(i + j) + lane);
+      for (int j = 0; j < length; ++j) lines[j] = at(i + j, lane);
       float square[kLanes * kLanes];
       transpose_to(lines, square, kLanes);
       for (int64_t r = 0; r < min(kLanes, num_rows - lane); ++r) {
@@ -78,6 +90,19 @@ void store_panel(int64_t num_rows, int64_t count, int64_t step, At&& at, To&& to
       }
     }
   }
+}
+
+// Rows of T, null for one of zeros, to s.x as it says. Of many rows those of a panel are then at panel_of.
+template <class T>
+void pack_block(const T* const* rows, int64_t num_rows, int64_t inner, const ExpertScratch<T>& s) {
+  if (num_rows <= kFewRows<T>) return pack_few(rows, num_rows, inner, s.x);
+  const RowPanels panels(num_rows);
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    pack_rows(rows + panel * kPanel, panels.rows(panel), panels.lanes(panel), inner, s.x + panel * kPanel * inner);
+  }
+}
+inline const float* panel_of(const float* x, const RowPanels& panels, int64_t inner, int64_t panel, int64_t k) {
+  return x + panel * kPanel * inner + k * panels.lanes(panel);
 }
 
 // ---- gate, up and their unit -----------------------------------------------------------------------------------------
@@ -95,41 +120,32 @@ struct GateUp {
 };
 
 template <class T>
-void gate_up_few(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
+void gate_up_few(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch<T>& s,
                  float* inner) {
   const int64_t stride = inner_row_stride(p.width), step = p.kept_step();
-  dispatch_rows(p.num_rows, [&]<int kRows>() {
-    pack_gathered(p.rows, kRows, 0, p.b.inner, s.x);
-    for (int64_t n = part.first; n < part.last; n += kLanes) {
-      const bool is_last = n + kLanes >= part.last;
-      float c[kRows * kPanel] = {};
-      multiply_few<kRows>(p.b, n, is_last ? next : &p.b, is_last ? 0 : n + kLanes, s.x, c);
-      const int count = static_cast<int>(min(kLanes, part.last - n));
-      for (int r = 0; r < kRows; ++r) {
-        const bool is_there = p.rows[r] != nullptr;
-        const VecF both[2] = {is_there ? load(c + r * kPanel) : VecF{},
-                              is_there ? load(c + r * kPanel + kLanes) : VecF{}};
-        for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
-          T* kept = p.kept_at(r, half) + n * step;
-          if (step == 1) store_lanes(kept, both[half], count);
-          else
-            for (int i = 0; i < count; ++i) kept[2 * i] = from_float<T>(both[half][i]);
-        }
-        store(inner + r * stride + n, rounded<T>(gated_unit(both[0], both[1])));
+  auto emit = [&](int64_t n, const float* c) {
+    const int count = static_cast<int>(min(kLanes, part.last - n));
+    for (int64_t r = 0; r < p.num_rows; ++r) {
+      const bool is_there = p.rows[r] != nullptr && p.b.inner > 0;
+      const VecF both[2] = {is_there ? load(c + r * kPanel) : VecF{},
+                            is_there ? load(c + r * kPanel + kLanes) : VecF{}};
+      for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
+        T* kept = p.kept_at(r, half) + n * step;
+        if (step == 1) store_lanes(kept, both[half], count);
+        else
+          for (int i = 0; i < count; ++i) kept[2 * i] = from_float<T>(both[half][i]);
       }
+      store(inner + r * stride + n, rounded<T>(gated_unit(both[0], both[1])));
     }
-  });
+  };
+  multiply_few_rows(p.b, part.first, part.last, next, p.num_rows, s.x, s.many.copy, s.few_sums, emit);
 }
 
 template <class T>
-void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
+void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch<T>& s,
                   float* inner) {
   const RowPanels panels(p.num_rows);
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
-    pack_rows(p.rows + panel * kPanel, panels.rows(panel), panels.lanes(panel), p.b.inner,
-              s.x + panel * kPanel * p.b.inner);
-  }
-  auto x_at = [&](int64_t panel, int64_t k) { return s.x + panel * kPanel * p.b.inner + k * panels.lanes(panel); };
+  auto x_at = [&](int64_t panel, int64_t k) { return panel_of(s.x, panels, p.b.inner, panel, k); };
   auto emit = [&](int64_t panel, const BlockSums& sums) {
     const int64_t lanes = panels.lanes(panel), num_rows = panels.rows(panel);
     const T* const* rows = p.rows + panel * kPanel;
@@ -142,7 +158,7 @@ void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* nex
     }
     for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
       store_panel<T>(
-          num_rows, sums.count, p.kept_step(), [&](int64_t i) { return sums.at(half, i); },
+          num_rows, sums.count, p.kept_step(), [&](int64_t i, int64_t lane) { return load(sums.at(half, i) + lane); },
           [&](int64_t r) { return p.kept_at(panel * kPanel + r, half) + sums.first * p.kept_step(); });
     }
     for (int64_t r = 0; r < num_rows; ++r) {  // what is infinite in b makes NaN of a row of zeros
@@ -159,8 +175,9 @@ void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* nex
 
 // inner: of the columns of the part.
 template <class T>
-void gate_up_block(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch& s,
+void gate_up_block(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch<T>& s,
                    float* inner) {
+  pack_block(p.rows, p.num_rows, p.b.inner, s);
   p.num_rows <= kFewRows<T> ? gate_up_few(p, part, next, s, inner) : gate_up_many(p, part, next, s, inner);
 }
 
@@ -180,47 +197,60 @@ void store_inner(const float* inner, int64_t num_rows, int64_t width, const Half
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t lanes = panels.lanes(panel);
     const float* from = inner + panel * kPanel * width + part.first * lanes;
-    auto at = [&](int64_t i) { return from + i * lanes; };
+    auto at = [&](int64_t i, int64_t lane) { return load(from + i * lanes + lane); };
     auto to = [&](int64_t r) { return out + (panel * kPanel + r) * width + part.first; };
     store_panel<T>(panels.rows(panel), part.last - part.first, 1, at, to);
   }
 }
 
-// ---- the product behind it -------------------------------------------------------------------------------------------
+// ---- a plain product -------------------------------------------------------------------------------------------------
 
-// y [num_rows][stride] = inner b, of which the columns of the part.
+// y [num_rows][stride] = x b + bias, of which the columns of the part. Few rows are in s.x, the panels of many at x. bias: of all
+// columns; null: none.
 template <class T>
-void down_block(const float* inner, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
-                const ExpertScratch& s, T* y, int64_t stride) {
-  const int64_t width = b.inner, second = b.count[0];
+void product_block(const float* x, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
+                   const ExpertScratch<T>& s, const float* bias, T* y, int64_t stride) {
+  const int64_t second = b.count[0];
   if (num_rows <= kFewRows<T>) {
-    pack_left(inner, inner_row_stride(width), 1, static_cast<int>(num_rows), width, false, s.x);
-    dispatch_rows(num_rows, [&]<int kRows>() {
-      for (int64_t n = part.first; n < part.last; n += kLanes) {
-        const bool is_last = n + kLanes >= part.last;
-        float c[kRows * kPanel] = {};
-        multiply_few<kRows>(b, n, is_last ? next : &b, is_last ? 0 : n + kLanes, s.x, c);
-        for (int r = 0; r < kRows; ++r) {
-          for (int half = 0; half < 2; ++half) {
-            const int count = static_cast<int>(min(kLanes, min(part.last, b.count[half]) - n));
-            if (count > 0) store_lanes(y + r * stride + half * second + n, load(c + r * kPanel + half * kLanes), count);
-          }
+    auto emit = [&](int64_t n, const float* c) {
+      for (int half = 0; half < 2; ++half) {
+        const int count = static_cast<int>(min(kLanes, min(part.last, b.count[half]) - n));
+        if (count <= 0) continue;
+        const VecF more = bias == nullptr ? VecF{} : load_lanes(bias + half * second + n, count);
+        for (int64_t r = 0; r < num_rows; ++r) {
+          const VecF sum = b.inner > 0 ? load(c + r * kPanel + half * kLanes) : VecF{};
+          store_lanes(y + r * stride + half * second + n, bias == nullptr ? sum : sum + more, count);
         }
       }
-    });
-    return;
+    };
+    return multiply_few_rows(b, part.first, part.last, next, num_rows, s.x, s.many.copy, s.few_sums, emit);
   }
   const RowPanels panels(num_rows);
-  auto x_at = [&](int64_t panel, int64_t k) { return inner + panel * kPanel * width + k * panels.lanes(panel); };
+  auto x_at = [&](int64_t panel, int64_t k) { return panel_of(x, panels, b.inner, panel, k); };
   auto emit = [&](int64_t panel, const BlockSums& sums) {
     for (int half = 0; half < 2; ++half) {
-      store_panel<T>(
-          panels.rows(panel), min(sums.count, b.count[half] - sums.first), 1,
-          [&](int64_t i) { return sums.at(half, i); },
-          [&](int64_t r) { return y + (panel * kPanel + r) * stride + half * second + sums.first; });
+      const int64_t first = half * second + sums.first;
+      auto at = [&](int64_t i, int64_t lane) {
+        const VecF sum = load(sums.at(half, i) + lane);
+        return bias == nullptr ? sum : sum + bias[first + i];
+      };
+      auto to = [&](int64_t r) { return y + (panel * kPanel + r) * stride + first; };
+      store_panel<T>(panels.rows(panel), min(sums.count, b.count[half] - sums.first), 1, at, to);
     }
   };
   multiply_many_rows(b, next, panels, part.first_tile(), part.last_tile(), s.many, x_at, emit);
+}
+
+// The same of the inner rows of a block, where gate_up_block left them.
+template <class T>
+void down_block(const float* inner, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
+                const ExpertScratch<T>& s, T* y, int64_t stride) {
+  if (num_rows <= kFewRows<T>) {
+    const float* rows[kFewRows<T>];
+    for (int64_t r = 0; r < num_rows; ++r) rows[r] = inner + r * inner_row_stride(b.inner);
+    pack_few(rows, num_rows, b.inner, s.x);
+  }
+  product_block<T>(inner, num_rows, b, part, next, s, nullptr, y, stride);
 }
 
 }  // namespace

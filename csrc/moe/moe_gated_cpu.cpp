@@ -67,8 +67,8 @@ void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_
       for (int64_t row = 0, tile; row < num_rows; row += tile) {
         tile = rows_of_tile(num_rows - row);
         dispatch_rows(tile, [&]<int kRows>() {
-          multiply_tile<kRows, float, false>(s.left + row * count, s.panel, kPanel, count, c + row * stride, stride,
-                                             k == 0 ? Chain::kFirst : Chain::kNext, {});
+          multiply_tile<kRows, float, Ask::kNone>(s.left + row * count, s.panel, kPanel, count, c + row * stride,
+                                                  stride, k == 0 ? Chain::kFirst : Chain::kNext, {});
         });
       }
     }
@@ -117,8 +117,9 @@ void gated_mm(const MoeGatedMmParams& p) {
   const int64_t panels = ceil_div(width, kLanes);
   const int64_t parts =
       workers == 1 || num_blocks == 0 ? 1 : max(1, min(ceil_div(4 * workers, num_blocks), panels / kMinPartPanels));
-  const int64_t inner_bytes = Arena::array_bytes<float>(kManyRows * width);
-  const int64_t worker_bytes = by_columns ? ExpertScratch::bytes(inner) + inner_bytes : GatedScratch::bytes(panels);
+  const int64_t inner_bytes = Arena::array_bytes<float>(inner_floats<T>(width));
+  const int64_t worker_bytes =
+      by_columns ? ExpertScratch<T>::bytes(inner, width) + inner_bytes : GatedScratch::bytes(panels);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     char* memory = workspace.data() + worker * worker_bytes;
@@ -134,7 +135,7 @@ void gated_mm(const MoeGatedMmParams& p) {
     const T* from[kManyRows];
     for (int64_t r = 0; r < rows.count; ++r) from[r] = row_of<T>(p, begin + rows.first + r);
     Arena arena(memory);
-    const ExpertScratch scratch(arena, inner);
+    const ExpertScratch<T> scratch(arena, inner, width);
     float* units = arena.take<float>(0);
     const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride;
     const GateUp<T> product{from,

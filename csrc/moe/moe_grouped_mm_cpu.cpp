@@ -5,8 +5,8 @@
 //            are few for the workers, a part of the columns. Groups without rows make no task in mm, and zeros in mm_inner.
 // Cost       2 * rows * inner * columns flops. With few rows a group bound by reading b, each of its lines once.
 
+#include "moe_expert_cpu.h"
 #include "moe_grouped.h"
-#include "moe_product_cpu.h"
 
 namespace fmkernels {
 namespace {
@@ -29,14 +29,10 @@ struct Columns {
   }
 };
 
+// b by rows.
 template <class T>
-void grouped_mm(const MoeGroupedMmParams& p) {
-  const int64_t rows = p.out.rows, columns = p.out.columns, inner = p.a.columns;
-  const int64_t end = p.num_groups == 0 ? 0 : p.offsets[p.num_groups - 1];
-  T* out = static_cast<T*>(p.out.data);
-  prefer_huge_pages(out, rows * columns * static_cast<int64_t>(sizeof(T)));
-  memset(static_cast<void*>(out + end * columns), 0, static_cast<size_t>((rows - end) * columns) * sizeof(T));
-  const int workers = workers_for(2 * end * max(1, inner) * columns);
+void grouped_mm_by_rows(const MoeGroupedMmParams& p, int workers) {
+  const int64_t columns = p.out.columns, inner = p.a.columns;
   int64_t num_blocks = 0;
   for (int64_t g = 0; g < p.num_groups; ++g) {
     num_blocks += ceil_div(p.offsets[g] - begin_of(p.offsets, g), kBlockRows);
@@ -56,12 +52,60 @@ void grouped_mm(const MoeGroupedMmParams& p) {
     const int64_t first = begin + tiles * block / num_blocks_of_group * kTileRows;
     const int64_t last = min(p.offsets[group], begin + tiles * (block + 1) / num_blocks_of_group * kTileRows);
     const Columns part(columns, task % parts, parts);
-    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride + part.first * p.b.column_stride;
+    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride + part.first;
     const float* bias = p.bias == nullptr ? nullptr : p.bias + group * columns + part.first;
-    multiply<T>({static_cast<const T*>(p.a.data) + first * p.a.row_stride, p.a.row_stride, 1, 0, b, p.b.row_stride,
-                 p.b.column_stride, out + first * columns + part.first, columns, bias, last - first, inner, part.count},
+    T* out = static_cast<T*>(p.out.data) + first * columns + part.first;
+    multiply<T>({static_cast<const T*>(p.a.data) + first * p.a.row_stride, p.a.row_stride, 1, 0, b, p.b.row_stride, out,
+                 columns, bias, last - first, inner, part.count},
                 scratch);
   });
+}
+
+// b by columns: those of its first and of its second half side by side.
+template <class T>
+void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
+  const int64_t columns = p.out.columns, inner = p.a.columns;
+  auto blocks_of = [&](int64_t group) { return num_expert_blocks(p.offsets[group] - begin_of(p.offsets, group)); };
+  int64_t num_blocks = 0;
+  for (int64_t g = 0; g < p.num_groups; ++g) num_blocks += blocks_of(g);
+  const int64_t parts = parts_of(num_blocks, columns, workers);
+  const int64_t worker_bytes = ExpertScratch<T>::bytes(inner, ceil_div(columns, 2));
+  const Workspace workspace(workers * worker_bytes);
+  auto matrix = [&](int64_t group) {
+    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride;
+    return halves_of(b, p.b.column_stride, columns, false, inner);
+  };
+  parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
+    Arena arena(workspace.data() + worker * worker_bytes);
+    const ExpertScratch<T> scratch(arena, inner, ceil_div(columns, 2));
+    int64_t group = 0, block = task / parts;
+    for (int64_t blocks; block >= (blocks = blocks_of(group)); ++group) block -= blocks;
+    const int64_t begin = begin_of(p.offsets, group), num_rows = p.offsets[group] - begin;
+    const ExpertRows rows = expert_block(num_rows, block);
+    const T* from[kManyRows];
+    for (int64_t r = 0; r < rows.count; ++r) {
+      from[r] = static_cast<const T*>(p.a.data) + (begin + rows.first + r) * p.a.row_stride;
+    }
+    int64_t after = block + 1 < blocks_of(group) ? group : group + 1;  // whose b is read next
+    while (after < p.num_groups && blocks_of(after) == 0) ++after;
+    const Halves<T> b = matrix(group), next = matrix(min(after, p.num_groups - 1));
+    pack_block(from, rows.count, inner, scratch);
+    product_block<T>(scratch.x, rows.count, b, HalfPart(b.count[0], task % parts, parts),
+                     parts == 1 && after < p.num_groups ? &next : nullptr, scratch,
+                     p.bias == nullptr ? nullptr : p.bias + group * columns,
+                     static_cast<T*>(p.out.data) + (begin + rows.first) * columns, columns);
+  });
+}
+
+template <class T>
+void grouped_mm(const MoeGroupedMmParams& p) {
+  const int64_t rows = p.out.rows, columns = p.out.columns, inner = p.a.columns;
+  const int64_t end = p.num_groups == 0 ? 0 : p.offsets[p.num_groups - 1];
+  T* out = static_cast<T*>(p.out.data);
+  prefer_huge_pages(out, rows * columns * static_cast<int64_t>(sizeof(T)));
+  memset(static_cast<void*>(out + end * columns), 0, static_cast<size_t>((rows - end) * columns) * sizeof(T));
+  const int workers = workers_for(2 * end * max(1, inner) * columns);
+  p.b.column_stride != 1 && inner > 0 ? grouped_mm_by_columns<T>(p, workers) : grouped_mm_by_rows<T>(p, workers);
 }
 
 template <class T>
@@ -85,7 +129,6 @@ void grouped_mm_inner(const MoeGroupedMmInnerParams& p) {
                              rows - first,
                              static_cast<const T*>(p.b.data) + begin * p.b.row_stride + part.first,
                              p.b.row_stride,
-                             1,
                              out + (group * rows + first) * columns + part.first,
                              columns,
                              nullptr,

@@ -36,8 +36,8 @@ void mlp(const MoeMlpParams& p) {
   const int64_t most_parts = HalfPart::units(max(half_hidden, width)) / kMinUnits;
   const int64_t parts = is_cut ? max(1, min(ceil_div(kTasksPerWorker * workers, max(1, num_blocks)), most_parts)) : 1;
 
-  const int64_t scratch_bytes = ExpertScratch::bytes(max(hidden, width));
-  const int64_t inner_size = kManyRows * width;
+  const int64_t scratch_bytes = ExpertScratch<T>::bytes(max(hidden, width), max(half_hidden, width));
+  const int64_t inner_size = inner_floats<T>(width);
   const int64_t num_inner = is_cut ? num_blocks : workers;
   const Workspace workspace(workers * scratch_bytes + num_inner * Arena::array_bytes<float>(inner_size) +
                             Arena::array_bytes<Block>(num_blocks) + Arena::array_bytes<T>(num_rows * hidden));
@@ -60,7 +60,7 @@ void mlp(const MoeMlpParams& p) {
   };
   auto scratch_of = [&](int worker) {
     Arena memory(scratches + worker * scratch_bytes);
-    return ExpertScratch(memory, max(hidden, width));
+    return ExpertScratch<T>(memory, max(hidden, width), max(half_hidden, width));
   };
   auto gate_up_of = [&](int64_t expert) {
     const T* b = static_cast<const T*>(g.b.data) + expert * g.b.batch_stride;

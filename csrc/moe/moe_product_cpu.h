@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// A product of two dense matrices on one core, for as few rows as an expert may have. Internal linkage, as in vec.h.
+// A product of two dense matrices on one core, the right one row-major, for as few rows as an expert may have. Internal linkage, as in
+// vec.h.
 //
 // Tile      6 rows x 2 vectors: 12 sums, 2 vectors of the right operand, 1 broadcast of the left one, which is packed in the
 //           order in which it is read, [inner][row of the tile].
-// Packed    kLongestSum inner indices at a time: a panel of two vectors of columns of b is packed, which takes half of the
-//           first-level cache, and all rows go over it. The lines of the next panel are asked for meanwhile.
-// In place  Up to 6 rows whose b is row-major: every line of b is read once, where it lies, kStreamRows rows side by side,
+// Packed    kLongestSum inner indices at a time: a panel of two vectors of columns of b, which takes half of the first-level cache
+//           when it is packed, and all rows go over it. The first tile reads b where it lies and packs it meanwhile; it and a few
+//           more ask for the lines of the next panel.
+// In place  Up to 6 rows: every line of b is read once, where it lies, kStreamRows rows side by side,
 //           those a few panels further asked for meanwhile.
 // Numerics  Both ways an element is the sum of chains of at most kLongestSum products, each in the order of the inner
 //           dimension: its bits do not depend on which way was taken, on its tile, or on the number of rows.
@@ -27,19 +29,31 @@ constexpr int64_t kStreamAhead = 8;             // panels
 constexpr int kAheadLines = 16;
 constexpr int64_t kLineBytes = 64;
 
-// Memory that is asked for while a tile is multiplied: for inner index 16 i + k the line at `from` + i * step + k * stride.
+// Memory that is asked for while a tile is multiplied: a line each `every` inner indices, line 16 i + 8 h + k at from[h] + i * step +
+// k * stride.
 struct Ahead {
-  const char* from;
-  int64_t stride, step;
+  const char* from[2];
+  int64_t stride, step, every;
+
+  // Where the next tile goes on, after one with `count` inner indices.
+  void advance(int64_t count) {
+    const int64_t bytes = ceil_div(count, every * kAheadLines) * step;
+    for (const char*& half : from) half += bytes;
+  }
 };
 
 // Where the chains of a tile begin, and what becomes of them.
 enum class Chain { kFirst, kMore, kNext };  // c = sum; c = c + (the chain goes on); c += sum
 
-// c[kRows][kPanel] and the sum over `count` inner indices of a[k][row] b[k][.], of which rows of b are b_stride apart.
-template <int kRows, class B, bool kIsAhead>
+// Which lines are asked for: none, one an inner index (`every` is 1, which a tile of few rows has no time to look up), or as `every` says.
+enum class Ask { kNone, kAlways, kSpread };
+
+// c[kRows][kPanel] and the sum over `count` inner indices of a[k][row] b[k][.], of which rows of b are b_stride apart. kPacks: what is
+// read of b is left in `panel` for the tiles that follow.
+template <int kRows, class B, Ask kAsk, bool kPacks = false>
 __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t b_stride, int64_t count, float* c,
-                                             int64_t c_stride, Chain chain, const Ahead& ahead) {
+                                             int64_t c_stride, Chain chain, const Ahead& ahead,
+                                             float* panel = nullptr) {
   VecF acc[kRows][2] = {};
   if (chain == Chain::kMore) {
     for (int r = 0; r < kRows; ++r) {
@@ -48,6 +62,11 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
   }
   auto add = [&]() __attribute__((always_inline)) {
     const VecF b0 = load(b), b1 = load(b + kLanes);
+    if constexpr (kPacks) {
+      store(panel, b0);
+      store(panel + kLanes, b1);
+      panel += kPanel;
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const VecF x = broadcast(a[r]);
@@ -57,13 +76,19 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
     a += kRows;
     b += b_stride;
   };
-  if constexpr (kIsAhead) {
-    const char* from = ahead.from;
-    for (int64_t left = count; left > 0; left -= kAheadLines, from += ahead.step) {
-      const char* line = from;
-      for (int64_t k = 0; k < min(left, kAheadLines); ++k, line += ahead.stride) {
-        __builtin_prefetch(line, 0, 2);
-        add();
+  if constexpr (kAsk != Ask::kNone) {
+    const int64_t every = kAsk == Ask::kAlways ? 1 : ahead.every;
+    for (int64_t left = count, step = 0; left > 0; left -= kAheadLines * every, step += ahead.step) {
+      if (left < kAheadLines * every) {
+        for (int64_t i = 0; i < left; ++i) add();
+        break;
+      }
+      for (int half = 0; half < 2; ++half) {
+        const char* line = ahead.from[half] + step;
+        for (int k = 0; k < kAheadLines / 2; ++k, line += ahead.stride) {
+          __builtin_prefetch(line, 0, 2);
+          for (int64_t i = 0; i < every; ++i) add();
+        }
       }
     }
   } else {
@@ -76,6 +101,9 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
     }
   }
 }
+
+// Tiles of a panel that ask for the lines of the next one, each for a part of them: all at once they wait for each other.
+inline int64_t asking_tiles(int64_t rows) { return rows <= kTileRows || rows > 96 ? 1 : rows < 4 * kTileRows ? 2 : 4; }
 
 template <class F>
 FM_INLINE void dispatch_rows(int64_t rows, F&& f) {
@@ -115,14 +143,14 @@ struct Product {
   const T* a;
   int64_t a_row_stride, a_inner_stride;
   int64_t a_rows;  // where rows are contiguous: that can be read from `a` on
-  const T* b;
-  int64_t b_inner_stride, b_column_stride;
+  const T* b;      // rows contiguous
+  int64_t b_inner_stride;
   T* out;
   int64_t out_stride;
   const float* bias;  // null: none
   int64_t rows, inner, columns;
 
-  bool is_in_place() const { return rows <= kTileRows && b_column_stride == 1; }
+  bool is_in_place() const { return rows <= kTileRows; }
 };
 
 // What a worker needs beside its operands.
@@ -171,13 +199,15 @@ void multiply_in_place(const Product<T>& p, const Scratch& s) {
       const int64_t b_bytes = p.b_inner_stride * static_cast<int64_t>(sizeof(T));
       for (int64_t column = 0; column < whole; column += kPanel) {
         const int64_t further = column + kStreamAhead * kPanel;
-        const T* ahead = further < whole ? b + further : b + kStreamRows * p.b_inner_stride + further - whole;
-        multiply_tile<kRows, T, true>(a, b + column, p.b_inner_stride, count, c + column, stride, chain,
-                                      {reinterpret_cast<const char*>(ahead), b_bytes, kAheadLines * b_bytes});
+        const T* next = further < whole ? b + further : b + kStreamRows * p.b_inner_stride + further - whole;
+        const char* from = reinterpret_cast<const char*>(next);
+        multiply_tile<kRows, T, Ask::kAlways>(
+            a, b + column, p.b_inner_stride, count, c + column, stride, chain,
+            {{from, from + kAheadLines / 2 * b_bytes}, b_bytes, kAheadLines * b_bytes, 1});
       }
       if (whole < p.columns) {
         pack_panel(b + whole, p.b_inner_stride, 1, count, p.columns - whole, s.panel);
-        multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, c + whole, stride, chain, {});
+        multiply_tile<kRows, float, Ask::kNone>(a, s.panel, kPanel, count, c + whole, stride, chain, {});
       }
       if (c == s.chains && (k + count == p.inner || (k + count) % kLongestSum == 0)) {
         for (int64_t i = 0; i < kRows * stride; i += kLanes) store(s.sums + i, load(s.sums + i) + load(s.chains + i));
@@ -189,60 +219,48 @@ void multiply_in_place(const Product<T>& p, const Scratch& s) {
   }
 }
 
-// Any number of rows: panels of b packed.
+// Any number of rows: b in panels.
 template <class T>
 void multiply_packed(const Product<T>& p, const Scratch& s) {
   const int64_t whole = sizeof(T) == 4 && p.bias == nullptr ? p.columns / kPanel * kPanel : 0;  // sums are in out
   const int64_t sum_stride = round_up(p.columns, kPanel) - whole;
   constexpr int64_t kBytes = sizeof(T);
-  // Few rows wait for b. Where its columns are contiguous they are then read from end to end.
-  const bool by_columns = sizeof(T) == 4 && p.b_column_stride != 1 && p.rows <= 2 * kTileRows &&
-                          p.rows * p.inner <= kBlockRows * kLongestSum;
-  auto pack_rows = [&](int64_t k, float* left) {
+  for (int64_t k = 0; k < p.inner; k += kLongestSum) {
     const int64_t count = min(kLongestSum, p.inner - k);
-    for (int64_t row = 0, rows; row < p.rows; row += rows) {
-      rows = rows_of_tile(p.rows - row);
-      pack_left(p.a + row * p.a_row_stride + k * p.a_inner_stride, p.a_row_stride, p.a_inner_stride,
-                static_cast<int>(rows), count, p.a_rows - row >= kLanes, left + row * count);
-    }
-  };
-  auto multiply_panel = [&](int64_t k, int64_t column, const float* left) {
-    const int64_t count = min(kLongestSum, p.inner - k);
-    const T* b = p.b + k * p.b_inner_stride + column * p.b_column_stride;
-    pack_panel(b, p.b_inner_stride, p.b_column_stride, count, min(kPanel, p.columns - column), s.panel);
-    const bool is_last = by_columns ? k + count >= p.inner : column + kPanel >= p.columns;
-    const T* other_way =
-        by_columns ? p.b + (column + kPanel) * p.b_column_stride : p.b + (k + count) * p.b_inner_stride;
-    const T* next = is_last ? other_way : by_columns ? b + count * p.b_inner_stride : b + kPanel * p.b_column_stride;
-    // Of contiguous columns 16 lines side by side, in halves those of the next inner indices too.
-    const int64_t line = (p.b_column_stride == 1 ? p.b_inner_stride : p.b_column_stride) * kBytes;
-    const Ahead ahead{reinterpret_cast<const char*>(next), line,
-                      p.b_column_stride == 1 ? kAheadLines * line : kLineBytes};
-    float* c = s.sums + column - whole;
-    int64_t c_stride = sum_stride;
-    if constexpr (sizeof(T) == 4) {
-      if (column < whole) c = p.out + column, c_stride = p.out_stride;
-    }
     const Chain chain = k == 0 ? Chain::kFirst : Chain::kNext;
     for (int64_t row = 0, rows; row < p.rows; row += rows) {
       rows = rows_of_tile(p.rows - row);
-      dispatch_rows(rows, [&]<int kRows>() {
-        const float* a = left + row * count;
-        float* to = c + row * c_stride;
-        if (row == 0) multiply_tile<kRows, float, true>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
-        else multiply_tile<kRows, float, false>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
-      });
+      pack_left(p.a + row * p.a_row_stride + k * p.a_inner_stride, p.a_row_stride, p.a_inner_stride,
+                static_cast<int>(rows), count, p.a_rows - row >= kLanes, s.left + row * count);
     }
-  };
-  if (by_columns) {
-    for (int64_t k = 0; k < p.inner; k += kLongestSum) pack_rows(k, s.left + k * p.rows);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
-      for (int64_t k = 0; k < p.inner; k += kLongestSum) multiply_panel(k, column, s.left + k * p.rows);
-    }
-  } else {
-    for (int64_t k = 0; k < p.inner; k += kLongestSum) {
-      pack_rows(k, s.left);
-      for (int64_t column = 0; column < p.columns; column += kPanel) multiply_panel(k, column, s.left);
+      const T* b = p.b + k * p.b_inner_stride + column;
+      const bool is_whole = p.columns - column >= kPanel, is_last = column + kPanel >= p.columns;
+      if (!is_whole) pack_panel(b, p.b_inner_stride, 1, count, p.columns - column, s.panel);
+      const char* next = reinterpret_cast<const char*>(is_last ? p.b + (k + count) * p.b_inner_stride : b + kPanel);
+      const int64_t line = p.b_inner_stride * kBytes, num_asking = asking_tiles(p.rows);
+      Ahead ahead{{next, next + kAheadLines / 2 * line}, line, kAheadLines * line, num_asking};
+      float* c = s.sums + column - whole;
+      int64_t c_stride = sum_stride, tile = 0;
+      if constexpr (sizeof(T) == 4) {
+        if (column < whole) c = p.out + column, c_stride = p.out_stride;
+      }
+      for (int64_t row = 0, rows; row < p.rows; row += rows, ++tile) {
+        rows = rows_of_tile(p.rows - row);
+        dispatch_rows(rows, [&]<int kRows>() {
+          const float* a = s.left + row * count;
+          float* to = c + row * c_stride;
+          if (row == 0 && is_whole) {
+            multiply_tile<kRows, T, Ask::kSpread, true>(a, b, p.b_inner_stride, count, to, c_stride, chain, ahead,
+                                                        s.panel);
+          } else if (tile < num_asking) {
+            multiply_tile<kRows, float, Ask::kSpread>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+          } else {
+            multiply_tile<kRows, float, Ask::kNone>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
+          }
+        });
+        ahead.advance(count);
+      }
     }
   }
   for (int64_t r = 0; r < p.rows && whole < p.columns; ++r) {
