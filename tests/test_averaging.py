@@ -63,12 +63,13 @@ def flat(model):
 # ---- now and then ----------------------------------------------------------------------------------------------------
 
 
-def average_of(models, common, options):
+def average_of(models, common, options, num_steps=0):
     """What all of them get, parameter by parameter; `common` is what they got before."""
     for index, parts in enumerate(zip(*(model.parameters() for model in models), strict=True)):
         a, parts = common[index], [part.detach() for part in parts]
         deltas = [(a - part).flatten() for part in parts]
-        common[index] = a - reference.all_reduce(deltas, op="avg", **options).view_as(a)
+        draws = {"step": num_steps, "offset": index << 40} if "seed" in options else {}
+        common[index] = a - reference.all_reduce(deltas, op="avg", **options, **draws).view_as(a)
 
 
 def put(model, tensors):
@@ -79,7 +80,8 @@ def put(model, tensors):
 
 def check_periodic(rank):
     """All ranks in one process, and this one as it is: the same bits, between the averages too."""
-    for options in ({"bits": 8}, {"bits": 4, "algorithm": "hierarchical", "node_size": 2, "inter_bits": 8}):
+    nodes = {"algorithm": "hierarchical", "node_size": 2, "inter_bits": 8}
+    for options in ({"bits": "float8_e4m3fn"}, {"bits": 4, "rounding": "stochastic", "seed": 5, **nodes}):
         model, whole = make(), [make() for _ in range(WORLD_SIZE)]
         common = [p.detach().clone() for p in model.parameters()]
         optimizer, optimizers = sgd(model), [sgd(each) for each in whole]
@@ -90,7 +92,7 @@ def check_periodic(rank):
             for other, each in enumerate(whole):
                 local_step(each, optimizers[other], other, step)
             if step % INTERVAL == 0:
-                average_of(whole, common, options)
+                average_of(whole, common, options, step - 1)
                 for each in whole:
                     put(each, common)
             assert_same(model.parameters(), whole[rank].parameters(), (options, step))
@@ -117,6 +119,32 @@ def check_exact(rank):
         bound += torch.finfo(dtype).eps / 2 * rows.mean(0).abs()
         assert ((flat(model).double() - mean).abs() <= bound).all()
         assert (gathered(flat(model).float()) == flat(model).float()).all(), "the same bits on all ranks"
+
+
+def check_warmup(rank):
+    """What is averaged first is what came after the warm-up, and of a bfloat16 parameter no rounding of the copy."""
+    outer = functools.partial(torch.optim.SGD, lr=1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for make_it, options in (
+            (PeriodicAveraging, {}),
+            (DiLoCo, {"outer_optimizer": outer, "error_feedback": False}),
+        ):
+            x = torch.ones(300, dtype=dtype)
+            averaging = make_it([x], 2, warmup_steps=3, bits=1, **options)
+            generator = torch.Generator().manual_seed(0)
+            for step in range(5):
+                x += torch.randn(300, generator=generator) if step < 3 else 0.5
+                before = x.clone()
+                assert averaging.step() == (step == 4)
+            assert torch.equal(x, before), "1 bit has the same steps of all exactly"
+            x += 0.01 * rank * torch.randn(300, generator=generator)
+            averaging.step()
+            averaging.step()
+            (copy,) = averaging.state_dict()["copies"]
+            assert torch.equal(copy, x.float()) == (dtype == torch.float32)
+            averaging.step()
+            averaging.step()
+            assert torch.equal(averaging.state_dict()["copies"][0], copy), "where no rank has changed a thing"
 
 
 def check_diloco(rank):
@@ -327,7 +355,11 @@ def check_errors(rank):
             {"interval": 1, "block": 64},
             "ValueError: PeriodicAveraging: block must not be given with bits=None, which averages exactly.",
         ),
-        (DiLoCo, {"interval": 1, "bits": 2}, "ValueError: DiLoCo: bits must be one of 8, 6, 4, 1, got 2."),
+        (
+            DiLoCo,
+            {"interval": 1, "bits": 2},
+            "ValueError: DiLoCo: bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 2.",
+        ),
         (
             DiLoCo,
             {"interval": 1, "outer_optimizer": 0.7},
@@ -380,6 +412,11 @@ def check_errors(rank):
         ),
         (
             PeriodicAveraging,
+            {"interval": 1, "bits": 8, "chunk_numel": 64 if rank == 1 else 128},
+            "ValueError: PeriodicAveraging: chunk_numel must be the same on every rank, rank 0 has 128 and rank 1 64.",
+        ),
+        (
+            PeriodicAveraging,
             {"interval": 1, "parameters": [torch.ones(3 + (rank == 3))]},
             "ValueError: PeriodicAveraging: the sizes of the parameters must be the same on every rank, rank 0 has [3] "
             "and rank 3 [4].",
@@ -399,11 +436,17 @@ def check_errors(rank):
     assert raised(DiLoCo(x, 1, error_feedback=False).load_state_dict, state) == (
         "ValueError: DiLoCo: errors of the state must be 0 tensors, there are 1."
     )
+    others = "num_steps must be the same on every rank, rank 0 has 0 and rank 2 1."
+    step = {"num_steps": int(rank == 2)}
+    assert raised(diloco.load_state_dict, state | step) == f"ValueError: DiLoCo: {others}"
+    neighbours = NeighbourAveraging(x)
+    assert raised(neighbours.load_state_dict, {"replicas": {}} | step) == f"ValueError: NeighbourAveraging: {others}"
 
 
 def check_rank(rank, folder):
-    for check in (check_periodic, check_exact, check_diloco, check_fully_shard, check_neighbours, check_errors):
+    for check in (check_periodic, check_exact, check_warmup, check_diloco, check_fully_shard, check_neighbours):
         check(rank)
+    check_errors(rank)
     check_resumed(rank, folder)
     check_codes(rank, folder)
     check_decentralised_training(rank)
