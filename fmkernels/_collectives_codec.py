@@ -171,7 +171,7 @@ class Codec:
                 total = torch.empty(part.tensor.numel(), dtype=torch.float32, device=self.device)
                 self._sum(wires, total, op)
                 to._encode_owing(
-                    Part(total, part.residual, part.place), out, stage, weight if op == "avg" else 1, decay
+                    Part(total, part.residual, part.place), wire, stage, weight if op == "avg" else 1, decay
                 )
                 continue
             block_codec.reduce_wires(
