@@ -133,11 +133,11 @@ def check_warmup(rank):
             averaging = make_it([x], 2, warmup_steps=3, bits=1, **options)
             generator = torch.Generator().manual_seed(0)
             for step in range(5):
-                x += torch.randn(300, generator=generator) if step < 3 else 0.5
+                x += torch.randint(-8, 8, (300,), generator=generator) / 4 if step < 3 else 0.5
                 before = x.clone()
                 assert averaging.step() == (step == 4)
             assert torch.equal(x, before), "1 bit has the same steps of all exactly"
-            x += 0.01 * rank * torch.randn(300, generator=generator)
+            x += 0.01 * (rank + 1) * torch.randn(300, generator=generator)
             averaging.step()
             averaging.step()
             (copy,) = averaging.state_dict()["copies"]
@@ -338,91 +338,62 @@ def check_decentralised_training(rank):
 
 def check_errors(rank):
     x = [nn.Parameter(torch.ones(4))]
-    for make_it, arguments, sentence in (
-        (PeriodicAveraging, {"interval": 0}, "ValueError: PeriodicAveraging: interval must be at least 1, got 0."),
+    for kind, make_it, arguments, text in (
+        ("Value", PeriodicAveraging, {"interval": 0}, "interval must be at least 1, got 0."),
+        ("Value", PeriodicAveraging, {"warmup_steps": -1}, "warmup_steps must be at least 0, got -1."),
         (
+            "Value",
             PeriodicAveraging,
-            {"interval": 1, "warmup_steps": -1},
-            "ValueError: PeriodicAveraging: warmup_steps must be at least 0, got -1.",
+            {"error_feedback": True},
+            "error_feedback must not be given with bits=None, which averages exactly.",
         ),
+        ("Value", PeriodicAveraging, {"block": 64}, "block must not be given with bits=None, which averages exactly."),
+        ("Value", DiLoCo, {"bits": 2}, "bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 2."),
         (
-            PeriodicAveraging,
-            {"interval": 1, "error_feedback": True},
-            "ValueError: PeriodicAveraging: error_feedback must not be given with bits=None, which averages exactly.",
-        ),
-        (
-            PeriodicAveraging,
-            {"interval": 1, "block": 64},
-            "ValueError: PeriodicAveraging: block must not be given with bits=None, which averages exactly.",
-        ),
-        (
+            "Type",
             DiLoCo,
-            {"interval": 1, "bits": 2},
-            "ValueError: DiLoCo: bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 2.",
+            {"outer_optimizer": 0.7},
+            "outer_optimizer must be a function from tensors to an optimizer, got float.",
         ),
+        ("Type", DiLoCo, {"outer_optimizer": list}, "outer_optimizer must make an optimizer, it made list."),
+        ("Value", DiLoCo, {"parameters": []}, "parameters must be at least one tensor, there are none."),
+        ("Value", NeighbourAveraging, {"topology": "star"}, "topology must be one of ring, shift_one, got star."),
+        ("Value", NeighbourAveraging, {"bits": 1}, "bits must be one of 8, 6, 4 or None, got 1."),
+        ("Value", NeighbourAveraging, {"block": 48}, "block must be a power of two from 32 to 2048, got 48."),
         (
-            DiLoCo,
-            {"interval": 1, "outer_optimizer": 0.7},
-            "TypeError: DiLoCo: outer_optimizer must be a function from tensors to an optimizer, got float.",
-        ),
-        (
-            DiLoCo,
-            {"interval": 1, "outer_optimizer": list},
-            "TypeError: DiLoCo: outer_optimizer must make an optimizer, it made list.",
-        ),
-        (
-            DiLoCo,
-            {"interval": 1, "parameters": []},
-            "ValueError: DiLoCo: parameters must be at least one tensor, there are none.",
-        ),
-        (
-            NeighbourAveraging,
-            {"topology": "star"},
-            "ValueError: NeighbourAveraging: topology must be one of ring, shift_one, got star.",
-        ),
-        (
-            NeighbourAveraging,
-            {"bits": 1},
-            "ValueError: NeighbourAveraging: bits must be one of 8, 6, 4 or None, got 1.",
-        ),
-        (
-            NeighbourAveraging,
-            {"block": 48},
-            "ValueError: NeighbourAveraging: block must be a power of two from 32 to 2048, got 48.",
-        ),
-        (
+            "Value",
             NeighbourAveraging,
             {"bits": 8, "topology": "shift_one"},
-            "ValueError: NeighbourAveraging: bits must be None with shift_one, whose neighbours change, got 8.",
+            "bits must be None with shift_one, whose neighbours change, got 8.",
         ),
+        ("Type", NeighbourAveraging, {"parameters": x[0]}, "parameters must be an iterable of tensors, got a tensor."),
         (
-            NeighbourAveraging,
-            {"parameters": x[0]},
-            "TypeError: NeighbourAveraging: parameters must be an iterable of tensors, got a tensor.",
-        ),
-        (
+            "Value",
             NeighbourAveraging,
             {"bits": 4 if rank == 2 else 8},
-            "ValueError: NeighbourAveraging: bits must be the same on every rank, rank 0 has 8 and rank 2 4.",
+            "bits must be the same on every rank, rank 0 has 8 and rank 2 4.",
         ),
         (
+            "Value",
             DiLoCo,
             {"interval": 3 if rank == 1 else 2},
-            "ValueError: DiLoCo: interval must be the same on every rank, rank 0 has 2 and rank 1 3.",
+            "interval must be the same on every rank, rank 0 has 2 and rank 1 3.",
         ),
         (
+            "Value",
             PeriodicAveraging,
-            {"interval": 1, "bits": 8, "chunk_numel": 64 if rank == 1 else 128},
-            "ValueError: PeriodicAveraging: chunk_numel must be the same on every rank, rank 0 has 128 and rank 1 64.",
+            {"bits": 8, "chunk_numel": 64 if rank == 1 else 128},
+            "chunk_numel must be the same on every rank, rank 0 has 128 and rank 1 64.",
         ),
         (
+            "Value",
             PeriodicAveraging,
-            {"interval": 1, "parameters": [torch.ones(3 + (rank == 3))]},
-            "ValueError: PeriodicAveraging: the sizes of the parameters must be the same on every rank, rank 0 has [3] "
-            "and rank 3 [4].",
+            {"parameters": [torch.ones(3 + (rank == 3))]},
+            "the sizes of the parameters must be the same on every rank, rank 0 has [3] and rank 3 [4].",
         ),
     ):
-        assert raised(make_it, **{"parameters": x} | arguments) == sentence
+        common = {"parameters": x} if make_it is NeighbourAveraging else {"parameters": x, "interval": 1}
+        assert raised(make_it, **common | arguments) == f"{kind}Error: {make_it.__name__}: {text}"
     averaging = NeighbourAveraging(x, bits=8)
     state = {"num_steps": 1, "replicas": {rank: torch.ones(4)}}
     assert raised(averaging.load_state_dict, state).startswith(
