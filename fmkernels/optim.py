@@ -46,7 +46,7 @@ class QAdam(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
         warmup_steps: at least 1; a fifth of the training and less is usual, enough for v to settle.
-        group: a process group; None: the default group.
+        group: a process group, of the ranks of the DDP model; None: the default group.
         bits: of the momentum, 8, 6, 4, 1 or "float8_e4m3fn".
         error_feedback: keep what rounding loses in the state of each parameter, and add it in the next step.
         **options: block, algorithm, node_size, inter_bits, hadamard, chunk_numel, rounding and seed, as of
