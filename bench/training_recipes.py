@@ -153,7 +153,7 @@ def run(rank: int, world_size: int, num_steps: int, batch_size: int, store: str)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=64, help="of a rank")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _check as check
 from . import block_codec
 from ._collectives_call import Options
 from ._collectives_parameters import (
@@ -17,6 +18,7 @@ from ._collectives_parameters import (
     check_parameters,
     check_saved,
     copy_parts,
+    join_parts,
     local_tensors,
 )
 from ._collectives_transport import make_transport, resolve_group
@@ -54,11 +56,13 @@ class NeighbourAveraging:
         bits: 8, 6 or 4; None sends float32 in every step. 1 would need smaller weights to converge.
         block: elements to a scale, a power of two from 32 to 2048.
 
-    Replicas are three tensors of all parameters in float32, and in `state_dict`, which is that of one rank.
+    Replicas are three tensors of all parameters in float32, and in `state_dict`, which is that of one rank; all ranks
+    load together, of the same step.
 
-    Raises ValueError and TypeError for arguments, also where ranks disagree as this is made, and RuntimeError on the
-    neighbours of a rank that is gone or later than the timeout of the group. Then replicas are undefined: load a
-    checkpoint. Deterministic. Lian et al. 2017; Tang et al. 2018; Koloskova et al. 2019.
+    Raises ValueError and TypeError for arguments, also where ranks disagree as this is made or loads, and RuntimeError
+    for a rank that is gone or later than the timeout of the group: on the CPU, where messages go from rank to rank, on
+    its neighbours. Then replicas are undefined: load a checkpoint. Deterministic.
+    Lian et al. 2017; Tang et al. 2018; Koloskova et al. 2019.
     """
 
     def __init__(
@@ -84,9 +88,7 @@ class NeighbourAveraging:
         if topology == "shift_one" and self._world_size % 2:
             raise ValueError(f"{_NAME}: shift_one must have an even number of ranks, there are {self._world_size}.")
         check_apart_from_mesh(_NAME, self._parameters, self._group)
-        facts = {"topology": topology, "bits": bits, "block": block}
-        facts["the sizes of the parameters"] = [tensor.numel() for tensor in tensors]
-        check_agreement(_NAME, self._group, facts)
+        check_agreement(_NAME, self._group, {"topology": topology, "bits": bits, "block": block}, tensors)
         self._topology, self._bits, self._block, self.num_steps = topology, bits, block, 0
         self._replicas: dict[int, Tensor] = {}  # by rank, this one among them
 
@@ -104,7 +106,7 @@ class NeighbourAveraging:
     def step(self) -> None:
         """Averages once."""
         tensors, weights = local_tensors(self._parameters), self.weights()
-        x = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+        x = join_parts(tensors)
         replicas = self._exchange_codes(x, weights) if self._replicas else self._exchange_values(x, weights)
         if self._bits is not None:
             self._replicas = replicas
@@ -139,7 +141,8 @@ class NeighbourAveraging:
         return {"num_steps": self.num_steps, "replicas": {j: x.clone() for j, x in self._replicas.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave on this rank, with the same options."""
+        """What `state_dict` gave on this rank, with the same options. All ranks call it."""
+        check.integer(_NAME, "num_steps", state["num_steps"], 0)
         device = self._parameters[0].device
         numel = sum(tensor.numel() for tensor in local_tensors(self._parameters))
         has_replicas = self._bits is not None and state["num_steps"] > 0
@@ -150,3 +153,4 @@ class NeighbourAveraging:
         check_saved(_NAME, "replicas", values, [torch.empty(numel, device="meta")] * len(ranks))
         self._replicas = {j: value.detach().to(device, copy=True) for j, value in zip(ranks, values, strict=True)}
         self.num_steps = state["num_steps"]
+        check_agreement(_NAME, self._group, {"num_steps": self.num_steps})

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from ._collectives_call import (
     check_like,
     check_splits,
     check_tensor,
+    shard_bounds,
     strips_of,
 )
 from ._collectives_schedules import Steps, one_shot, scatter, two_shot
@@ -24,6 +26,57 @@ from ._collectives_work import Work
 
 ALGORITHMS = ("two_shot", "one_shot", "hierarchical")
 SCATTER_ALGORITHMS = ("direct", "hierarchical")
+_MIN_PIECE = 4096  # elements that are worth a wire of their own
+
+
+class Owners:
+    """Which rank sums which piece of a tensor: by its name and length alone, whatever it travels with."""
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+        self._plans: dict[tuple[str, int, int], list[tuple[int, slice]]] = {}
+
+    def pieces(self, name: str, numel: int, world_size: int) -> list[tuple[int, slice]]:
+        """A piece for each rank, if it is worth it, with its owner.
+
+        The first owner depends on the name, so that small tensors do not all go to one rank.
+        """
+        plan = self._plans.get((name, numel, world_size))
+        if plan is None:
+            num_blocks = -(-numel // self._block)
+            count = max(1, min(world_size, num_blocks * self._block // _MIN_PIECE))
+            ends = shard_bounds(numel, count, self._block)
+            first = zlib.crc32(name.encode())
+            plan = [((first + i) % world_size, slice(ends[i], ends[i + 1])) for i in range(count)]
+            plan = self._plans[name, numel, world_size] = [(j, piece) for j, piece in plan if piece.start < piece.stop]
+        return plan
+
+    def strips(self, tensors: Mapping[str, Tensor], world_size: int) -> list[list[tuple[str, slice]]]:
+        """The pieces that each rank owns, by the names of their tensors."""
+        strips: list[list[tuple[str, slice]]] = [[] for _ in range(world_size)]
+        for name, tensor in tensors.items():
+            for owner, piece in self.pieces(name, tensor.numel(), world_size):
+                strips[owner].append((name, piece))
+        return strips
+
+    def launch(
+        self,
+        call: Call,
+        tensors: Mapping[str, Tensor],
+        errors: Mapping[str, Tensor] | None,
+        places: Mapping[str, int],
+        value: Tensor,
+        async_op: bool,
+    ) -> Work | None:
+        """`launch_all_reduce` of contiguous tensors, and their errors and first places, by their names."""
+        strips = self.strips(tensors, call.world_size)
+
+        def parts_of(whole: Mapping[str, Tensor]) -> list[list[Tensor]]:
+            return [[whole[name].view(-1)[piece] for name, piece in strip] for strip in strips]
+
+        residuals = None if errors is None else parts_of(errors)
+        begins = [[places[name] + piece.start for name, piece in strip] for strip in strips]
+        return launch_all_reduce(call, parts_of(tensors), residuals, value, async_op, begins)
 
 
 def launch_all_reduce(

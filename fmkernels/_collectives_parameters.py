@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,77 +11,74 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ._collectives_call import Call, Options, shard_bounds
-from ._collectives_launch import ALGORITHMS, launch_all_reduce
+from ._collectives_call import PLACE_BITS, Call, Options
+from ._collectives_launch import ALGORITHMS, Owners
 from ._collectives_transport import resolve_group
 
-_MIN_PIECE = 4096  # elements that are worth a wire of their own
-
-
-def owned_pieces(name: str, numel: int, world_size: int, block: int) -> list[tuple[int, slice]]:
-    """The pieces of a tensor and their owners, whatever it travels with: a piece for each rank, if it is worth it.
-
-    The first owner depends on the name, so that small tensors do not all go to one rank.
-    """
-    num_blocks = -(-numel // block)
-    count = max(1, min(world_size, num_blocks * block // _MIN_PIECE))
-    ends = shard_bounds(numel, count, block)
-    first = zlib.crc32(name.encode())
-    return [((first + i) % world_size, slice(ends[i], ends[i + 1])) for i in range(count) if ends[i] < ends[i + 1]]
+_KNOWN = ("block", "algorithm", "node_size", "inter_bits", "hadamard", "chunk_numel", "rounding", "seed")
 
 
 class Averaging:
-    """Averages float32 tensors over a group in place: as codes, or exactly where `bits` is None.
+    """Averages tensors over a group in place: as codes, or exactly, in float32, where `bits` is None.
 
-    Tensors are contiguous and on one device; all ranks have the same in the same order.
+    Those that travel as codes are float32 and contiguous. All are on one device, and ranks have the same in the same
+    order.
     """
 
     def __init__(
-        self, name: str, group: Any, bits: int | None, error_feedback: bool, options: Mapping[str, Any], like: Tensor
+        self,
+        name: str,
+        group: Any,
+        bits: int | str | None,
+        error_feedback: bool,
+        options: Mapping[str, Any],
+        like: Tensor,
     ) -> None:
         self.name, self.bits, self.error_feedback = name, bits, error_feedback
-        known = ("block", "algorithm", "node_size", "inter_bits", "hadamard", "chunk_numel")
         for key in options:
-            if key not in known:
-                raise TypeError(f"{name}: options must be among {', '.join(known)}, got {key}.")
+            if key not in _KNOWN:
+                raise TypeError(f"{name}: options must be among {', '.join(_KNOWN)}, got {key}.")
         if bits is None and (options or error_feedback):
             what = next(iter(options), "error_feedback")
             raise ValueError(f"{name}: {what} must not be given with bits=None, which averages exactly.")
         self.group = resolve_group(name, group, like.device)
         self.options = Options(op="avg", group=group, bits=8 if bits is None else bits, **options)
-        self.options.check(name, ALGORITHMS)
-        Call(name, like, self.options, ALGORITHMS)  # refuses a node_size that is none of this group
-        self._plans: dict[tuple[str, int], list[tuple[int, slice]]] = {}
+        Call(name, like, self.options, ALGORITHMS)  # refuses what is no option, and a node_size of another group
+        self._owners = Owners(self.options.block)
+
+    def check_agreement(self, tensors: Iterable[Tensor], **facts: Any) -> None:
+        """Of these facts, of all options and of the sizes of the tensors: see `check_agreement`."""
+        facts |= {"bits": self.bits, "error_feedback": self.error_feedback}
+        facts |= {key: getattr(self.options, key) for key in _KNOWN}
+        check_agreement(self.name, self.group, facts, tensors)
 
     @torch.no_grad()
     def exact(self, tensors: Iterable[Tensor]) -> None:
         tensors = list(tensors)
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        flat = join_parts(tensors)
         dist.all_reduce(flat, group=self.group)
         flat /= self.group.size()
         copy_parts(tensors, flat)
 
     @torch.no_grad()
-    def __call__(self, tensors: Mapping[str, Tensor], errors: Mapping[str, Tensor] | None) -> None:
-        """With errors, of the same names: what rounding loses stays in them and is added the next time."""
+    def __call__(self, tensors: Mapping[str, Tensor], errors: Mapping[str, Tensor] | None, step: int) -> None:
+        """With errors, of the same names: what rounding loses stays in them and is added the next time.
+
+        What stochastic rounding draws is of the step and of the place of a tensor among the others.
+        """
         if self.bits is None:
             self.exact(tensors.values())
             return
         first = next(iter(tensors.values()))
         call = Call("all_reduce", first, self.options, ALGORITHMS)
-        shards: list[list[Tensor]] = [[] for _ in range(call.world_size)]
-        residuals: list[list[Tensor]] = [[] for _ in range(call.world_size)]
-        for name, tensor in tensors.items():
-            for owner, piece in self._pieces(name, tensor.numel(), call.world_size):
-                shards[owner].append(tensor.view(-1)[piece])
-                if errors is not None:
-                    residuals[owner].append(errors[name].view(-1)[piece])
-        launch_all_reduce(call, shards, None if errors is None else residuals, first, async_op=False)
+        call.options = self.options.with_draws(step, 0)
+        places = {name: index << PLACE_BITS for index, name in enumerate(tensors)}
+        self._owners.launch(call, tensors, errors, places, first, async_op=False)
 
-    def _pieces(self, name: str, numel: int, world_size: int) -> list[tuple[int, slice]]:
-        if (name, numel) not in self._plans:
-            self._plans[name, numel] = owned_pieces(name, numel, world_size, self.options.block)
-        return self._plans[name, numel]
+
+def join_parts(tensors: Iterable[Tensor]) -> Tensor:
+    """What tensors of any shape and dtype have, one behind another, in float32: a copy."""
+    return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
 
 
 def copy_parts(tensors: Iterable[Tensor], flat: Tensor) -> None:
@@ -93,10 +89,13 @@ def copy_parts(tensors: Iterable[Tensor], flat: Tensor) -> None:
         begin += tensor.numel()
 
 
-def check_agreement(name: str, group: Any, facts: Mapping[str, Any]) -> None:
-    """Raises the same sentence on every rank when one of these facts is not the same on all."""
+def check_agreement(name: str, group: Any, facts: Mapping[str, Any], tensors: Iterable[Tensor] | None = None) -> None:
+    """Raises the same sentence on every rank when a fact, or the size of a tensor, is not the same on all."""
+    facts = dict(facts)
+    if tensors is not None:
+        facts["the sizes of the parameters"] = [tensor.numel() for tensor in tensors]
     rows: list[Any] = [None] * group.size()
-    dist.all_gather_object(rows, dict(facts), group=group)
+    dist.all_gather_object(rows, facts, group=group)
     for key in facts:
         for rank, row in enumerate(rows):
             if row[key] != rows[0][key]:
@@ -104,13 +103,6 @@ def check_agreement(name: str, group: Any, facts: Mapping[str, Any]) -> None:
                     f"{name}: {key} must be the same on every rank, rank 0 has {rows[0][key]} and rank {rank} "
                     f"{row[key]}."
                 )
-
-
-def check_count(name: str, argument: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: {argument} must be an integer, got {type(value).__name__}.")
-    if value < least:
-        raise ValueError(f"{name}: {argument} must be at least {least}, got {value}.")
 
 
 def check_parameters(name: str, parameters: Iterable[Any]) -> list[Tensor]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from . import _check as check
 from ._collectives_call import DEFAULT_CHUNK, PLACE_BITS, Call, Options
-from ._collectives_launch import ALGORITHMS, launch_all_reduce
-from ._collectives_parameters import owned_pieces
+from ._collectives_launch import ALGORITHMS, Owners
 
 __all__ = ["QuantizedAllReduce"]
 
@@ -102,7 +101,7 @@ class QuantizedAllReduce:
             raise ValueError(f"{name}: decay and reset_interval must not be given without error_feedback.")
         self._has_feedback, self._reset_interval = error_feedback, reset_interval
         self._num_steps = 0
-        self._plans: dict[tuple[str, int], list[tuple[int, slice]]] = {}
+        self._owners = Owners(block)
         self._errors: dict[str, Tensor] = {}
 
     def register(self, model: nn.parallel.DistributedDataParallel) -> None:
@@ -127,30 +126,14 @@ class QuantizedAllReduce:
             self._begin_step()
         call.options = self._options.with_draws(self._num_steps, 0)
         names = [self._names[tensor] for tensor in parameters]
-        gradients = buffer.split([self._numels[name] for name in names])
-        errors = [self._error(name, buffer.device) for name in names] if self._has_feedback else None
-        shards: list[list[Tensor]] = [[] for _ in range(call.world_size)]
-        residuals: list[list[Tensor]] = [[] for _ in range(call.world_size)]
-        places: list[list[int]] = [[] for _ in range(call.world_size)]
-        for index, name in enumerate(names):
-            for owner, piece in self._pieces(name, call.world_size):
-                shards[owner].append(gradients[index][piece])
-                places[owner].append(self._places[name] + piece.start)
-                if errors is not None:
-                    residuals[owner].append(errors[index][piece])
-        work = launch_all_reduce(call, shards, residuals if self._has_feedback else None, buffer, True, places)
-        return work.get_future()
+        gradients = dict(zip(names, buffer.split([self._numels[name] for name in names]), strict=True))
+        errors = {name: self._error(name, buffer.device) for name in names} if self._has_feedback else None
+        return self._owners.launch(call, gradients, errors, self._places, buffer, True).get_future()
 
     def _begin_step(self) -> None:
         if self._reset_interval is not None and self._num_steps and self._num_steps % self._reset_interval == 0:
             self.rescale(0.0)
         self._num_steps += 1
-
-    def _pieces(self, name: str, world_size: int) -> list[tuple[int, slice]]:
-        """The pieces of a parameter and their owners, whatever the bucket."""
-        if (name, world_size) not in self._plans:
-            self._plans[name, world_size] = owned_pieces(name, self._numels[name], world_size, self._options.block)
-        return self._plans[name, world_size]
 
     # ---- errors ----
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ._collectives_parameters import Averaging, check_agreement, check_count, check_parameters
+from . import _check as check
+from ._collectives_parameters import Averaging, check_parameters
 
 __all__ = ["QAdam"]
 
@@ -25,28 +26,31 @@ class QAdam(torch.optim.Optimizer):
         optimizer = QAdam(model.parameters(), lr=1e-3, warmup_steps=1000, bits=1, error_feedback=True)  # 1-bit Adam
         optimizer.register(ddp)
 
-    The first `warmup_steps` steps are those of AdamW with gradients averaged exactly. From then on gradients are local:
+    The first `warmup_steps` steps are those of AdamW with gradients averaged exactly, zeros where a parameter has none:
+    it decays, where AdamW passes it over. From then on gradients are local:
 
         m = Q-average over ranks of (beta1 m + (1 - beta1) g_rank),   p -= lr / (1 - beta1^t) m / (sqrt(v_hat) + eps)
 
     with v_hat, and its bias correction, as the warm-up left them. m has the same bits on every rank, and so has p.
 
     An element whose second moment is 0 after the warm-up has had no gradient in it: m / eps would be no step but a
-    jump, and 1 bit has no code for its 0. Such an element has no momentum from then on and stays where it is.
+    jump, and 1 bit has no code for its 0. Such an element has no momentum from then on and stays where it is, but for
+    weight decay.
 
     Args:
         params: as of any optimizer: tensors or groups of them, float32, bfloat16 or float16, on one device, the same on
-            every rank in the same order. Where a rank has no gradient it takes part with zeros.
+            every rank in the same order. Where a rank has no gradient it takes part with zeros. What is frozen, without
+            requires_grad, is left out; what is no longer frozen after the warm-up has no second moment.
         lr: learning rate.
         betas: of the momentum and of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
         warmup_steps: at least 1; a fifth of the training and less is usual, enough for v to settle.
-        group: a process group; None: the default group.
-        bits: of the momentum, 8, 6, 4 or 1.
+        group: a process group, of the ranks of the DDP model; None: the default group.
+        bits: of the momentum, 8, 6, 4, 1 or "float8_e4m3fn".
         error_feedback: keep what rounding loses in the state of each parameter, and add it in the next step.
-        **options: block, algorithm, node_size, inter_bits, hadamard and chunk_numel, as of
-            `quantized_collectives.all_reduce`.
+        **options: block, algorithm, node_size, inter_bits, hadamard, chunk_numel, rounding and seed, as of
+            `quantized_collectives.all_reduce`; draws are of `num_steps`.
 
     Without DDP `step` averages the gradients of the warm-up itself. `register` leaves that to DDP, which does it during
     the backward pass, and makes DDP leave gradients alone afterwards; `no_sync` keeps its meaning. Local gradients are
@@ -69,17 +73,17 @@ class QAdam(torch.optim.Optimizer):
         *,
         warmup_steps: int,
         group: Any = None,
-        bits: int = 8,
+        bits: int | str = 8,
         error_feedback: bool = False,
         **options: Any,
     ) -> None:
-        check_count("QAdam", "warmup_steps", warmup_steps, 1)
+        check.integer("QAdam", "warmup_steps", warmup_steps, 1)
         if bits is None:
-            raise ValueError("QAdam: bits must be one of 8, 6, 4, 1, got None.")
+            raise ValueError("QAdam: bits must be one of 8, 6, 4, 1, float8_e4m3fn, got None.")
         self.num_steps, self.warmup_steps, self._is_registered = 0, warmup_steps, False
         self._has_agreed = False
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        first = next(self._parameters())
+        first = check_parameters("QAdam", self._parameters())[0]
         self._average = Averaging("QAdam", group, bits, error_feedback, options, first)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -100,7 +104,8 @@ class QAdam(torch.optim.Optimizer):
         betas = group["betas"]
         if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"QAdam: betas must be two numbers of at least 0 and below 1, got {betas}.")
-        for tensor in check_parameters("QAdam", self._parameters()):
+        parameters = list(self._parameters())  # none, where groups before this one and itself are empty
+        for tensor in check_parameters("QAdam", parameters) if parameters else ():
             if isinstance(tensor, DTensor):
                 raise TypeError(
                     "QAdam: parameters must be whole tensors, one is a DTensor, whose gradients are shards."
@@ -110,6 +115,11 @@ class QAdam(torch.optim.Optimizer):
 
     def register(self, model: nn.parallel.DistributedDataParallel) -> None:
         """Makes `hook` the communication hook of the model, which can have one: DDP then averages in the warm-up."""
+        ours, theirs = (dist.get_process_group_ranks(group) for group in (self._average.group, model.process_group))
+        if sorted(ours) != sorted(theirs):
+            raise ValueError(
+                f"QAdam: model must have the ranks of group, {sorted(ours)}, its process_group has {sorted(theirs)}."
+            )
         model.register_comm_hook(self, QAdam.hook)
         self._is_registered = True
 
@@ -133,36 +143,40 @@ class QAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._make_state()
+        groups = self._groups()
+        parameters = [p for group in groups for p in group["params"]]
+        if not parameters:
+            raise ValueError("QAdam: parameters must have one to train, all are frozen.")
+        self._make_state(parameters)
         is_warmup, feedback = self.num_steps < self.warmup_steps, self._average.error_feedback
-        grads = {p: self._gradient(p) for p in self._parameters()}
+        grads = {p: self._gradient(p) for p in parameters}
         if is_warmup and not self._is_registered:
             self._average.exact(grads.values())
-        for group in self.param_groups:
+        for group in groups:
             self._add_to_moments(group, [grads[p] for p in group["params"]], is_warmup)
         if not is_warmup:
-            states = {str(i): self.state[p] for i, p in enumerate(self._parameters())}
+            states = {str(i): self.state[p] for i, p in enumerate(parameters)}
             errors = {name: state["error"] for name, state in states.items()} if feedback else None
-            self._average({name: state["exp_avg"] for name, state in states.items()}, errors)
+            self._average({name: state["exp_avg"] for name, state in states.items()}, errors, self.num_steps)
             for state in states.values():
                 state["exp_avg"].masked_fill_(state["exp_avg_sq"] == 0, 0.0)
         self.num_steps += 1
-        torch._foreach_add_([self.state[p]["step"] for p in self._parameters()], 1.0)
-        for group in self.param_groups:
+        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1.0)
+        for group in groups:
             self._move(group)
         return loss
 
     def _parameters(self) -> Iterable[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _make_state(self) -> None:
-        parameters = list(self._parameters())
+    def _groups(self) -> list[dict[str, Any]]:
+        """Those that have something to train, without what is frozen."""
+        groups = [group | {"params": [p for p in group["params"] if p.requires_grad]} for group in self.param_groups]
+        return [group for group in groups if group["params"]]
+
+    def _make_state(self, parameters: list[Tensor]) -> None:
         if not self._has_agreed:
-            average = self._average
-            facts = {"warmup_steps": self.warmup_steps, "bits": average.bits, "num_steps": self.num_steps}
-            facts["error_feedback"] = average.error_feedback
-            facts["the sizes of the parameters"] = [p.numel() for p in parameters]
-            check_agreement("QAdam", average.group, facts)
+            self._average.check_agreement(parameters, warmup_steps=self.warmup_steps, num_steps=self.num_steps)
             self._has_agreed = True
         names = _STATE if self._average.error_feedback else _STATE[:2]
         for p in parameters:
@@ -181,7 +195,7 @@ class QAdam(torch.optim.Optimizer):
         return p.grad.float()
 
     def _add_to_moments(self, group: dict[str, Any], grads: list[Tensor], is_warmup: bool) -> None:
-        states, (beta1, beta2) = [self.state[p] for p in group["params"]], group["betas"]
+        states, (beta1, beta2) = [self.state[p] for p in group["params"]], map(float, group["betas"])
         torch._foreach_lerp_([state["exp_avg"] for state in states], grads, 1 - beta1)
         if is_warmup:
             squares = [state["exp_avg_sq"] for state in states]
@@ -189,16 +203,17 @@ class QAdam(torch.optim.Optimizer):
             torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
 
     def _move(self, group: dict[str, Any]) -> None:
-        parameters, (beta1, beta2) = group["params"], group["betas"]
+        parameters, (beta1, beta2) = group["params"], map(float, group["betas"])
+        lr, eps, weight_decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
         correction1 = 1 - beta1**self.num_steps
         correction2 = 1 - beta2 ** min(self.num_steps, self.warmup_steps)
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        if weight_decay:
+            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         roots = torch._foreach_sqrt([self.state[p]["exp_avg_sq"] for p in parameters])
         torch._foreach_div_(roots, correction2**0.5)
-        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_add_(roots, eps)
         momenta = [self.state[p]["exp_avg"] for p in parameters]
-        torch._foreach_addcdiv_(parameters, momenta, roots, -group["lr"] / correction1)
+        torch._foreach_addcdiv_(parameters, momenta, roots, -lr / correction1)
 
     # ---- checkpoints ----
 
@@ -212,6 +227,7 @@ class QAdam(torch.optim.Optimizer):
         for index, p in zip(saved, self._parameters(), strict=True):
             for name in _STATE:  # torch has given them the dtype of the parameter
                 if name in states.get(index, ()):
-                    self.state[p][name] = states[index][name].detach().to(p.device, torch.float32, copy=True)
-            self.num_steps = int(states[index]["step"]) if index in states else 0
+                    tensor = states[index][name].detach().to(p.device, torch.float32, copy=True)
+                    self.state[p][name] = tensor.contiguous()
+        self.num_steps = max((int(state["step"]) for state in states.values()), default=0)
         self._has_agreed = False

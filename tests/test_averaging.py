@@ -63,12 +63,13 @@ def flat(model):
 # ---- now and then ----------------------------------------------------------------------------------------------------
 
 
-def average_of(models, common, options):
+def average_of(models, common, options, num_steps=0):
     """What all of them get, parameter by parameter; `common` is what they got before."""
     for index, parts in enumerate(zip(*(model.parameters() for model in models), strict=True)):
         a, parts = common[index], [part.detach() for part in parts]
         deltas = [(a - part).flatten() for part in parts]
-        common[index] = a - reference.all_reduce(deltas, op="avg", **options).view_as(a)
+        draws = {"step": num_steps, "offset": index << 40} if "seed" in options else {}
+        common[index] = a - reference.all_reduce(deltas, op="avg", **options, **draws).view_as(a)
 
 
 def put(model, tensors):
@@ -79,7 +80,8 @@ def put(model, tensors):
 
 def check_periodic(rank):
     """All ranks in one process, and this one as it is: the same bits, between the averages too."""
-    for options in ({"bits": 8}, {"bits": 4, "algorithm": "hierarchical", "node_size": 2, "inter_bits": 8}):
+    nodes = {"algorithm": "hierarchical", "node_size": 2, "inter_bits": 8}
+    for options in ({"bits": "float8_e4m3fn"}, {"bits": 4, "rounding": "stochastic", "seed": 5, **nodes}):
         model, whole = make(), [make() for _ in range(WORLD_SIZE)]
         common = [p.detach().clone() for p in model.parameters()]
         optimizer, optimizers = sgd(model), [sgd(each) for each in whole]
@@ -90,7 +92,7 @@ def check_periodic(rank):
             for other, each in enumerate(whole):
                 local_step(each, optimizers[other], other, step)
             if step % INTERVAL == 0:
-                average_of(whole, common, options)
+                average_of(whole, common, options, step - 1)
                 for each in whole:
                     put(each, common)
             assert_same(model.parameters(), whole[rank].parameters(), (options, step))
@@ -117,6 +119,32 @@ def check_exact(rank):
         bound += torch.finfo(dtype).eps / 2 * rows.mean(0).abs()
         assert ((flat(model).double() - mean).abs() <= bound).all()
         assert (gathered(flat(model).float()) == flat(model).float()).all(), "the same bits on all ranks"
+
+
+def check_warmup(rank):
+    """What is averaged first is what came after the warm-up, and of a bfloat16 parameter no rounding of the copy."""
+    outer = functools.partial(torch.optim.SGD, lr=1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for make_it, options in (
+            (PeriodicAveraging, {}),
+            (DiLoCo, {"outer_optimizer": outer, "error_feedback": False}),
+        ):
+            x = torch.ones(300, dtype=dtype)
+            averaging = make_it([x], 2, warmup_steps=3, bits=1, **options)
+            generator = torch.Generator().manual_seed(0)
+            for step in range(5):
+                x += torch.randint(-8, 8, (300,), generator=generator) / 4 if step < 3 else 0.5
+                before = x.clone()
+                assert averaging.step() == (step == 4)
+            assert torch.equal(x, before), "1 bit has the same steps of all exactly"
+            x += 0.01 * (rank + 1) * torch.randn(300, generator=generator)
+            averaging.step()
+            averaging.step()
+            (copy,) = averaging.state_dict()["copies"]
+            assert torch.equal(copy, x.float()) == (dtype == torch.float32)
+            averaging.step()
+            averaging.step()
+            assert torch.equal(averaging.state_dict()["copies"][0], copy), "where no rank has changed a thing"
 
 
 def check_diloco(rank):
@@ -310,82 +338,62 @@ def check_decentralised_training(rank):
 
 def check_errors(rank):
     x = [nn.Parameter(torch.ones(4))]
-    for make_it, arguments, sentence in (
-        (PeriodicAveraging, {"interval": 0}, "ValueError: PeriodicAveraging: interval must be at least 1, got 0."),
+    for kind, make_it, arguments, text in (
+        ("Value", PeriodicAveraging, {"interval": 0}, "interval must be at least 1, got 0."),
+        ("Value", PeriodicAveraging, {"warmup_steps": -1}, "warmup_steps must be at least 0, got -1."),
         (
+            "Value",
             PeriodicAveraging,
-            {"interval": 1, "warmup_steps": -1},
-            "ValueError: PeriodicAveraging: warmup_steps must be at least 0, got -1.",
+            {"error_feedback": True},
+            "error_feedback must not be given with bits=None, which averages exactly.",
         ),
+        ("Value", PeriodicAveraging, {"block": 64}, "block must not be given with bits=None, which averages exactly."),
+        ("Value", DiLoCo, {"bits": 2}, "bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 2."),
         (
-            PeriodicAveraging,
-            {"interval": 1, "error_feedback": True},
-            "ValueError: PeriodicAveraging: error_feedback must not be given with bits=None, which averages exactly.",
-        ),
-        (
-            PeriodicAveraging,
-            {"interval": 1, "block": 64},
-            "ValueError: PeriodicAveraging: block must not be given with bits=None, which averages exactly.",
-        ),
-        (DiLoCo, {"interval": 1, "bits": 2}, "ValueError: DiLoCo: bits must be one of 8, 6, 4, 1, got 2."),
-        (
+            "Type",
             DiLoCo,
-            {"interval": 1, "outer_optimizer": 0.7},
-            "TypeError: DiLoCo: outer_optimizer must be a function from tensors to an optimizer, got float.",
+            {"outer_optimizer": 0.7},
+            "outer_optimizer must be a function from tensors to an optimizer, got float.",
         ),
+        ("Type", DiLoCo, {"outer_optimizer": list}, "outer_optimizer must make an optimizer, it made list."),
+        ("Value", DiLoCo, {"parameters": []}, "parameters must be at least one tensor, there are none."),
+        ("Value", NeighbourAveraging, {"topology": "star"}, "topology must be one of ring, shift_one, got star."),
+        ("Value", NeighbourAveraging, {"bits": 1}, "bits must be one of 8, 6, 4 or None, got 1."),
+        ("Value", NeighbourAveraging, {"block": 48}, "block must be a power of two from 32 to 2048, got 48."),
         (
-            DiLoCo,
-            {"interval": 1, "outer_optimizer": list},
-            "TypeError: DiLoCo: outer_optimizer must make an optimizer, it made list.",
-        ),
-        (
-            DiLoCo,
-            {"interval": 1, "parameters": []},
-            "ValueError: DiLoCo: parameters must be at least one tensor, there are none.",
-        ),
-        (
-            NeighbourAveraging,
-            {"topology": "star"},
-            "ValueError: NeighbourAveraging: topology must be one of ring, shift_one, got star.",
-        ),
-        (
-            NeighbourAveraging,
-            {"bits": 1},
-            "ValueError: NeighbourAveraging: bits must be one of 8, 6, 4 or None, got 1.",
-        ),
-        (
-            NeighbourAveraging,
-            {"block": 48},
-            "ValueError: NeighbourAveraging: block must be a power of two from 32 to 2048, got 48.",
-        ),
-        (
+            "Value",
             NeighbourAveraging,
             {"bits": 8, "topology": "shift_one"},
-            "ValueError: NeighbourAveraging: bits must be None with shift_one, whose neighbours change, got 8.",
+            "bits must be None with shift_one, whose neighbours change, got 8.",
         ),
+        ("Type", NeighbourAveraging, {"parameters": x[0]}, "parameters must be an iterable of tensors, got a tensor."),
         (
-            NeighbourAveraging,
-            {"parameters": x[0]},
-            "TypeError: NeighbourAveraging: parameters must be an iterable of tensors, got a tensor.",
-        ),
-        (
+            "Value",
             NeighbourAveraging,
             {"bits": 4 if rank == 2 else 8},
-            "ValueError: NeighbourAveraging: bits must be the same on every rank, rank 0 has 8 and rank 2 4.",
+            "bits must be the same on every rank, rank 0 has 8 and rank 2 4.",
         ),
         (
+            "Value",
             DiLoCo,
             {"interval": 3 if rank == 1 else 2},
-            "ValueError: DiLoCo: interval must be the same on every rank, rank 0 has 2 and rank 1 3.",
+            "interval must be the same on every rank, rank 0 has 2 and rank 1 3.",
         ),
         (
+            "Value",
             PeriodicAveraging,
-            {"interval": 1, "parameters": [torch.ones(3 + (rank == 3))]},
-            "ValueError: PeriodicAveraging: the sizes of the parameters must be the same on every rank, rank 0 has [3] "
-            "and rank 3 [4].",
+            {"bits": 8, "chunk_numel": 64 if rank == 1 else 128},
+            "chunk_numel must be the same on every rank, rank 0 has 128 and rank 1 64.",
+        ),
+        (
+            "Value",
+            PeriodicAveraging,
+            {"parameters": [torch.ones(3 + (rank == 3))]},
+            "the sizes of the parameters must be the same on every rank, rank 0 has [3] and rank 3 [4].",
         ),
     ):
-        assert raised(make_it, **{"parameters": x} | arguments) == sentence
+        common = {"parameters": x} if make_it is NeighbourAveraging else {"parameters": x, "interval": 1}
+        assert raised(make_it, **common | arguments) == f"{kind}Error: {make_it.__name__}: {text}"
     averaging = NeighbourAveraging(x, bits=8)
     state = {"num_steps": 1, "replicas": {rank: torch.ones(4)}}
     assert raised(averaging.load_state_dict, state).startswith(
@@ -399,11 +407,17 @@ def check_errors(rank):
     assert raised(DiLoCo(x, 1, error_feedback=False).load_state_dict, state) == (
         "ValueError: DiLoCo: errors of the state must be 0 tensors, there are 1."
     )
+    others = "num_steps must be the same on every rank, rank 0 has 0 and rank 2 1."
+    step = {"num_steps": int(rank == 2)}
+    assert raised(diloco.load_state_dict, state | step) == f"ValueError: DiLoCo: {others}"
+    neighbours = NeighbourAveraging(x)
+    assert raised(neighbours.load_state_dict, {"replicas": {}} | step) == f"ValueError: NeighbourAveraging: {others}"
 
 
 def check_rank(rank, folder):
-    for check in (check_periodic, check_exact, check_diloco, check_fully_shard, check_neighbours, check_errors):
+    for check in (check_periodic, check_exact, check_warmup, check_diloco, check_fully_shard, check_neighbours):
         check(rank)
+    check_errors(rank)
     check_resumed(rank, folder)
     check_codes(rank, folder)
     check_decentralised_training(rank)

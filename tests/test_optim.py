@@ -67,9 +67,9 @@ def check_bits(rank):
     """Every step is one that a single process computes from the gradients of all ranks."""
     for options in (
         {},
-        {"bits": 4, "hadamard": True},
+        {"bits": 4, "hadamard": True, "rounding": "stochastic", "seed": 3},
         {"bits": 1, "block": 64},
-        {"algorithm": "hierarchical", "node_size": 3},
+        {"bits": "float8_e4m3fn", "algorithm": "hierarchical", "node_size": 3},
     ):
         whole, model = Model(), Model()
         expected = torch.optim.AdamW(whole.parameters(), lr=0.01, weight_decay=0.1, foreach=True)
@@ -95,7 +95,8 @@ def check_bits(rank):
             else:
                 for index, p in enumerate(whole.parameters()):
                     locals_ = [momenta[p].lerp(grad[index], 0.1).flatten() for grad in grads]
-                    momenta[p] = reference.all_reduce(locals_, op="avg", **{"bits": 8} | options).view_as(p)
+                    draws = {"step": step, "offset": index << 40} if "seed" in options else {}
+                    momenta[p] = reference.all_reduce(locals_, op="avg", **{"bits": 8} | options | draws).view_as(p)
                     v = expected.state[p]["exp_avg_sq"]
                     momenta[p][v == 0] = 0
                     root = v.sqrt() / (1 - 0.999**WARMUP) ** 0.5 + 1e-8
@@ -204,9 +205,12 @@ def check_training(rank, folder):
 
 
 def check_conventions(rank):
+    """Groups with options of their own, one of them empty and one frozen; a learning rate as a tensor; NaN."""
     model = Model()
-    groups = [{"params": [model.first.weight], "lr": 0.0}, {"params": [model.second.weight], "weight_decay": 0.5}]
-    optimizer = QAdam(groups, lr=0.1, warmup_steps=1)
+    model.spare.requires_grad_(False)
+    groups = [{"params": []}, {"params": [model.first.weight], "lr": 0.0}]
+    groups += [{"params": [p], "weight_decay": 0.5} for p in (model.second.weight, model.spare)]
+    optimizer = QAdam(groups, lr=torch.tensor(0.1), eps=torch.tensor(1e-8), warmup_steps=1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     before = model.first.weight.detach().clone()
 
@@ -220,6 +224,8 @@ def check_conventions(rank):
     assert losses[0] == loss_of(Model(), rank, 0)
     scheduler.step()
     assert torch.equal(model.first.weight, before)
+    assert torch.equal(model.spare, torch.ones(40))
+    assert model.spare not in optimizer.state
     model.second.weight.grad = torch.zeros_like(model.second.weight)
     model.second.weight.grad[0, 0] = float("nan")
     optimizer.step()
@@ -230,23 +236,41 @@ def check_conventions(rank):
     )
 
 
+def check_state_of_adamw(rank):
+    """It goes on from its moments, in whatever layout they are, and where the last parameter is frozen."""
+    conv = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+    conv.bias.requires_grad_(False)
+    adamw = torch.optim.AdamW(conv.parameters())
+    conv(torch.ones(1, 2, 3, 3)).sum().backward()
+    adamw.step()
+    optimizer = QAdam(conv.parameters(), warmup_steps=1)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.num_steps == 1
+    before = conv.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(conv.weight, before)
+    resumed = QAdam(conv.parameters(), warmup_steps=1)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.num_steps == 2
+
+
 def check_errors(rank):
     x = nn.Parameter(torch.ones(4))
     name = "ValueError: QAdam: "
     for arguments, sentence in (
         ({"warmup_steps": 0}, f"{name}warmup_steps must be at least 1, got 0."),
         ({"warmup_steps": 2.0}, "TypeError: QAdam: warmup_steps must be an integer, got float."),
-        ({"bits": 3}, f"{name}bits must be one of 8, 6, 4, 1, got 3."),
-        ({"bits": None}, f"{name}bits must be one of 8, 6, 4, 1, got None."),
+        ({"bits": 3}, f"{name}bits must be one of 8, 6, 4, 1, float8_e4m3fn, got 3."),
+        ({"bits": None}, f"{name}bits must be one of 8, 6, 4, 1, float8_e4m3fn, got None."),
         ({"lr": -1.0}, f"{name}lr must be a number of at least 0, got -1.0."),
         ({"eps": float("nan")}, f"{name}eps must be a number of at least 0, got nan."),
         ({"weight_decay": "0"}, f"{name}weight_decay must be a number of at least 0, got 0."),
         ({"betas": 0.9}, f"{name}betas must be two numbers of at least 0 and below 1, got 0.9."),
         ({"betas": (0.9, 1.0)}, f"{name}betas must be two numbers of at least 0 and below 1, got (0.9, 1.0)."),
         (
-            {"rounding": "up"},
+            {"decay": 0.5},
             "TypeError: QAdam: options must be among block, algorithm, node_size, inter_bits, hadamard, chunk_numel, "
-            "got rounding.",
+            "rounding, seed, got decay.",
         ),
         (
             {"algorithm": "hierarchical", "node_size": 2},
@@ -271,6 +295,16 @@ def check_errors(rank):
         text = raised(optimizer.step)
         assert text.startswith(f"{name}{what}"), text
         assert text.endswith("must be the same on every rank, rank 0 has 8 and rank 2 4."), text
+    groups = [dist.new_group([other]) for other in range(WORLD_SIZE)]
+    ddp = DistributedDataParallel(nn.Linear(2, 2), process_group=groups[rank])
+    assert raised(QAdam(ddp.parameters(), warmup_steps=1).register, ddp) == (
+        f"{name}model must have the ranks of group, [0, 1, 2], its process_group has [{rank}]."
+    )
+    frozen = QAdam([torch.ones(4)], warmup_steps=1)
+    assert raised(frozen.step) == f"{name}parameters must have one to train, all are frozen."
+    assert raised(QAdam, [{"params": []}], warmup_steps=1) == (
+        f"{name}parameters must be at least one tensor, there are none."
+    )
     with_errors = QAdam([x], warmup_steps=1, error_feedback=True)
     with_errors.step()
     assert raised(QAdam([x], warmup_steps=1).load_state_dict, with_errors.state_dict()) == (
@@ -284,8 +318,9 @@ def check_errors(rank):
 
 
 def check_rank(rank, folder):
-    for check in (check_bits, check_ddp, check_feedback, check_conventions, check_errors):
+    for check in (check_bits, check_ddp, check_feedback, check_conventions, check_state_of_adamw):
         check(rank)
+    check_errors(rank)
     check_training(rank, folder)
 
 
