@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "access.h"
+#include "builder.h"
 #include "machine.h"
 #include "memory_modifiers.h"
 #include "numerics.h"
@@ -25,7 +26,7 @@ struct Atomic {
   Type type;
   uint32_t element_bytes, count;
   Order order;
-  bool gpu_scope;
+  Reach reach;
   bool reads;  // atom: operands are count results, then count values of b, then c
   Combine combine, combine_global;
 };
@@ -202,16 +203,17 @@ bool begin_atomic(Warp& warp, const Instruction& in, const Atomic& op, Targets& 
     return false;
   }
   if (to.shared) check_shared(warp, in, Access::kAtomic, to.shared, to.offset, num_bytes, "atomically changes");
+  if (to.global) check_global(warp, in, Access::kAtomicWrite, op.reach, to.global, to, num_bytes, "atomically changes");
   if (Counters* counters = warp.counters()) {
     if (to.global) counters->global_access(in.pc, to.global, to.address, num_bytes, true);
     if (to.shared) counters->shared_access(in.pc, to.shared, to.offset, num_bytes, true);
   }
-  order_before(warp, warp.active(), to.host, op.order, true, op.gpu_scope);
+  order_before(warp, warp.active(), to.global, to.host, op.order, op.reach, true);
   return true;
 }
 
 void end_atomic(Warp& warp, const Atomic& op, const Targets& to) {
-  order_after(warp, warp.active(), to.host, op.order, op.reads, op.gpu_scope);
+  if (op.reads) order_after(warp, warp.active(), to.global, to.host, op.order, op.reach);
   warp.block().note_progress();
 }
 
@@ -265,7 +267,9 @@ void decode_atomic(Decoder& decoder, const ptx::Instruction& in, Instruction& ou
     decoder.error("atomics work on global and shared memory");
   op->order = take_order(mods, kAtomicOrders);
   if (op->order == Order::kWeak) op->order = Order::kRelaxed;
-  op->gpu_scope = take_scope(mods) != Scope::kBlock;
+  op->reach = take_reach(mods, true);
+  if ((op->order == Order::kRelease || op->order == Order::kAcquireRelease) && op->reach != Reach::kBlock)
+    decoder.builder().note_release();
   const bool has_policy = take_cache_hints(mods);
   const int operation = mods.take_one_of({"and", "or", "xor", "cas", "exch", "add", "inc", "dec", "min", "max"});
   if (operation < 0) decoder.error("expected an operation such as .add");

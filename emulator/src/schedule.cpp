@@ -51,7 +51,7 @@ void Block::start(int64_t linear) {
   live_threads_ = static_cast<uint32_t>(num_threads_);
   progress_ = spins_ = progress_at_spin_ = 0;
   for (Barrier& barrier : barriers_) barrier = Barrier{};
-  if (shadow_) shadow_->reset();
+  if (shadow_) shadow_->reset(), first_era_ = shadow_->era();
   for (size_t i = 0; i < num_warps_; i++) {
     int lanes = std::min(num_threads_ - static_cast<int>(i) * kWarpLanes, kWarpLanes);
     uint32_t absent = lanes == kWarpLanes ? 0 : ~uint32_t{0} << lanes;
@@ -195,9 +195,12 @@ LaunchState::LaunchState(const Function& function, const Launch& launch, const O
   device_memory().add(params_, launch.params_bytes, "the parameters of the kernel");
   shared_bytes_ = program().static_smem + launch.dynamic_smem;
   num_blocks_ = static_cast<int64_t>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
-  if (options.checks) {
-    block_writes_ = std::make_unique<BlockWrites>();
-    block_writes_->begin_launch();
+  if (options.checks && num_blocks_ > 1) {
+    const bool threads = options.threads > 1;
+    global_shadow_ = program().orders_blocks ? GlobalShadow::ordered(threads) : GlobalShadow::unordered(threads);
+    const uint64_t num_threads = uint64_t{launch.block[0]} * launch.block[1] * launch.block[2];
+    if (program().orders_blocks)
+      block_order_ = std::make_unique<BlockOrder>(static_cast<int>((num_threads + kWarpLanes - 1) / kWarpLanes));
   }
 }
 
