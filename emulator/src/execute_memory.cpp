@@ -137,6 +137,7 @@ void execute_load(Warp& warp, const Instruction& in) {
     for (uint32_t e = 0; e < op.count; e++)
       op.move(warp.lanes<std::byte>(in.operands[e]), to.host, e * op.element_bytes, lanes);
   }
+  if (to.global && op.order != Order::kWeak) warp.block().note_poll();
   if (op.order != Order::kWeak) order_after(warp, lanes & ~to.local, to.global, to.host, op.order, op.reach);
 }
 

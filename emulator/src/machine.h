@@ -261,6 +261,8 @@ class Block {
   LaunchState& launch() const { return *launch_; }
   // Something that others of the block may wait for has changed: a store, an atomic, an mbarrier.
   void note_progress() { progress_++; }
+  // A strong read of global memory, or an atomic that changed nothing: perhaps it waits for another block.
+  void note_poll() { polls_++; }
   std::vector<Finding> findings;  // scratch of SharedShadow::access, so that it never allocates: clear, pass, read
 
   // ---- for the scheduler and the control family ----
@@ -294,6 +296,7 @@ class Block {
   uint32_t live_threads_ = 0;
   uint64_t progress_ = 0;                      // calls of note_progress, and turns used up without waiting
   uint64_t stores_ = 0;                        // plain stores, barriers passed, threads ended
+  uint64_t polls_ = 0;                         // calls of note_poll
   uint64_t spins_ = 0, progress_at_spin_ = 0;  // spins since progress_ changed
   std::vector<std::unique_ptr<Warp>> warps_;
   Barrier barriers_[kNumBarriers];

@@ -17,6 +17,7 @@ namespace {
 constexpr int kQuantum = 256;                    // warp-instructions of a turn
 constexpr uint64_t kFirstTurn = 4'000'000;       // of a block, before the next blocks start beside it
 constexpr uint64_t kTurnWithoutStores = 20'000;  // likewise, of a block that may be waiting for others
+constexpr uint64_t kPollsWithoutStores = 128;    // likewise, of one that looks at flags
 constexpr size_t kFewInFlight = 64;              // so many blocks may wait before new ones start more slowly
 constexpr uint64_t kSpinsUntilStuck = 20'000;    // tries of waits that found nothing, with no progress between
 constexpr size_t kSharedAlign = 1024;
@@ -61,7 +62,7 @@ void Block::start(int64_t linear) {
 }
 
 Block::Progress Block::run(uint64_t budget) {
-  uint64_t executed = 0, last_stores = stores_, last_change = 0;
+  uint64_t executed = 0, last_stores = stores_, last_change = 0, last_polls = polls_;
   bool waits = false;
   while (executed < budget) {
     bool any = false, done = true;
@@ -83,8 +84,9 @@ Block::Progress Block::run(uint64_t budget) {
     if (stores_ != last_stores) {
       last_stores = stores_;
       last_change = executed;
+      last_polls = polls_;
     }
-    waits = executed - last_change > kTurnWithoutStores;
+    waits = executed - last_change > kTurnWithoutStores || polls_ - last_polls > kPollsWithoutStores;
     if (waits) break;
   }
   if (!launch_->count_executed(executed, *this)) return Progress::kDone;
@@ -238,6 +240,7 @@ void LaunchState::run_blocks(Counters* counters) {
     Block& block = *in_flight[turn];
     Block::Progress progress = block.run(kFirstTurn);
     waits = progress == Block::Progress::kWaits;
+    if (waits) std::this_thread::yield();  // what it waits for may be another process
     switch (progress) {
       case Block::Progress::kDone:
         idle = std::move(in_flight[turn]);
