@@ -30,6 +30,13 @@ void land(Warp& warp, Copy& copy, uint32_t lanes) {
   }
   copy.lanes &= ~lanes;
   Block& block = warp.block();
+  if (block.block_order() != nullptr) {  // the source was read between the issue and now
+    Targets from;
+    std::copy_n(copy.from, kWarpLanes, from.address);
+    for (uint32_t rest = lanes; rest; rest &= rest - 1)
+      if (const uint32_t num_bytes = copy.source_bytes[std::countr_zero(rest)])
+        check_global(warp, *copy.in, Access::kRead, Reach::kBlock, rest & (0 - rest), from, num_bytes, "copies from");
+  }
   if (SharedShadow* shadow = block.shadow()) {
     block.findings.clear();
     shadow->access(Access::kCopyLand, warp.index(), lanes, copy.to, copy.num_bytes, copy.in->pc, false, block.findings);

@@ -338,11 +338,24 @@ class OrderedShadow final : public GlobalShadow {
   // What may meet `earlier` as a race would meet `later` as one.
   static bool stands_for(Kind later, Kind earlier) { return (kMeets[earlier] & ~kMeets[later]) == 0; }
 
+  // After the strong write in this slot the block looked at the word itself, by a strong access that happened before: as
+  // the last of all that count does, before it sets the counter back.
+  static bool observed(Page& page, uint32_t word, uint32_t slot, uint32_t num, uint32_t who, Happened& happened) {
+    for (uint32_t i = slot + 1; i < num; i++) {
+      const Entry& e = page.at(i, word);
+      const bool strong = e.kind() == kStrongRead || e.kind() == kStrongWrite;
+      if (strong && e.who >> 5 == who >> 5 && happened.before(e.access())) return true;
+    }
+    return false;
+  }
+
   static bool access_word(Page& page, uint32_t word, Kind kind, uint32_t bytes, const GlobalAccess& access,
                           Happened& happened, GlobalConflict& conflict) {
     const uint32_t who = static_cast<uint32_t>(access.block << 5) | access.warp, num = page.count[word];
     Entry mine{who, access.id, access.lanes, access.pc << 6 | static_cast<uint32_t>(kind) << 4 | bytes};
-    for (uint32_t i = num; i-- > 0;) {  // again, with nothing between that would have removed it
+    // Again, with nothing between that would have removed it. A strong access must also stay behind those it observes.
+    const bool is_strong = kind == kStrongRead || kind == kStrongWrite;
+    for (uint32_t i = num; i-- > (is_strong ? std::max(num, 1u) - 1 : 0);) {
       const Entry& e = page.at(i, word);
       if (e.who == who && e.id == mine.id && e.kind() == kind && (bytes & ~e.bytes()) == 0 &&
           (mine.lanes & ~e.lanes) == 0)
@@ -362,7 +375,7 @@ class OrderedShadow final : public GlobalShadow {
           drop = drop && happened.before(e.access());
         }
       } else if ((kMeets[kind] >> e.kind() & 1) != 0 && (e.bytes() & bytes) != 0) {
-        if (!happened.before(e.access())) {
+        if (!happened.before(e.access()) && !(e.kind() == kStrongWrite && observed(page, word, i, num, who, happened))) {
           if (!found) {
             const GlobalAccess earlier = e.access();
             conflict.kind = earlier.kind;

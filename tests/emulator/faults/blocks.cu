@@ -327,6 +327,27 @@ KERNEL(read_by_a_copy) {
   }
 }
 
+// race of blocks: 2 x 32
+KERNEL(copy_that_lands_after_telling) {
+  __shared__ int4 s[32];
+  if (BLOCK == 0) {
+    if (TID == 0)
+      while (LOAD("acquire.gpu", BACK) == 0) {
+      }
+    __syncwarp();
+    STORE("weak", DATA, 5);  // FAULT
+  } else {
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(s + TID));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(out + TID / 4 * 4) : "memory");  // FAULT
+    REPAIR(asm volatile("cp.async.wait_all;" ::: "memory");)
+    __syncwarp();
+    if (TID == 0) STORE("release.gpu", BACK, 1);
+    for (int i = 0; i < 3000 * one; i++) __nanosleep(1);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    out[64 + TID] = s[TID].x;
+  }
+}
+
 // ---- without any release ---------------------------------------------------------------------------------------------
 
 // race of blocks: 2 x 32
