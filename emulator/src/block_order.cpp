@@ -7,10 +7,9 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kMaxEvents = 64;    // of a kind and reach; of more the oldest count as known to the whole block
-constexpr size_t kLookedBack = 8;    // events among which the same one is looked for
+constexpr size_t kMaxEvents = 64;  // of a kind and reach; of more the oldest count as known to the whole block
+constexpr size_t kLookedBack = 8;  // events among which the same one is looked for
 constexpr int kReachOf[] = {0, 1};
-
 
 // The entry of a block.
 template <typename K>

@@ -239,8 +239,7 @@ void execute_store(Warp& warp, const Instruction& in) {
     check_global(warp, in, op.order == Order::kWeak ? Access::kWrite : Access::kAtomicWrite, op.reach, to.global, to,
                  op.num_bytes, "writes", &same);
   }
-  if (op.order != Order::kWeak)
-    order_before(warp, lanes & ~to.local, to.global, to.host, op.order, op.reach, false);
+  if (op.order != Order::kWeak) order_before(warp, lanes & ~to.local, to.global, to.host, op.order, op.reach, false);
   if (kFour && lanes == kAllLanes) {
     store_four_words(warp, in, to.host);
   } else {

@@ -161,9 +161,9 @@ class UnorderedShadow final : public GlobalShadow {
   using Bytes = std::array<std::array<uint32_t, 4>, kNumKinds>;  // [kind][byte]
   struct Page {
     std::atomic_flag lock;
-    Row plain[2] = {};                             // read, written
-    std::unique_ptr<std::array<Row, 2>> strong;    // likewise by atomics; where there were any
-    std::unordered_map<uint32_t, Bytes> split;     // by word
+    Row plain[2] = {};                           // read, written
+    std::unique_ptr<std::array<Row, 2>> strong;  // likewise by atomics; where there were any
+    std::unordered_map<uint32_t, Bytes> split;   // by word
   };
 
   template <Kind kKind>
@@ -300,8 +300,7 @@ class OrderedShadow final : public GlobalShadow {
       return false;
     };
     return for_words(
-        address, num_bytes,
-        [&](uint64_t index, uint32_t at, uint32_t count) { return words(index, at, count, 15); },
+        address, num_bytes, [&](uint64_t index, uint32_t at, uint32_t count) { return words(index, at, count, 15); },
         [&](uint64_t index, uint32_t at, uint32_t bytes) { return words(index, at, 1, bytes); });
   }
 
@@ -375,7 +374,8 @@ class OrderedShadow final : public GlobalShadow {
           drop = drop && happened.before(e.access());
         }
       } else if ((kMeets[kind] >> e.kind() & 1) != 0 && (e.bytes() & bytes) != 0) {
-        if (!happened.before(e.access()) && !(e.kind() == kStrongWrite && observed(page, word, i, num, who, happened))) {
+        if (!happened.before(e.access()) &&
+            !(e.kind() == kStrongWrite && observed(page, word, i, num, who, happened))) {
           if (!found) {
             const GlobalAccess earlier = e.access();
             conflict.kind = earlier.kind;
@@ -407,7 +407,9 @@ class OrderedShadow final : public GlobalShadow {
 
 }  // namespace
 
-std::unique_ptr<GlobalShadow> GlobalShadow::unordered(bool threads) { return std::make_unique<UnorderedShadow>(threads); }
+std::unique_ptr<GlobalShadow> GlobalShadow::unordered(bool threads) {
+  return std::make_unique<UnorderedShadow>(threads);
+}
 std::unique_ptr<GlobalShadow> GlobalShadow::ordered(bool threads) { return std::make_unique<OrderedShadow>(threads); }
 
 }  // namespace emulator

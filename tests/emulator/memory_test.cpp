@@ -58,4 +58,3 @@ void test_device_memory() {
     });
   for (std::thread& t : threads) t.join();
 }
-

@@ -121,7 +121,8 @@ __global__ void nothing() {}
 
 void processes() {
   constexpr int kTurns = 200;
-  auto* const shared = static_cast<int*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  auto* const shared =
+      static_cast<int*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
   std::fflush(stdout);
   const pid_t child = fork();
   const int me = child == 0;
