@@ -30,6 +30,13 @@ void land(Warp& warp, Copy& copy, uint32_t lanes) {
   }
   copy.lanes &= ~lanes;
   Block& block = warp.block();
+  if (block.block_order() != nullptr) {  // the source was read between the issue and now
+    Targets from;
+    std::copy_n(copy.from, kWarpLanes, from.address);
+    for (uint32_t rest = lanes; rest; rest &= rest - 1)
+      if (const uint32_t num_bytes = copy.source_bytes[std::countr_zero(rest)])
+        check_global(warp, *copy.in, Access::kRead, Reach::kBlock, rest & (0 - rest), from, num_bytes, "copies from");
+  }
   if (SharedShadow* shadow = block.shadow()) {
     block.findings.clear();
     shadow->access(Access::kCopyLand, warp.index(), lanes, copy.to, copy.num_bytes, copy.in->pc, false, block.findings);
@@ -93,6 +100,10 @@ void execute_copy(Warp& warp, const Instruction& in) {
                [] { return std::string("copies from memory that is not global"); });
     return warp.end_launch();
   }
+  check_global(warp, in, Access::kRead, Reach::kBlock, from.global & whole, from, num_bytes, "copies from");
+  for (uint32_t rest = from.global & ~whole; rest; rest &= rest - 1)
+    check_global(warp, in, Access::kRead, Reach::kBlock, rest & (0 - rest), from, source_bytes[std::countr_zero(rest)],
+                 "copies from");
   check_shared(warp, in, Access::kCopyIssue, lanes, to.offset, num_bytes, "copies to");
   if (Counters* counters = warp.counters()) {
     if (from.global) counters->global_access(in.pc, from.global, from.address, num_bytes, false);

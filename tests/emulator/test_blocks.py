@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What orders the accesses of two blocks, where it is another GPU's memory too; and what a report of a race says."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import numpy as np
+import pytest
+from conftest import run_quietly
+
+import emulator
+
+SOURCE = """
+#define REACHES(name, fence, store, load)                                                              \\
+  extern "C" __global__ void name(int* out, int* flag) {                                               \\
+    if (blockIdx.x == 0) {                                                                             \\
+      out[threadIdx.x] = threadIdx.x;                                                                  \\
+      __syncwarp();                                                                                    \\
+      if (threadIdx.x == 0) {                                                                          \\
+        asm volatile(fence ::: "memory");                                                              \\
+        asm volatile(store " [%0], 1;" ::"l"(flag) : "memory");                                        \\
+      }                                                                                                \\
+    } else {                                                                                           \\
+      for (int value = 0; threadIdx.x == 0 && value == 0;)                                             \\
+        asm volatile(load " %0, [%1];" : "=r"(value) : "l"(flag) : "memory");                          \\
+      asm volatile(fence ::: "memory");                                                                \\
+      __syncwarp();                                                                                    \\
+      out[64 + threadIdx.x] = out[threadIdx.x];                                                        \\
+    }                                                                                                  \\
+  }
+REACHES(system_release, "", "st.release.sys.global.u32", "ld.acquire.sys.global.u32")
+REACHES(gpu_release, "", "st.release.gpu.global.u32", "ld.acquire.gpu.global.u32")
+REACHES(gpu_acquire, "", "st.release.sys.global.u32", "ld.acquire.gpu.global.u32")
+REACHES(system_fence, "fence.acq_rel.sys;", "st.volatile.global.u32", "ld.volatile.global.u32")
+REACHES(gpu_fence, "fence.acq_rel.gpu;", "st.volatile.global.u32", "ld.volatile.global.u32")
+REACHES(gpu_flag, "fence.acq_rel.sys;", "st.relaxed.gpu.global.u32", "ld.relaxed.gpu.global.u32")
+"""
+KERNELS = re.findall(r"^REACHES\((\w+)", SOURCE, re.M)
+
+
+@pytest.fixture(scope="module")
+def module(nvcc, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    (folder / "reaches.cu").write_text(SOURCE)
+    run_quietly(nvcc, "-ptx", "-arch=compute_80", "-lineinfo", folder / "reaches.cu", "-o", folder / "reaches.ptx")
+    return emulator.Module((folder / "reaches.ptx").read_text(), "reaches.ptx")
+
+
+@pytest.fixture
+def peers():
+    """peers(array): it is memory that another GPU touches too, until the test ends."""
+    library = ctypes.CDLL(str(emulator.library_dir / "libemulator.so"))
+    ranges = []
+
+    def register(array):
+        ranges.append((ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(array.nbytes)))
+        library.emulator_register_peer_memory(*ranges[-1])
+
+    yield register
+    for begin, num_bytes in ranges:
+        library.emulator_unregister_peer_memory(begin, num_bytes)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_memory_of_one_gpu_is_ordered_by_every_reach(kernel, module):
+    out, flag = np.zeros(128, np.int32), np.zeros(4, np.int32)
+    module.launch(kernel, 2, 32, [out, flag])
+    assert emulator.take_reports() == []
+    assert (out[64:96] == np.arange(32)).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_memory_of_peers_is_ordered_by_the_system_alone(kernel, module, peers):
+    out, flag = np.zeros(128, np.int32), np.zeros(4, np.int32)
+    peers(out)
+    peers(flag)
+    module.launch(kernel, 2, 32, [out, flag])
+    assert (emulator.take_reports() == []) == kernel.startswith("system")
+
+
+def test_a_race_of_blocks_names_both_sides(module, peers):
+    out, flag = np.zeros(128, np.int32), np.zeros(4, np.int32)
+    peers(out)
+    module.launch("gpu_fence", 2, 32, [out, flag])
+    (report,) = emulator.take_reports()
+    assert report.fault == "race of blocks"
+    assert re.fullmatch(
+        r"reads 4 bytes at 0x\w+, at byte 0 of '.*' \(.*\), which thread \(0, 0, 0\) of block 0 wrote by "
+        r"st\.global\.u32 at reaches\.cu:\d+ in this launch, and nothing orders the two",
+        report.text,
+    ), report.text
+
+
+def test_values_that_several_blocks_read_are_named_so(nvcc, tmp_path):
+    source = 'extern "C" __global__ void f(int* x, int* y) { y[blockIdx.x] = x[0]; if (blockIdx.x == 2) x[0] = 7; }'
+    (tmp_path / "several.cu").write_text(source)
+    run_quietly(nvcc, "-ptx", "-arch=compute_80", tmp_path / "several.cu", "-o", tmp_path / "several.ptx")
+    x, y = np.zeros(4, np.int32), np.zeros(4, np.int32)
+    emulator.Module((tmp_path / "several.ptx").read_text()).launch("f", 3, 1, [x, y])
+    (report,) = emulator.take_reports()
+    assert "writes 4 bytes" in report.text
+    assert "which other blocks read in this launch" in report.text
