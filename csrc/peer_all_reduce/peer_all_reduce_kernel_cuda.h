@@ -36,7 +36,9 @@ class PeerLane {
         rank_(p.norm.reduce.rank + static_cast<int>(blockIdx.y)),
         lane_(static_cast<int>(blockIdx.x)),
         epoch_(own().epochs[blockIdx.x]),
-        slice_(peer_slice_offset(p_.slice_bytes, p_.lanes, 0, lane_)) {}
+        slice_(peer_slice_offset(p_.slice_bytes, p_.lanes, 0, lane_)) {
+    if (own().broken != 0) __trap();
+  }
 
   __device__ __forceinline__ int rank() const { return rank_; }
 
@@ -67,13 +69,11 @@ class PeerLane {
   __device__ __forceinline__ void end() {
     if (threadIdx.x == 0) own().epochs[lane_] = epoch_;
   }
-  // No call is possible any more: the flags of the peers no longer tell how far they are.
-  __device__ __forceinline__ void give_up(int peer) {
-    PeerHeader& header = own();
-    header.broken_rank = static_cast<uint32_t>(rank_);
-    header.broken_peer = static_cast<uint32_t>(peer);
-    header.broken_lane = static_cast<uint32_t>(lane_);
-    header.broken = 1;
+  // No call is possible any more, and all ranks learn of it: this one goes no further.
+  __device__ __noinline__ void give_up(int peer) const {
+    const uint32_t word =
+        peer_broken(static_cast<uint32_t>(rank_), static_cast<uint32_t>(peer), static_cast<uint32_t>(lane_));
+    for (int r = 0; r < p_.world_size; ++r) atomicCAS_system(&header_of(p_.workspaces[r]).broken, 0u, word);
     __threadfence_system();
     __trap();
   }
