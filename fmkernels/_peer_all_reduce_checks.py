@@ -55,8 +55,8 @@ def _check_room(
 ) -> None:
     check.same_device(name, "x", x, "the workspace", workspaces[0])
     numel = max(GRANULE, hidden)
-    coded = -(-numel // 64) * 8 * bits + -(-(-(-numel // block) * 4) // 16) * 16
-    payload = coded if bits else -(-numel * x.element_size() // 16) * 16
+    used = -(-numel // 64) * 8 * bits + -(-(-(-numel // block) * 4) // 16) * 16 if bits else numel * x.element_size()
+    payload = -(-used // 64) * 64
     least = least_bytes(payload * (1 if one_shot else len(workspaces)), lanes)
     if workspaces[0].numel() < least:
         raise ValueError(

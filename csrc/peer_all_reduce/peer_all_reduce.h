@@ -84,8 +84,9 @@ struct PeerPayload {
   int32_t code, block_log2;  // code 0: the elements as they are
 
   FM_HOST_DEVICE CodecWire wire(int64_t numel) const { return {numel, code, block_log2}; }
-  FM_HOST_DEVICE int64_t bytes(int64_t numel) const {
-    return code == 0 ? CodecWire::aligned(numel * (dtype == DType::kFloat32 ? 4 : 2)) : wire(numel).bytes();
+  FM_HOST_DEVICE int64_t bytes(int64_t numel) const {  // whole lines of a cache
+    const int64_t used = code == 0 ? numel * (dtype == DType::kFloat32 ? 4 : 2) : wire(numel).bytes();
+    return (used + 63) / 64 * 64;
   }
 };
 

@@ -8,151 +8,16 @@
 // Cost       x is read and out written once from and to memory. one_shot has one step a round, two_shot two, but reads
 //            2 payloads of peers and not world_size - 1.
 
-#include "../block_codec/block_codec_tiles_cpu.h"
 #include "../common/dispatch_cpu.h"
-#include "../common/parallel.h"
 #include "../norm/norm.h"
+#include "peer_payload_cpu.h"
 #include "peer_steps_cpu.h"
 
 namespace fmkernels {
 namespace {
 
-constexpr int64_t kRoundBytes = 256 << 10, kTaskTiles = 8;
+constexpr int64_t kRoundBytes = 256 << 10;
 static_assert(kRoundBytes >= kMaxPeers * kPeerGranule * 4);
-static_assert(kTile == kPeerGranule);
-
-// What a rank does with a sum: writes it, or adds the residual and leaves it to the norm.
-template <class T>
-struct Result {
-  T* out;
-  const T* residual;  // or null
-
-  Result from(int64_t first) const { return {out + first, residual == nullptr ? nullptr : residual + first}; }
-
-  // A unit from `at` on, of which `count` elements are there.
-  FM_INLINE void store(int64_t at, int64_t count, V8 (&acc)[kUnitVectors]) const {
-    if (count < kUnit) return store_last(at, count, acc);
-    if (residual != nullptr) {
-      for (int i = 0; i < kUnitVectors; ++i) acc[i] += load8(residual + at + 8 * i);
-    }
-    for (int i = 0; i < kUnitVectors; i += 2) store16(out + at + 8 * i, acc[i], acc[i + 1]);
-  }
-  void store_last(int64_t at, int64_t count, const V8 (&acc)[kUnitVectors]) const {
-    float sum[kUnit];
-    for (int i = 0; i < kUnitVectors; ++i) store8(sum + 8 * i, acc[i]);
-    for (int64_t i = 0; i < count; ++i) {
-      out[at + i] = from_float<T>(residual == nullptr ? sum[i] : sum[i] + to_float(residual[at + i]));
-    }
-  }
-};
-
-// Payloads of one length, in elements: written, added, summed.
-template <class T, int kCode>
-class Payloads {
- public:
-  Payloads(const PeerPayload& payload, int64_t numel) : wire_(payload.wire(numel)), numel_(numel) {}
-
-  // f(first element, number of elements) of every tile.
-  template <class F>
-  void for_each_tile(int workers, F&& f) const {
-    const int64_t tiles = ceil_div(numel_, kTile);
-    parallel_for(ceil_div(tiles, kTaskTiles), workers, [&](int64_t task, int) {
-      const int64_t end = min(tiles, (task + 1) * kTaskTiles);
-      for (int64_t tile = task * kTaskTiles; tile < end; ++tile) f(tile * kTile, min(kTile, numel_ - tile * kTile));
-    });
-  }
-
-  void encode(const T* x, uint8_t* to, int workers) const {
-    for_each_tile(workers, [&](int64_t first, int64_t valid) {
-      if constexpr (kCode == 0) {
-        memcpy(to + first * static_cast<int64_t>(sizeof(T)), x + first, static_cast<size_t>(valid) * sizeof(T));
-      } else {
-        if (valid % kUnit == 0) return encode_tile<kCode>(wire_, nullptr, x + first, first, valid, to);
-        alignas(64) T last[kTile];
-        memcpy(last, x + first, static_cast<size_t>(valid) * sizeof(T));
-        memset(last + valid, 0, static_cast<size_t>(round_up(valid, kUnit) - valid) * sizeof(T));
-        encode_tile<kCode>(wire_, nullptr, last, first, valid, to);
-      }
-    });
-  }
-
-  // acc = the sum over the ranks of a unit at the element `at`, times the factor.
-  FM_INLINE void sum(const uint8_t* const* from, int count, int64_t at, float factor, V8 (&acc)[kUnitVectors]) const {
-    for (V8& v : acc) v = V8{};
-    for (int r = 0; r < count; ++r) add(from[r], at, acc);
-    if (factor != 1.0f) {
-      for (V8& v : acc) v *= factor;
-    }
-  }
-
-  // The wire of the sum; of code 0 the sum in the dtype.
-  void reduce(const uint8_t* const* from, int count, float factor, uint8_t* to, int workers) const {
-    for_each_tile(workers, [&](int64_t first, int64_t valid) {
-      alignas(64) float h[kTile];
-      for (int64_t at = first; at < first + valid; at += kUnit) {
-        V8 acc[kUnitVectors];
-        sum(from, count, at, factor, acc);
-        if constexpr (kCode == 0) {
-          Result<T>{reinterpret_cast<T*>(to), nullptr}.store(at, min(kUnit, first + valid - at), acc);
-        } else {
-          for (int i = 0; i < kUnitVectors; ++i) store8(h + at - first + 8 * i, acc[i]);
-        }
-      }
-      if constexpr (kCode != 0) {
-        for (int64_t i = valid; i < round_up(valid, kUnit); ++i) h[i] = 0.0f;
-        encode_tile<kCode>(wire_, nullptr, h, first, valid, to);
-      }
-    });
-  }
-
-  // What a rank gets of the sum, or of one payload, as it is.
-  void copy(const uint8_t* from, const Result<T>& result, int workers) const {
-    if constexpr (kCode != 0) {
-      finish(&from, 1, 1.0f, result, workers);
-    } else {
-      const T* x = reinterpret_cast<const T*>(from);
-      for_each_tile(workers, [&](int64_t first, int64_t valid) {
-        if (result.residual == nullptr) {
-          memcpy(result.out + first, x + first, static_cast<size_t>(valid) * sizeof(T));
-          return;
-        }
-        for (int64_t at = first; at < first + valid; at += kUnit) {
-          V8 acc[kUnitVectors] = {};
-          add(from, at, acc);
-          result.store(at, min(kUnit, first + valid - at), acc);
-        }
-      });
-    }
-  }
-  void finish(const uint8_t* const* from, int count, float factor, const Result<T>& result, int workers) const {
-    for_each_tile(workers, [&](int64_t first, int64_t valid) {
-      for (int64_t at = first; at < first + valid; at += kUnit) {
-        V8 acc[kUnitVectors];
-        sum(from, count, at, factor, acc);
-        result.store(at, min(kUnit, first + valid - at), acc);
-      }
-    });
-  }
-
- private:
-  FM_INLINE void add(const uint8_t* data, int64_t at, V8 (&acc)[kUnitVectors]) const {
-    if constexpr (kCode != 0) {
-      add_unit<kCode>(wire_, data, at / kUnit, acc);
-    } else {
-      const T* x = reinterpret_cast<const T*>(data) + at;
-      if (at + kUnit <= numel_) {
-        for (int i = 0; i < kUnitVectors; ++i) acc[i] += load8(x + 8 * i);
-      } else {
-        T last[kUnit] = {};
-        memcpy(last, x, static_cast<size_t>(numel_ - at) * sizeof(T));
-        for (int i = 0; i < kUnitVectors; ++i) acc[i] += load8(last + 8 * i);
-      }
-    }
-  }
-
-  CodecWire wire_;
-  int64_t numel_;
-};
 
 // A call of one rank. rows_done(numel): the elements before it have their results.
 template <class T, int kCode, class RowsDone>
@@ -188,31 +53,31 @@ class Call {
   bool meet(bool is_first) { return steps_.meet() && (!is_first || steps_.compare(&workers_)); }
 
   bool one_shot(int64_t first, int64_t numel, bool is_first) {
-    const Payloads<T, kCode> payload(p_.payload, numel);
-    payload.encode(x_ + first, steps_.mine(), workers_);
+    const Payloads<T, kCode> payload(p_.payload, numel, workers_);
+    payload.encode(x_ + first, steps_.mine());
     if (!meet(is_first)) return false;
     const uint8_t* from[kMaxPeers];
     for (int r = 0; r < p_.world_size; ++r) from[r] = steps_.of(r);
-    payload.finish(from, p_.world_size, p_.factor, result_.from(first), workers_);
+    payload.finish(from, p_.world_size, p_.factor, result_.from(first));
     return true;
   }
 
   bool two_shot(int64_t first, int64_t part, bool is_first) {
-    const int64_t stride = p_.payload.bytes(part);
+    const int64_t stride = Payloads<T, kCode>(p_.payload, part, workers_).bytes();
     const auto payload_of = [&](int r) {
-      return Payloads<T, kCode>(p_.payload, max(int64_t{0}, min(part, p_.numel - first - r * part)));
+      return Payloads<T, kCode>(p_.payload, max(int64_t{0}, min(part, p_.numel - first - r * part)), workers_);
     };
     for (int r = 0; r < p_.world_size; ++r) {
-      if (r != p_.rank || kCode != 0) payload_of(r).encode(x_ + first + r * part, steps_.mine() + r * stride, workers_);
+      if (r != p_.rank || kCode != 0) payload_of(r).encode(x_ + first + r * part, steps_.mine() + r * stride);
     }
     if (!meet(is_first)) return false;
     const uint8_t* from[kMaxPeers];
     for (int r = 0; r < p_.world_size; ++r) from[r] = steps_.of(r) + p_.rank * stride;
     if (kCode == 0) from[p_.rank] = reinterpret_cast<const uint8_t*>(x_ + first + p_.rank * part);
-    payload_of(p_.rank).reduce(from, p_.world_size, p_.factor, steps_.mine(), workers_);
+    payload_of(p_.rank).reduce(from, p_.world_size, p_.factor, steps_.mine());
     if (!meet(false)) return false;
     for (int r = 0; r < p_.world_size; ++r) {
-      payload_of(r).copy(steps_.of(r), result_.from(first + r * part), workers_);
+      payload_of(r).copy(steps_.of(r), result_.from(first + r * part));
     }
     return true;
   }
