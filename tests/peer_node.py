@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node of emulated ranks: all are blocks of one launch, and each has a workspace."""
+"""A node of ranks in one process, each with a workspace: threads of the CPU, or blocks of one emulated launch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fmkernels._library import ops
-from fmkernels.testing import Backend
+from fmkernels.testing import EMULATED_NAMESPACE, Backend
 
 HEADER_BYTES = 16384
 MAX_RANKS, MAX_LANES = 16, 64
@@ -29,6 +30,22 @@ class Node:
         self.workspaces = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(world_size)]
         for rank in range(world_size):
             self.words(rank)[:BROKEN] = epoch - (1 << 32) if epoch >> 31 else epoch
+
+    def run(self, op: Callable[..., None], *args: object) -> None:
+        """Emulated, workspaces are memory that other GPUs touch meanwhile: what orders blocks of one does not do."""
+        if self.backend.namespace != EMULATED_NAMESPACE:
+            return self.backend.run(op, *args)
+        import emulator
+
+        library = ctypes.CDLL(str(emulator.library_dir / "libemulator.so"))
+        spans = [(ctypes.c_void_p(t.data_ptr()), ctypes.c_uint64(t.numel())) for t in self.workspaces]
+        for span in spans:
+            library.emulator_register_peer_memory(*span)
+        try:
+            self.backend.run(op, *args)
+        finally:
+            for span in spans:
+                library.emulator_unregister_peer_memory(*span)
 
     def words(self, rank: int) -> Tensor:
         return self.workspaces[rank][:HEADER_BYTES].view(torch.int32)
@@ -60,7 +77,7 @@ class Node:
         """The results of the ranks rank, rank + 1, ... that xs are of."""
         outs = [torch.full_like(x, 7.0) for x in xs] if outs is None else list(outs)
         options = (rank, algorithm == "one_shot", bits or 0, block, op == "avg", self.lanes, timeout_ms)
-        self.backend.run(lambda: ops.peer_all_reduce(list(xs), self.workspaces, outs, *options))
+        self.run(lambda: ops.peer_all_reduce(list(xs), self.workspaces, outs, *options))
         return outs
 
     def all_reduce_rms_norm(
@@ -79,5 +96,5 @@ class Node:
         out, residual_out = outs or ([torch.full_like(x, 7.0) for x in xs], [torch.full_like(x, 7.0) for x in xs])
         options = (0, algorithm == "one_shot", bits or 0, block, self.lanes, eps, 60000)
         lists = (list(xs), list(residuals), weight, self.workspaces, list(out), list(residual_out))
-        self.backend.run(lambda: ops.peer_all_reduce_rms_norm(*lists, *options))
+        self.run(lambda: ops.peer_all_reduce_rms_norm(*lists, *options))
         return list(out), list(residual_out)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from faults import missing_synchronisations
 from peer_node import FINEST, HEADER_BYTES, Node
 
 from fmkernels import reference
@@ -264,6 +265,57 @@ def test_lanes_that_have_nothing_to_do_count_no_steps():
     assert [ranks.epochs(rank) for rank in range(2)] == [[2, 0, 0, 0]] * 2
     check(ranks, inputs(2, 40000), algorithm="one_shot")
     assert all(epoch > 0 for rank in range(2) for epoch in ranks.epochs(rank))
+
+
+# ---- what orders the ranks -------------------------------------------------------------------------------------------
+
+
+def run_few(bits=None, dtype=torch.bfloat16):
+    """Two rounds and two calls of each algorithm: every half is written again."""
+    ranks = node(3, lanes=1, slice_bytes=3 * FINEST)
+    for algorithm in [*ALGORITHMS, *ALGORITHMS]:
+        ranks.all_reduce(inputs(3, 14000, dtype=dtype), bits=bits, algorithm=algorithm, timeout_ms=300)
+
+
+def is_noticed(old, new):
+    """Whether the checks find a race between the blocks where the PTX has other instructions."""
+    import emulator
+
+    counts = []
+
+    def edit(text):
+        counts.append(text.count(old))
+        return text.replace(old, new)
+
+    try:
+        with emulator.edited(edit):
+            run_few()
+    except emulator.FaultError as error:
+        assert max(counts) > 0
+        return "race of blocks" in {report.fault for report in error.reports}
+    return False
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("st.release.sys", "st.relaxed.sys"),
+        ("st.release.sys", "st.release.gpu"),
+        ("st.release.sys.global", "st.global"),
+        ("ld.acquire.sys", "ld.relaxed.sys"),
+        ("ld.acquire.sys", "ld.acquire.gpu"),
+    ],
+)
+def test_weaker_flags_are_noticed(old, new):
+    run_few()
+    assert is_noticed(old, new)
+
+
+@pytest.mark.parametrize(("instance", "bits"), [("BFloat16ELi0", None), ("BFloat16ELi8", 8)])
+def test_every_barrier_is_needed(instance, bits):
+    count, unseen = missing_synchronisations("peer_all_reduce_kernel", instance, lambda: run_few(bits))
+    assert count >= 4
+    assert unseen == []
 
 
 # ---- ranks that do not come, and calls that differ -------------------------------------------------------------------

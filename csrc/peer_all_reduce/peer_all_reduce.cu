@@ -24,7 +24,7 @@ namespace fmkernels {
 namespace {
 
 template <class T, int kBits>
-__global__ void __launch_bounds__(kTileThreads, 2) peer_all_reduce_kernel(PeerKernelParams p) {
+__global__ void __launch_bounds__(kTileThreads, 1) peer_all_reduce_kernel(PeerKernelParams p) {
   __shared__ PeerShared shared;
   reduce_lane<T, TilesOf<T, kBits>>(p, shared);
 }

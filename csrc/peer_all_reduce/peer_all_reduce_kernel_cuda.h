@@ -8,7 +8,7 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kRanksAhead = 4;  // peers whose loads are in flight together
+constexpr int kRanksAhead = 8;  // peers whose loads are in flight together
 
 // What the launcher finds out once. A lane has lane_numel elements, whole rows where there is a norm, else whole tiles; they
 // go through its slice in rounds of round_tiles.
@@ -37,7 +37,7 @@ class PeerLane {
         lane_(static_cast<int>(blockIdx.x)),
         epoch_(own().epochs[blockIdx.x]),
         slice_(peer_slice_offset(p_.slice_bytes, p_.lanes, 0, lane_)) {
-    if (own().broken != 0) __trap();
+    if (threadIdx.x == 0 && ptx::ld_acquire_sys(&own().broken) != 0) __trap();
   }
 
   __device__ __forceinline__ int rank() const { return rank_; }
@@ -70,9 +70,10 @@ class PeerLane {
     if (threadIdx.x == 0) own().epochs[lane_] = epoch_;
   }
   // No call is possible any more, and all ranks learn of it: this one goes no further.
-  __device__ __noinline__ void give_up(int peer) const {
+  __device__ __forceinline__ void give_up(int peer) const {
     const uint32_t word =
         peer_broken(static_cast<uint32_t>(rank_), static_cast<uint32_t>(peer), static_cast<uint32_t>(lane_));
+#pragma unroll 1
     for (int r = 0; r < p_.world_size; ++r) atomicCAS_system(&header_of(p_.workspaces[r]).broken, 0u, word);
     __threadfence_system();
     __trap();
