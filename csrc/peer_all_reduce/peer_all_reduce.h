@@ -47,7 +47,8 @@ struct PeerCall {
   uint32_t eps_bits;
   int32_t weight_dtype;
   int32_t workers;  // threads that the rank has, on the CPU
-  int32_t unused[4];
+  uint32_t digest;  // on CUDA: of the fields, the number of lanes and their slices
+  int32_t unused[3];
 };
 static_assert(sizeof(PeerCall) == 64);
 

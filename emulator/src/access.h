@@ -33,6 +33,17 @@ inline bool resolve(Warp& warp, const Instruction& in, const Address& address, u
 bool check_shared(Warp& warp, const Instruction& in, Access kind, uint32_t lanes, const uint32_t* offset,
                   uint32_t num_bytes, const char* verb, const SameBytes* same = nullptr, bool collective = false);
 
+// Does the lane write what the bytes [first, last) of its target hold already?
+struct SameStored {
+  bool (*holds)(const void* context, int lane, uint32_t first, uint32_t last);
+  const void* context;
+};
+// The verdict on an access of `lanes` to global memory, against those of other blocks of the launch, reported; before
+// it is performed (sync.cpp). `reach`: of a strong access (kAtomicRead, kAtomicWrite). A plain write of what is there
+// already is no fault: it does not matter who comes last.
+void check_global(Warp& warp, const Instruction& in, Access kind, Reach reach, uint32_t lanes, const Targets& to,
+                  uint32_t num_bytes, const char* verb, const SameStored* same = nullptr);
+
 std::string hex(uint64_t value);
 std::string bytes_text(uint64_t count);                            // "1 byte", "4 bytes"
 std::string place(const Warp& warp, uint32_t pc);                  // "st.shared.u32 at file.cu:12"

@@ -81,6 +81,7 @@ class CodeBuilder {
   std::optional<ParamSlot> call_slot(const std::string& name, int scope);
 
   ProgramBuilder& program() { return program_; }
+  void note_release() { program_.program().orders_blocks = true; }
   Code& code() { return code_; }
   const ptx::Function& function() const { return function_; }
   static Operand frame_pointer() { return Operand::at(Operand::kRegisters, 0); }

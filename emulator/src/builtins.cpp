@@ -246,7 +246,7 @@ void run_malloc(Warp& warp, const Instruction&, const CallSite& site) {
       auto storage = std::make_unique_for_overwrite<std::byte[]>(size + 16);  // aligned to 16, as CUDA's malloc does
       std::memset(storage.get(), kFresh, size);
       address = reinterpret_cast<uint64_t>(storage.get());
-      if (BlockWrites* writes = warp.block().block_writes()) writes->forget(address, size);
+      if (GlobalShadow* shadow = warp.block().global_shadow()) shadow->forget(address, size);
       device_memory().add(storage.get(), size, "an allocation of malloc in a kernel");
       all.blocks.emplace(address, Heap::Block{std::move(storage), size});
       all.num_bytes += size;

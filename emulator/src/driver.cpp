@@ -470,4 +470,12 @@ void emulator_unregister_memory(const void* begin, uint64_t num_bytes) {
   emulator::device_memory().remove(begin, num_bytes);
 }
 
+void emulator_register_peer_memory(const void* begin, uint64_t num_bytes) {
+  emulator::peer_memory().add(begin, num_bytes, "memory of peers");
+}
+
+void emulator_unregister_peer_memory(const void* begin, uint64_t num_bytes) {
+  emulator::peer_memory().remove(begin, num_bytes);
+}
+
 }  // extern "C"

@@ -93,6 +93,10 @@ void execute_copy(Warp& warp, const Instruction& in) {
                [] { return std::string("copies from memory that is not global"); });
     return warp.end_launch();
   }
+  check_global(warp, in, Access::kRead, Reach::kBlock, from.global & whole, from, num_bytes, "copies from");
+  for (uint32_t rest = from.global & ~whole; rest; rest &= rest - 1)
+    check_global(warp, in, Access::kRead, Reach::kBlock, rest & (0 - rest), from, source_bytes[std::countr_zero(rest)],
+                 "copies from");
   check_shared(warp, in, Access::kCopyIssue, lanes, to.offset, num_bytes, "copies to");
   if (Counters* counters = warp.counters()) {
     if (from.global) counters->global_access(in.pc, from.global, from.address, num_bytes, false);

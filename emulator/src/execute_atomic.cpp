@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "access.h"
+#include "builder.h"
 #include "machine.h"
 #include "memory_modifiers.h"
 #include "numerics.h"
@@ -25,7 +26,7 @@ struct Atomic {
   Type type;
   uint32_t element_bytes, count;
   Order order;
-  bool gpu_scope;
+  Reach reach;
   bool reads;  // atom: operands are count results, then count values of b, then c
   Combine combine, combine_global;
 };
@@ -148,27 +149,31 @@ Combine choose_combine(Op op, Type type, bool global) {
   }
 }
 
-// Memory that blocks on other OS threads may be changing.
+// `concurrent`: memory that blocks on other OS threads may be changing, or another process.
 template <typename T>
-uint64_t update(std::byte* host, bool concurrent, Combine combine, uint64_t b, uint64_t c) {
+uint64_t update(std::byte* host, bool concurrent, Combine combine, uint64_t b, uint64_t c, bool& changed) {
   T* const place = reinterpret_cast<T*>(host);
   if (!concurrent) {
     const T old = *place;
     *place = static_cast<T>(combine(old, b, c));
+    changed |= *place != old;
     return old;
   }
   std::atomic_ref<T> reference(*place);
-  T old = reference.load();
-  while (!reference.compare_exchange_weak(old, static_cast<T>(combine(old, b, c)))) {
-  }
+  T old = reference.load(), next;
+  do {
+    next = static_cast<T>(combine(old, b, c));
+  } while (!reference.compare_exchange_weak(old, next));
+  changed |= next != old;
   return old;
 }
 
-uint64_t update(uint32_t num_bytes, std::byte* host, bool concurrent, Combine combine, uint64_t b, uint64_t c) {
+uint64_t update(uint32_t num_bytes, std::byte* host, bool concurrent, Combine combine, uint64_t b, uint64_t c,
+                bool& changed) {
   switch (num_bytes) {
-    case 2: return update<uint16_t>(host, concurrent, combine, b, c);
-    case 4: return update<uint32_t>(host, concurrent, combine, b, c);
-    default: return update<uint64_t>(host, concurrent, combine, b, c);
+    case 2: return update<uint16_t>(host, concurrent, combine, b, c, changed);
+    case 4: return update<uint32_t>(host, concurrent, combine, b, c, changed);
+    default: return update<uint64_t>(host, concurrent, combine, b, c, changed);
   }
 }
 
@@ -202,38 +207,40 @@ bool begin_atomic(Warp& warp, const Instruction& in, const Atomic& op, Targets& 
     return false;
   }
   if (to.shared) check_shared(warp, in, Access::kAtomic, to.shared, to.offset, num_bytes, "atomically changes");
+  if (to.global) check_global(warp, in, Access::kAtomicWrite, op.reach, to.global, to, num_bytes, "atomically changes");
   if (Counters* counters = warp.counters()) {
     if (to.global) counters->global_access(in.pc, to.global, to.address, num_bytes, true);
     if (to.shared) counters->shared_access(in.pc, to.shared, to.offset, num_bytes, true);
   }
-  order_before(warp, warp.active(), to.host, op.order, true, op.gpu_scope);
+  order_before(warp, warp.active(), to.global, to.host, op.order, op.reach, true);
   return true;
 }
 
-void end_atomic(Warp& warp, const Atomic& op, const Targets& to) {
-  order_after(warp, warp.active(), to.host, op.order, op.reads, op.gpu_scope);
+void end_atomic(Warp& warp, const Atomic& op, const Targets& to, bool changed) {
+  if (op.reads) order_after(warp, warp.active(), to.global, to.host, op.order, op.reach);
   warp.block().note_progress();
+  if (!changed && to.global) warp.block().note_poll();
 }
 
 void execute_atomic(Warp& warp, const Instruction& in) {
   const Atomic& op = *static_cast<const Atomic*>(in.data);
   Targets to;
   if (!begin_atomic(warp, in, op, to)) return;
-  const bool threads = warp.block().launch().options().threads > 1;
   const Operand* results = op.reads ? in.operands : nullptr;
   const Operand* values = in.operands + (op.reads ? op.count : 0);
+  bool changed = false;
   const bool has_c = in.num_operands > op.count * (op.reads ? 2 : 1);
   warp.for_each([&](int lane) {
     const bool global = to.global >> lane & 1;
     const uint64_t c = has_c ? lane_value(warp, values[op.count], op.element_bytes, lane) : 0;
     for (uint32_t e = 0; e < op.count; e++) {
       const uint64_t b = lane_value(warp, values[e], op.element_bytes, lane);
-      const uint64_t old = update(op.element_bytes, to.host[lane] + e * op.element_bytes, threads && global,
-                                  global ? op.combine_global : op.combine, b, c);
+      const uint64_t old = update(op.element_bytes, to.host[lane] + e * op.element_bytes, global,
+                                  global ? op.combine_global : op.combine, b, c, changed);
       if (results) set_lane(warp, results[e], op.element_bytes, lane, old);
     }
   });
-  end_atomic(warp, op, to);
+  end_atomic(warp, op, to, changed);
 }
 
 // atom.cas.b128 and atom.exch.b128. immediate: is cas.
@@ -251,7 +258,7 @@ void execute_wide(Warp& warp, const Instruction& in) {
     std::memcpy(to.host[lane], &next, 16);
     warp.lanes<Wide>(in.operands[0])[lane] = old;
   });
-  end_atomic(warp, op, to);
+  end_atomic(warp, op, to, true);
 }
 
 }  // namespace
@@ -265,7 +272,9 @@ void decode_atomic(Decoder& decoder, const ptx::Instruction& in, Instruction& ou
     decoder.error("atomics work on global and shared memory");
   op->order = take_order(mods, kAtomicOrders);
   if (op->order == Order::kWeak) op->order = Order::kRelaxed;
-  op->gpu_scope = take_scope(mods) != Scope::kBlock;
+  op->reach = take_reach(mods, true);
+  if ((op->order == Order::kRelease || op->order == Order::kAcquireRelease) && op->reach != Reach::kBlock)
+    decoder.builder().note_release();
   const bool has_policy = take_cache_hints(mods);
   const int operation = mods.take_one_of({"and", "or", "xor", "cas", "exch", "add", "inc", "dec", "min", "max"});
   if (operation < 0) decoder.error("expected an operation such as .add");

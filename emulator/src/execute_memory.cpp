@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "access.h"
+#include "builder.h"
 #include "machine.h"
 #include "memory_modifiers.h"
 #include "sync.h"
@@ -18,7 +19,7 @@ struct MemoryOp {
   Address address;
   uint32_t element_bytes, num_bytes, count;
   Order order;
-  bool gpu_scope;
+  Reach reach;
   bool counts_local;   // false: parameters of calls, which real code keeps in registers
   bool counts_global;  // false: parameters of the kernel and constants, which come from a cache of their own
   Move move;
@@ -126,6 +127,9 @@ void execute_load(Warp& warp, const Instruction& in) {
     if (to.shared) counters->shared_access(in.pc, to.shared, to.offset, op.num_bytes, false);
     if (to.local && op.counts_local) counters->local_access(in.pc, to.local, op.num_bytes, false);
   }
+  if (to.global && op.counts_global)
+    check_global(warp, in, op.order == Order::kWeak ? Access::kRead : Access::kAtomicRead, op.reach, to.global, to,
+                 op.num_bytes, "reads");
   const uint32_t lanes = warp.active();
   if (kFour && lanes == kAllLanes) {
     load_four_words(warp, in, to.host);
@@ -133,7 +137,8 @@ void execute_load(Warp& warp, const Instruction& in) {
     for (uint32_t e = 0; e < op.count; e++)
       op.move(warp.lanes<std::byte>(in.operands[e]), to.host, e * op.element_bytes, lanes);
   }
-  if (op.order != Order::kWeak) order_after(warp, lanes & ~to.local, to.host, op.order, true, op.gpu_scope);
+  if (to.global && op.order != Order::kWeak) warp.block().note_poll();
+  if (op.order != Order::kWeak) order_after(warp, lanes & ~to.local, to.global, to.host, op.order, op.reach);
 }
 
 // ld.param of a kernel's parameter by its name: one value for all lanes.
@@ -172,44 +177,6 @@ struct Stored {
     return std::memcmp(value + first, host[lane] + first, last - first) == 0;
   }
 };
-
-// A word of global memory that another block of this launch wrote, with nothing between. No fault where it holds the
-// value already: then it does not matter who comes last.
-void check_block_writes(Warp& warp, const Instruction& in, const Targets& to, const Stored& stored) {
-  const uint32_t num_bytes = stored.op.num_bytes;
-  BlockWrites& writes = *warp.block().block_writes();
-  const int64_t block = warp.block().linear();
-  auto range = [&](uint64_t begin, uint32_t count, auto&& lane_of) {
-    while (count > 0) {
-      uint64_t word = 0;
-      const int64_t other = writes.write(begin, count, block, &word);
-      if (other < 0) return;
-      const int lane = lane_of(word);
-      const uint64_t first = word < to.address[lane] ? 0 : word - to.address[lane];
-      const uint64_t last = std::min<uint64_t>(word + 4 - to.address[lane], num_bytes);
-      if (!stored.holds(lane, static_cast<uint32_t>(first), static_cast<uint32_t>(last)))
-        warp.fault(Fault::kBlockRace, in, lane, [&] {
-          return "writes " + bytes_text(last - first) + " at " + hex(to.address[lane] + first) + ", " +
-                 device_memory().describe(to.address[lane] + first, 1) + ", which block " + std::to_string(other) +
-                 " of this launch wrote too";
-        });
-      const uint64_t next = word + 4;
-      if (next >= begin + count) return;
-      count = static_cast<uint32_t>(begin + count - next);
-      begin = next;
-    }
-  };
-  if (to.consecutive) {
-    range(to.address[0], kWarpLanes * num_bytes, [&](uint64_t word) {
-      return word < to.address[0] ? 0 : static_cast<int>((word - to.address[0]) / num_bytes);
-    });
-  } else {
-    for (uint32_t rest = to.global; rest; rest &= rest - 1) {
-      const int lane = std::countr_zero(rest);
-      range(to.address[lane], num_bytes, [lane](uint64_t) { return lane; });
-    }
-  }
-}
 
 // After a store by which lanes wrote the same bytes: do all find what they wrote?
 void check_overlap(Warp& warp, const Instruction& in, uint32_t lanes, const Targets& to, const Stored& stored) {
@@ -264,9 +231,16 @@ void execute_store(Warp& warp, const Instruction& in) {
     if (to.shared) counters->shared_access(in.pc, to.shared, to.offset, op.num_bytes, true);
     if (to.local && op.counts_local) counters->local_access(in.pc, to.local, op.num_bytes, true);
   }
-  const bool plain_global = to.global && op.order == Order::kWeak && warp.block().block_writes() != nullptr;
-  if (plain_global) check_block_writes(warp, in, to, stored);
-  if (op.order != Order::kWeak) order_before(warp, lanes & ~to.local, to.host, op.order, true, op.gpu_scope);
+  if (to.global) {
+    const SameStored same{[](const void* context, int lane, uint32_t first, uint32_t last) {
+                            return static_cast<const Stored*>(context)->holds(lane, first, last);
+                          },
+                          &stored};
+    check_global(warp, in, op.order == Order::kWeak ? Access::kWrite : Access::kAtomicWrite, op.reach, to.global, to,
+                 op.num_bytes, "writes", &same);
+  }
+  if (op.order != Order::kWeak)
+    order_before(warp, lanes & ~to.local, to.global, to.host, op.order, op.reach, false);
   if (kFour && lanes == kAllLanes) {
     store_four_words(warp, in, to.host);
   } else {
@@ -274,6 +248,7 @@ void execute_store(Warp& warp, const Instruction& in) {
       op.move(warp.lanes<std::byte>(in.operands[e]), to.host, e * op.element_bytes, lanes);
   }
   if (overlap) check_overlap(warp, in, to.shared, to, stored);
+  const bool plain_global = to.global && op.order == Order::kWeak && warp.block().shadow() != nullptr;
   if (plain_global && !ascending(to, op.num_bytes)) check_overlap(warp, in, to.global, to, stored);
   if (op.order != Order::kWeak) warp.block().note_progress();
 }
@@ -295,7 +270,8 @@ void decode_load_or_store(Decoder& decoder, const ptx::Instruction& in, Instruct
   if (space == Space::kSharedCluster) decoder.require_architecture(90);
   if (store && space == Space::kConst) decoder.error("constant memory cannot be written");
   op->order = take_order(mods, store ? kStoreOrders : kLoadOrders);
-  op->gpu_scope = take_scope(mods) != Scope::kBlock;
+  op->reach = take_reach(mods, false);
+  if (store && op->order == Order::kRelease && op->reach != Reach::kBlock) decoder.builder().note_release();
   const bool has_policy = take_cache_hints(mods);
   mods.take("nc");
   const int vector = mods.take_one_of({"v2", "v4", "v8"});
@@ -400,7 +376,7 @@ void decode_isspacep(Decoder& decoder, const ptx::Instruction& in, Instruction& 
 
 // ---- fences and hints -----------------------------------------------------------------------------------------------
 
-void execute_fence(Warp& warp, const Instruction& in) { fence(warp, in.immediate != 0); }
+void execute_fence(Warp& warp, const Instruction& in) { fence(warp, static_cast<Reach>(in.immediate)); }
 void execute_nothing(Warp&, const Instruction&) {}
 
 void decode_fence(Decoder& decoder, const ptx::Instruction& in, Instruction& out) {
@@ -423,19 +399,20 @@ void decode_fence(Decoder& decoder, const ptx::Instruction& in, Instruction& out
     decoder.require_architecture(90);
     mods.take("release"), mods.take("cluster");
     mods.finish();
-    out.immediate = 0;
+    out.immediate = static_cast<int>(Reach::kBlock);
     return;
   }
   if (in.parts[0] == "membar") {
     const int level = mods.take_one_of({"cta", "gl", "sys"});
     if (level < 0) decoder.error("expected .cta, .gl or .sys");
-    out.immediate = level > 0;
+    out.immediate = level - 1;
   } else {
     mods.take_one_of({"acq_rel", "sc", "acquire", "release"});
     mods.take("sync_restrict::shared::cta"), mods.take("sync_restrict::shared::cluster");
-    out.immediate = take_scope(mods) != Scope::kBlock;
+    out.immediate = static_cast<int>(reach_of(take_scope(mods)));
   }
   mods.finish();
+  if (out.immediate != static_cast<int>(Reach::kBlock)) decoder.builder().note_release();
 }
 
 // Hints to caches: nothing happens. createpolicy gives a policy, which nothing reads.

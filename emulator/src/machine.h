@@ -11,7 +11,7 @@
 //                warp.spin(in, "mbarrier.try_wait"): done, but found nothing, so others run before the next try;
 //                warp.block().note_progress() when something that others may wait for has changed
 //   collectives  if (!warp.collective(in, mask)) return;
-//   memory       warp.block().shared(), warp.local(lane), params(); shadow(), block_writes(), counters(): maybe null
+//   memory       warp.block().shared(), warp.local(lane), params(); shadow(), global_shadow(), counters(): maybe null
 //
 // Bounds and alignment are checked always (the emulator must not crash), the rest only if the object is there.
 #pragma once
@@ -27,9 +27,11 @@
 #include <string>
 #include <vector>
 
+#include "block_order.h"
 #include "counters.h"
 #include "divergence.h"
 #include "emulator.h"
+#include "global_shadow.h"
 #include "memory.h"
 #include "program.h"
 #include "report.h"
@@ -246,7 +248,10 @@ class Block {
   const std::byte* params() const;
   uint32_t params_bytes() const;
   SharedShadow* shadow() const { return shadow_.get(); }  // null without checks
-  BlockWrites* block_writes() const;                      // null without checks
+  GlobalShadow* global_shadow() const;                    // null without checks, and in launches of one block
+  BlockOrder* block_order() const;                        // null also when the kernel orders no blocks
+  // Whether the order between accesses can still be told; not after some 4 billion of one block.
+  bool order_is_kept() const { return shadow_->era() == first_era_; }
   std::unique_ptr<Extension> async;  // of execute_async.cpp: the mbarriers, with their vector clocks
   int64_t linear() const { return linear_; }
   const uint32_t* index() const { return index_; }
@@ -256,6 +261,8 @@ class Block {
   LaunchState& launch() const { return *launch_; }
   // Something that others of the block may wait for has changed: a store, an atomic, an mbarrier.
   void note_progress() { progress_++; }
+  // A strong read of global memory, or an atomic that changed nothing: perhaps it waits for another block.
+  void note_poll() { polls_++; }
   std::vector<Finding> findings;  // scratch of SharedShadow::access, so that it never allocates: clear, pass, read
 
   // ---- for the scheduler and the control family ----
@@ -278,6 +285,7 @@ class Block {
   std::unique_ptr<std::byte[]> shared_storage_;
   uint32_t shared_bytes_ = 0, static_bytes_ = 0;
   std::unique_ptr<SharedShadow> shadow_;
+  uint32_t first_era_ = 0;
   int64_t linear_ = 0;
   uint32_t index_[3] = {};
   int num_threads_ = 0;
@@ -288,6 +296,7 @@ class Block {
   uint32_t live_threads_ = 0;
   uint64_t progress_ = 0;                      // calls of note_progress, and turns used up without waiting
   uint64_t stores_ = 0;                        // plain stores, barriers passed, threads ended
+  uint64_t polls_ = 0;                         // calls of note_poll
   uint64_t spins_ = 0, progress_at_spin_ = 0;  // spins since progress_ changed
   std::vector<std::unique_ptr<Warp>> warps_;
   Barrier barriers_[kNumBarriers];
@@ -319,7 +328,8 @@ class LaunchState {
   Launch launch_;
   Options options_;
   Reports reports_;
-  std::unique_ptr<BlockWrites> block_writes_;
+  std::unique_ptr<GlobalShadow> global_shadow_;
+  std::unique_ptr<BlockOrder> block_order_;
   std::unique_ptr<std::byte[]> params_storage_;
   std::byte* params_ = nullptr;
   uint32_t shared_bytes_ = 0;
@@ -331,6 +341,7 @@ class LaunchState {
 
 inline const std::byte* Block::params() const { return launch_->params_; }
 inline uint32_t Block::params_bytes() const { return static_cast<uint32_t>(launch_->launch_.params_bytes); }
-inline BlockWrites* Block::block_writes() const { return launch_->block_writes_.get(); }
+inline GlobalShadow* Block::global_shadow() const { return launch_->global_shadow_.get(); }
+inline BlockOrder* Block::block_order() const { return launch_->block_order_.get(); }
 
 }  // namespace emulator

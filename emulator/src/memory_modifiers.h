@@ -26,7 +26,6 @@ inline Space take_space(Modifiers& mods) {
   }
 }
 
-// Without one the scope is the whole system's where an instruction has a scope at all.
 inline Scope take_scope(Modifiers& mods) {
   switch (mods.take_one_of({"cta", "cluster", "gpu", "sys"})) {
     case 0: return Scope::kBlock;
@@ -35,6 +34,22 @@ inline Scope take_scope(Modifiers& mods) {
     case 3: return Scope::kSystem;
     default: return Scope::kNone;
   }
+}
+
+// How far an access or fence orders. A cluster is one block here.
+constexpr Reach reach_of(Scope scope) {
+  switch (scope) {
+    case Scope::kBlock:
+    case Scope::kCluster: return Reach::kBlock;
+    case Scope::kGpu: return Reach::kGpu;
+    default: return Reach::kSystem;
+  }
+}
+
+// Of memory accesses: volatile reaches the system, and so does what names no scope and may not, but not atomics.
+inline Reach take_reach(Modifiers& mods, bool atomic) {
+  const Scope scope = take_scope(mods);
+  return scope == Scope::kNone && atomic ? Reach::kGpu : reach_of(scope);
 }
 
 constexpr std::string_view kLoadOrders[] = {"weak", "relaxed", "acquire", "volatile", "mmio"};

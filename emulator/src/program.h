@@ -217,6 +217,7 @@ struct Program {
   uint32_t static_smem = 0, dynamic_smem_align = 16;
   uint32_t num_instructions = 0;
   uint32_t params_bytes = 0;
+  bool orders_blocks = false;  // some instruction releases what another block can acquire
   const InstructionInfo& info(uint32_t pc) const { return places[pc].first->info[places[pc].second]; }
 };
 

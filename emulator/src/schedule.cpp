@@ -17,6 +17,7 @@ namespace {
 constexpr int kQuantum = 256;                    // warp-instructions of a turn
 constexpr uint64_t kFirstTurn = 4'000'000;       // of a block, before the next blocks start beside it
 constexpr uint64_t kTurnWithoutStores = 20'000;  // likewise, of a block that may be waiting for others
+constexpr uint64_t kPollsWithoutStores = 128;    // likewise, of one that looks at flags
 constexpr size_t kFewInFlight = 64;              // so many blocks may wait before new ones start more slowly
 constexpr uint64_t kSpinsUntilStuck = 20'000;    // tries of waits that found nothing, with no progress between
 constexpr size_t kSharedAlign = 1024;
@@ -51,7 +52,7 @@ void Block::start(int64_t linear) {
   live_threads_ = static_cast<uint32_t>(num_threads_);
   progress_ = spins_ = progress_at_spin_ = 0;
   for (Barrier& barrier : barriers_) barrier = Barrier{};
-  if (shadow_) shadow_->reset();
+  if (shadow_) shadow_->reset(), first_era_ = shadow_->era();
   for (size_t i = 0; i < num_warps_; i++) {
     int lanes = std::min(num_threads_ - static_cast<int>(i) * kWarpLanes, kWarpLanes);
     uint32_t absent = lanes == kWarpLanes ? 0 : ~uint32_t{0} << lanes;
@@ -61,7 +62,7 @@ void Block::start(int64_t linear) {
 }
 
 Block::Progress Block::run(uint64_t budget) {
-  uint64_t executed = 0, last_stores = stores_, last_change = 0;
+  uint64_t executed = 0, last_stores = stores_, last_change = 0, last_polls = polls_;
   bool waits = false;
   while (executed < budget) {
     bool any = false, done = true;
@@ -83,8 +84,9 @@ Block::Progress Block::run(uint64_t budget) {
     if (stores_ != last_stores) {
       last_stores = stores_;
       last_change = executed;
+      last_polls = polls_;
     }
-    waits = executed - last_change > kTurnWithoutStores;
+    waits = executed - last_change > kTurnWithoutStores || polls_ - last_polls > kPollsWithoutStores;
     if (waits) break;
   }
   if (!launch_->count_executed(executed, *this)) return Progress::kDone;
@@ -195,9 +197,12 @@ LaunchState::LaunchState(const Function& function, const Launch& launch, const O
   device_memory().add(params_, launch.params_bytes, "the parameters of the kernel");
   shared_bytes_ = program().static_smem + launch.dynamic_smem;
   num_blocks_ = static_cast<int64_t>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
-  if (options.checks) {
-    block_writes_ = std::make_unique<BlockWrites>();
-    block_writes_->begin_launch();
+  if (options.checks && num_blocks_ > 1) {
+    const bool threads = options.threads > 1;
+    global_shadow_ = program().orders_blocks ? GlobalShadow::ordered(threads) : GlobalShadow::unordered(threads);
+    const uint64_t num_threads = uint64_t{launch.block[0]} * launch.block[1] * launch.block[2];
+    if (program().orders_blocks)
+      block_order_ = std::make_unique<BlockOrder>(static_cast<int>((num_threads + kWarpLanes - 1) / kWarpLanes));
   }
 }
 
@@ -235,6 +240,7 @@ void LaunchState::run_blocks(Counters* counters) {
     Block& block = *in_flight[turn];
     Block::Progress progress = block.run(kFirstTurn);
     waits = progress == Block::Progress::kWaits;
+    if (waits) std::this_thread::yield();  // what it waits for may be another process
     switch (progress) {
       case Block::Progress::kDone:
         idle = std::move(in_flight[turn]);

@@ -133,6 +133,43 @@ uint32_t SharedShadow::next_id(Warp& me, uint32_t lanes, uint32_t pc) {
   return id;
 }
 
+uint32_t SharedShadow::note(int warp, uint32_t lanes) {
+  Warp& me = warps_[static_cast<size_t>(warp)];
+  me.accessed |= lanes;
+  if (me.noted < me.interval) me.noted = next_id(me, lanes, kUnknownPc);
+  return me.noted;
+}
+
+bool SharedShadow::knows(int warp, uint32_t lanes, int other_warp, uint32_t other_lanes, uint32_t id,
+                         bool any_lane) const {
+  const uint32_t w = static_cast<uint32_t>(warp), v = static_cast<uint32_t>(other_warp);
+  if (id <= warps_[w].all[1 + v]) return true;
+  if (!any_lane) return unordered(w, lanes, v, other_lanes, id) < 0;
+  for (uint32_t mine = lanes; mine; mine &= mine - 1) {
+    bool known = false;
+    for (uint32_t others = other_lanes; others && !known; others &= others - 1)
+      known = unordered(w, mine & (0 - mine), v, others & (0 - others), id) < 0;
+    if (!known) return false;
+  }
+  return true;
+}
+
+bool SharedShadow::all_know(int other_warp, uint32_t id) const {
+  return std::all_of(warps_.begin(), warps_.end(),
+                     [&](const Warp& warp) { return warp.all[1 + static_cast<size_t>(other_warp)] >= id; });
+}
+
+uint32_t SharedShadow::uncovered(const VectorClock& clock, int num_warps, uint32_t warp, uint32_t lanes, uint32_t id) {
+  if (clock.empty()) return lanes;
+  if (clock[1 + warp] >= id) return 0;
+  const size_t first = 1 + static_cast<size_t>(num_warps) + 32 * size_t{warp};
+  if (clock.size() <= first) return lanes;
+  uint32_t left = lanes;
+  for (uint32_t rest = lanes; rest; rest &= rest - 1)
+    if (clock[first + static_cast<size_t>(std::countr_zero(rest))] >= id) left &= ~(rest & (0 - rest));
+  return left;
+}
+
 uint32_t SharedShadow::pc_of(uint32_t id) const {
   const Past& past = past_[id & (past_.size() - 1)];
   return past.id == id ? past.pc : kUnknownPc;

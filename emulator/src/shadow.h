@@ -76,6 +76,19 @@ class SharedShadow {
   void acquire(int warp, const VectorClock& from, uint32_t lanes = ~0u);
   // into = max(into, from).
   void join(VectorClock& into, const VectorClock& from) const;
+
+  // An access elsewhere (global memory), or a piece of knowledge, of these lanes: its id, in the time of this shadow.
+  // All in one interval of a warp have one, as nobody can know one of them and not the others of the same lane.
+  uint32_t note(int warp, uint32_t lanes);
+  // What these lanes of `other_warp` did up to `id` happened before what `lanes` of `warp` do next. `any_lane`: what
+  // one of them did, at least.
+  bool knows(int warp, uint32_t lanes, int other_warp, uint32_t other_lanes, uint32_t id, bool any_lane) const;
+  // All lanes of all warps know it.
+  bool all_know(int other_warp, uint32_t id) const;
+  // Those of `lanes` whose accesses up to id a clock of a block of so many warps does not cover.
+  static uint32_t uncovered(const VectorClock& clock, int num_warps, uint32_t warp, uint32_t lanes, uint32_t id);
+  // Another one than before: all was forgotten, and ids began anew.
+  uint32_t era() const { return era_; }
   // One instruction of one warp: the lanes of `lanes` access num_bytes at address[lane], inside the block's shared
   // memory. At most one finding of each fault is appended. `collective`: all lanes of the warp take part in every
   // access, and a read orders the lanes like __syncwarp when it is done (ldmatrix). True: two lanes of this call wrote
@@ -123,6 +136,7 @@ class SharedShadow {
     uint32_t accessed = 0;       // lanes with accesses that not all other lanes know
     uint32_t last = 0;           // id of the last access
     uint32_t interval = 1;       // accesses with ids from here on are in the interval that is open
+    uint32_t noted = 0;          // id of the last note()
     uint32_t released = 0;       // `last` at the last release
     uint32_t after_release = 0;  // id of the first access after it, 0: none yet
     uint32_t floor = 0;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "access.h"
+#include "block_order.h"
 #include "machine.h"
 
 namespace emulator {
@@ -50,6 +51,7 @@ struct BlockSync : Extension {
   std::map<uint32_t, MBarrier> mbarriers;  // by shared offset
   std::vector<AsyncArrival> arrivals;
   std::unordered_map<const std::byte*, VectorClock> released;  // what stands behind a value in memory
+  BlockKnowledge knowledge;                                    // of other blocks
 };
 
 struct WarpSync : Extension {
@@ -71,9 +73,12 @@ inline WarpSync& sync_of(Warp& warp) {
 
 // Ordering by memory: an access of `lanes` at host[lane], before (release) and after (acquire) it is performed. A
 // release by a plain relaxed write is what the last fence saw, an acquire by a relaxed read waits for the next fence.
-void order_before(Warp& warp, uint32_t lanes, std::byte* const* host, Order order, bool writes, bool gpu_scope);
-void order_after(Warp& warp, uint32_t lanes, std::byte* const* host, Order order, bool reads, bool gpu_scope);
-void fence(Warp& warp, bool gpu_scope);
+// `global`: those of `lanes` that point to global memory, where other blocks may meet them. `chain`: what stood behind
+// the value before stands behind the new one too, as it does for atomics.
+void order_before(Warp& warp, uint32_t lanes, uint32_t global, std::byte* const* host, Order order, Reach reach,
+                  bool chain);
+void order_after(Warp& warp, uint32_t lanes, uint32_t global, std::byte* const* host, Order order, Reach reach);
+void fence(Warp& warp, Reach reach);
 
 // Copies of these lanes land: those in all but the last `keep` groups that a lane has committed, and with keep < 0 all.
 void land_groups(Warp& warp, uint32_t lanes, int64_t keep);

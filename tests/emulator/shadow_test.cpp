@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tests of emulator/src/shadow.h, without any PTX. `shadow_test` runs all, and those of memory_test.cpp; `shadow_test
-// bench` prints costs.
+// Tests of emulator/src/shadow.h, without any PTX. `shadow_test` runs all, and those of the other *_test.cpp;
+// `shadow_test bench` prints costs.
 #include "shadow_test.h"
 
 #include <cstdlib>
@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "global_shadow.h"
 #include "memory.h"
 #include "shadow.h"
 
@@ -655,15 +656,26 @@ void run_bench() {
   });
   bench("contains, ranges in turn",
         [&](int i) { all &= m.contains(0x100000 + static_cast<uint64_t>(i % 100) * 0x1000, 4); });
-  BlockWrites w;
-  w.begin_launch();
-  bench("block writes, st.global.b32 of a warp", [&](int i) {
-    for (uint64_t l = 0; l < 32; l++)
-      all &= w.write(0x200000 + static_cast<uint64_t>(i & 1023) * 128 + l * 4, 4, i & 1023) < 0;
-  });
-  bench("block writes, st.global.v4 of a warp", [&](int i) {
-    for (uint64_t l = 0; l < 32; l++)
-      all &= w.write(0x800000 + static_cast<uint64_t>(i & 1023) * 512 + l * 16, 16, i & 1023) < 0;
+  const auto unordered = GlobalShadow::unordered(false), ordered = GlobalShadow::ordered(false);
+  struct Never final : Happened {
+    bool before(const GlobalAccess&) override { return false; }
+  } never;
+  GlobalConflict conflict;
+  for (const Access kind : {Access::kRead, Access::kWrite}) {
+    const std::string what = kind == Access::kRead ? "global reads" : "global writes";
+    const uint64_t base = kind == Access::kRead ? 0x800000 : 0x1000000;
+    bench((what + ", v4 of a warp").c_str(), [&](int i) {
+      all &= !unordered->access({kind, i & 1023}, base + static_cast<uint64_t>(i & 1023) * 512, 512, nullptr, conflict);
+    });
+    bench((what + ", ordered, v4 of a warp").c_str(), [&](int i) {
+      for (uint32_t l = 0; l < 32; l++)
+        all &= !ordered->access({kind, i & 1023, 0, 1u << l, 5, 0},
+                                base + static_cast<uint64_t>(i & 1023) * 512 + l * 16, 16, &never, conflict);
+    });
+  }
+  bench("global reads of many blocks, v4 of a warp", [&](int i) {
+    all &= !unordered->access({Access::kRead, i >> 10}, 0x800000 + static_cast<uint64_t>(i & 1023) * 512, 512, nullptr,
+                              conflict);
   });
   if (!all) std::printf("unexpected\n");
 }
@@ -697,7 +709,7 @@ int main(int argc, char** argv) {
         fuzz({2, 64, kAll, false, sub_words, sync}, seed++, runs / 4);
       }
   test_device_memory();
-  test_block_writes();
+  test_global_shadow();
   std::printf(num_failed == 0 ? "all good\n" : "%d failed\n", num_failed);
   return num_failed != 0;
 }

@@ -18,4 +18,5 @@ inline const void* at(uint64_t address) { return reinterpret_cast<const void*>(a
 
 // memory_test.cpp
 void test_device_memory();
-void test_block_writes();
+// global_shadow_test.cpp
+void test_global_shadow();

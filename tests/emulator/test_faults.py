@@ -14,7 +14,7 @@ from conftest import run_quietly
 import emulator
 
 FOLDER = Path(__file__).parent / "faults"
-ARCHITECTURES = {"sm80": 80, "sm90": 90}
+ARCHITECTURES = {"sm80": 80, "sm90": 90, "blocks": 80}
 
 
 @dataclass(frozen=True)
