@@ -155,6 +155,8 @@ class PeerWorkspace:
         bits: int | None = None,
         block: int = 128,
         algorithm: str = "two_shot",
+        out: Tensor | None = None,
+        residual_out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The sum of what all ranks have, a residual added to it, and RMSNorm, in one pass.
 
@@ -168,6 +170,8 @@ class PeerWorkspace:
             bits: as in `all_reduce`; hidden must then be a multiple of block.
             block: as in `all_reduce`.
             algorithm: as in `all_reduce`.
+            out: shape, dtype and device of x, contiguous, to write to; may be x.
+            residual_out: the same; may be residual.
 
         Returns:
             (out, residual_out) of the shape and dtype of x. The residual is added in float32 and the sum rounded once;
@@ -179,7 +183,8 @@ class PeerWorkspace:
         if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
             raise ValueError(f"{name}: eps must be a finite number of at least 0, got {eps!r}.")
         checks.check_plain(name, x=x, residual=residual, weight=weight)
-        out, residual_out = torch.empty_like(x), torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out
+        residual_out = torch.empty_like(x) if residual_out is None else residual_out
         options = (self.rank, algorithm == "one_shot", code, block, self.lanes, float(eps), self._timeout_ms)
         with self._lock:
             lists = ([x], [residual], weight, self._open(name), [out], [residual_out])

@@ -58,6 +58,7 @@ class Call {
     if (!meet(is_first)) return false;
     const uint8_t* from[kMaxPeers];
     for (int r = 0; r < p_.world_size; ++r) from[r] = steps_.of(r);
+    if (kCode == 0) from[p_.rank] = reinterpret_cast<const uint8_t*>(x_ + first);  // which is in the caches
     payload.finish(from, p_.world_size, p_.factor, result_.from(first));
     return true;
   }
@@ -74,10 +75,10 @@ class Call {
     const uint8_t* from[kMaxPeers];
     for (int r = 0; r < p_.world_size; ++r) from[r] = steps_.of(r) + p_.rank * stride;
     if (kCode == 0) from[p_.rank] = reinterpret_cast<const uint8_t*>(x_ + first + p_.rank * part);
-    payload_of(p_.rank).reduce(from, p_.world_size, p_.factor, steps_.mine());
+    payload_of(p_.rank).reduce(from, p_.world_size, p_.factor, steps_.mine(), result_.from(first + p_.rank * part));
     if (!meet(false)) return false;
     for (int r = 0; r < p_.world_size; ++r) {
-      payload_of(r).copy(steps_.of(r), result_.from(first + r * part));
+      if (r != p_.rank) payload_of(r).copy(steps_.of(r), result_.from(first + r * part));
     }
     return true;
   }

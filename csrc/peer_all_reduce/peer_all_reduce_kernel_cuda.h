@@ -158,7 +158,7 @@ __device__ __forceinline__ void reduce_lane(const PeerKernelParams& p, PeerShare
   const int world_size = reduce.world_size;
 
   // The sum of a tile over the ranks, in their order.
-  const auto sum_tile = [&](int tile, float(&sum)[Tiles::kCount]) {
+  const auto sum_tile = [&](int tile, float (&sum)[Tiles::kCount]) {
     for (float& v : sum) v = 0.0f;
 #pragma unroll 1
     for (int first = 0; first < world_size; first += kRanksAhead) {
@@ -176,13 +176,14 @@ __device__ __forceinline__ void reduce_lane(const PeerKernelParams& p, PeerShare
 #pragma unroll 1
   for (int64_t first = 0, row = 0; first < numel; first += static_cast<int64_t>(p.round_tiles) * kTile) {
     const int64_t left = numel - first;
-    const int num_tiles =
-        left < static_cast<int64_t>(p.round_tiles) * kTile ? static_cast<int>((left + kTile - 1) / kTile) : p.round_tiles;
+    const int num_tiles = left < static_cast<int64_t>(p.round_tiles) * kTile
+                              ? static_cast<int>((left + kTile - 1) / kTile)
+                              : p.round_tiles;
     const auto numel_of = [&](int tile) {
       const int64_t behind = left - static_cast<int64_t>(tile) * kTile;
       return behind < kTile ? static_cast<int>(behind) : kTile;
     };
-    const auto finish = [&](int tile, const float(&result)[Tiles::kCount]) {
+    const auto finish = [&](int tile, const float (&result)[Tiles::kCount]) {
       const int64_t base = first + static_cast<int64_t>(tile) * kTile;
       for (int part = 0; part < Tiles::kParts; ++part) {
         Part more{}, done;
@@ -259,7 +260,8 @@ __device__ __forceinline__ void reduce_lane(const PeerKernelParams& p, PeerShare
     // Rows that are complete.
     if (has_norm) {
       __syncthreads();  // residual_out of the round is written
-      const int64_t done = left < static_cast<int64_t>(p.round_tiles) * kTile ? numel : first + int64_t{p.round_tiles} * kTile;
+      const int64_t done =
+          left < static_cast<int64_t>(p.round_tiles) * kTile ? numel : first + int64_t{p.round_tiles} * kTile;
       constexpr int kVec = 16 / sizeof(T);
       const bool is_wide = is_aligned && p.norm.hidden % kVec == 0 && is_multiple_of_16(p.norm.weight);
       for (; (row + 1) * p.norm.hidden <= done; ++row) {

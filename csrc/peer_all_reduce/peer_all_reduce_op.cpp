@@ -117,6 +117,7 @@ void execute(const Params& p, const Tensor& x) {
 // The sentence for what a rank met.
 [[noreturn]] void fail_with(const char* name, const PeerAllReduceParams& p, const PeerFailure& failure) {
   if (failure.kind == PeerFailure::kDiffers) {
+    if (failure.field == 0) name = "PeerWorkspace";  // for ranks that call another function, too
     const auto text = [&](int64_t value) -> std::string {
       const bool is_norm = p.call.hidden > 0;
       switch (failure.field) {

@@ -85,8 +85,8 @@ class Payloads {
     });
   }
 
-  // The payload of the sum of payloads of the ranks.
-  void reduce(const uint8_t* const* from, int count, float factor, uint8_t* to) const {
+  // The payload of the sum of payloads of the ranks, and the result that all ranks make of it.
+  void reduce(const uint8_t* const* from, int count, float factor, uint8_t* to, const Result<T>& result) const {
     for_each_tile([&](int64_t tile, int64_t valid) {
       alignas(64) std::conditional_t<kCode == 0, T, float> h[kTile];
       for (int64_t at = 0; at < valid; at += kUnit) {
@@ -94,11 +94,16 @@ class Payloads {
         sum_unit_of(from, count, tile, at, factor, acc);
         for (int i = 0; i < kUnitVectors; i += 2) store16(h + at + 8 * i, acc[i], acc[i + 1]);
       }
+      uint8_t* to_tile = to + tile * tile_bytes_;
       if constexpr (kCode == 0) {
-        write_past_caches(to + tile * tile_bytes_, h, valid * static_cast<int64_t>(sizeof(T)));
+        write_past_caches(to_tile, h, valid * static_cast<int64_t>(sizeof(T)));
+        copy_tile(reinterpret_cast<const uint8_t*>(h), tile, valid, result);
       } else {
         for (int64_t i = valid; i < round_up(valid, kUnit); ++i) h[i] = 0.0f;
-        write_codes_of(h, valid, to + tile * tile_bytes_);
+        Codes codes;
+        encode_tile<kCode>(payload_.wire(valid), nullptr, h, 0, valid, codes.bytes);
+        write_past_caches(to_tile, codes.bytes, payload_.wire(valid).bytes());
+        copy_tile(codes.bytes, tile, valid, result);
       }
     });
   }
@@ -116,19 +121,7 @@ class Payloads {
 
   // One payload as the result: that of a sum.
   void copy(const uint8_t* from, const Result<T>& result) const {
-    if (kCode != 0) return finish(&from, 1, 1.0f, result);
-    for_each_tile([&](int64_t tile, int64_t valid) {
-      if (result.residual == nullptr) {
-        memcpy(result.out + tile * kTile, from + tile * tile_bytes_, static_cast<size_t>(valid) * sizeof(T));
-        return;
-      }
-      for (int64_t at = 0; at < valid; at += kUnit) {
-        V8 acc[kUnitVectors];
-        for (V8& v : acc) v = -V8{};  // -0, of which and x the sum is x
-        add(from, tile, at, acc);
-        result.store(tile * kTile + at, min(kUnit, valid - at), acc);
-      }
-    });
+    for_each_tile([&](int64_t tile, int64_t valid) { copy_tile(from + tile * tile_bytes_, tile, valid, result); });
   }
 
  private:
@@ -145,27 +138,43 @@ class Payloads {
     });
   }
 
+  struct Codes {
+    alignas(64) uint8_t bytes[kTile + kTileBlocks * 4];
+  };
+
   // x has zeros behind `valid` elements, to a multiple of kUnit.
-  template <class X>
-  void write_codes_of(const X* x, int64_t valid, uint8_t* to) const {
+  void write_codes_of(const T* x, int64_t valid, uint8_t* to) const {
     if constexpr (kCode != 0) {
-      alignas(64) uint8_t codes[kTile + kTileBlocks * 4];
-      encode_tile<kCode>(payload_.wire(valid), nullptr, x, 0, valid, codes);
-      write_past_caches(to, codes, payload_.wire(valid).bytes());
+      Codes codes;
+      encode_tile<kCode>(payload_.wire(valid), nullptr, x, 0, valid, codes.bytes);
+      write_past_caches(to, codes.bytes, payload_.wire(valid).bytes());
+    }
+  }
+
+  FM_INLINE void copy_tile(const uint8_t* data, int64_t tile, int64_t valid, const Result<T>& result) const {
+    if (kCode == 0 && result.residual == nullptr) {
+      memcpy(result.out + tile * kTile, data, static_cast<size_t>(valid) * sizeof(T));
+      return;
+    }
+    for (int64_t at = 0; at < valid; at += kUnit) {
+      V8 acc[kUnitVectors];
+      for (V8& v : acc) v = kCode == 0 ? -V8{} : V8{};  // -0, of which and x the sum is x
+      add(data, valid, at, acc);
+      result.store(tile * kTile + at, min(kUnit, valid - at), acc);
     }
   }
 
   FM_INLINE void sum_unit_of(const uint8_t* const* from, int count, int64_t tile, int64_t at, float factor,
                              V8 (&acc)[kUnitVectors]) const {
+    const int64_t valid = min(kTile, numel_ - tile * kTile);
     for (V8& v : acc) v = V8{};
-    for (int r = 0; r < count; ++r) add(from[r], tile, at, acc);
+    for (int r = 0; r < count; ++r) add(from[r] + tile * tile_bytes_, valid, at, acc);
     if (factor != 1.0f) {
       for (V8& v : acc) v *= factor;
     }
   }
-  FM_INLINE void add(const uint8_t* from, int64_t tile, int64_t at, V8 (&acc)[kUnitVectors]) const {
-    const uint8_t* data = from + tile * tile_bytes_;
-    const int64_t valid = min(kTile, numel_ - tile * kTile);
+  // The unit at `at` of a tile of `valid` elements.
+  FM_INLINE void add(const uint8_t* data, int64_t valid, int64_t at, V8 (&acc)[kUnitVectors]) const {
     if constexpr (kCode != 0) {
       add_unit<kCode>(payload_.wire(valid), data, at / kUnit, acc);
     } else {

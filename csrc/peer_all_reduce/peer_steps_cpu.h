@@ -11,7 +11,7 @@ namespace fmkernels {
 namespace {
 
 // A rank that comes soon is waited for in a loop; then others may have the processor; then it is slept.
-constexpr int kSpins = 2000, kYields = 500;
+constexpr int kSpins = 300, kYields = 500;
 constexpr long kSleepNanoseconds = 100000;
 
 inline void pause_processor() {
