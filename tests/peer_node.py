@@ -91,10 +91,11 @@ class Node:
         block: int = 128,
         algorithm: str = "two_shot",
         outs: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+        timeout_ms: int = 60000,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(out, residual_out) of all ranks."""
         out, residual_out = outs or ([torch.full_like(x, 7.0) for x in xs], [torch.full_like(x, 7.0) for x in xs])
-        options = (0, algorithm == "one_shot", bits or 0, block, self.lanes, eps, 60000)
+        options = (0, algorithm == "one_shot", bits or 0, block, self.lanes, eps, timeout_ms)
         lists = (list(xs), list(residuals), weight, self.workspaces, list(out), list(residual_out))
         self.run(lambda: ops.peer_all_reduce_rms_norm(*lists, *options))
         return list(out), list(residual_out)
