@@ -311,10 +311,8 @@ def test_opcheck():
     xs, residuals = inputs(2, 4, 64), inputs(2, 4, 64, seed=1)
     outs, sums = ([torch.zeros(4, 64) for _ in range(2)] for _ in range(2))
     opcheck(torch.ops.fmkernels.peer_all_reduce.default, (xs, workspaces, outs, 0, False, 8, 64, True, 1, 30000))
-    opcheck(
-        torch.ops.fmkernels.peer_all_reduce_rms_norm.default,
-        (xs, residuals, torch.ones(64), workspaces, outs, sums, 0, True, 0, 64, 1, 1e-6, 30000),
-    )
+    lists = (xs, residuals, torch.ones(64), workspaces, outs, sums)
+    opcheck(torch.ops.fmkernels.peer_all_reduce_rms_norm.default, (*lists, 0, True, 0, 64, 1, 1e-6, 30000))
 
 
 @NEEDS_GLOO
