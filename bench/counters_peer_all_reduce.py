@@ -64,12 +64,12 @@ class Rank:
         return self.call(1, self.left, LANES)
 
     def case(self, name: str) -> Case:
-        """Of the inputs each payload and each part of a sum counts once, of the outputs what the rank writes."""
+        """Of the inputs each payload, each part of a sum and residual_out count once, of the outputs what it writes."""
         elements = self.numel * self.dtype.itemsize
         payload = self.numel * self.bits // 8 + self.numel // 128 * 4 if self.bits else elements
         reads = WORLD_SIZE * payload if self.one_shot else 2 * payload
         writes = payload if self.one_shot else payload + payload // WORLD_SIZE
-        more = elements + self.hidden * self.dtype.itemsize if self.hidden else 0
+        more = 2 * elements + self.hidden * self.dtype.itemsize if self.hidden else 0
         results = 2 * elements if self.hidden else elements
         return Case(name, self.run, Work(0, elements + reads + more, writes + results))
 
