@@ -41,7 +41,8 @@ __device__ __forceinline__ void load_codes(const CodecWire& wire, const LanePlac
 
 // acc += the codes of the words, as load_codes has them, times the scales of the two quads.
 template <int kCode>
-__device__ __forceinline__ void add_codes(const uint32_t (&words)[2], const float (&s)[2], float (&acc)[kLaneElements]) {
+__device__ __forceinline__ void add_codes(const uint32_t (&words)[2], const float (&s)[2],
+                                          float (&acc)[kLaneElements]) {
   for (int i = 0; i < 2; ++i) {
     float q[kQuad];
     if constexpr (kCode == 1) {

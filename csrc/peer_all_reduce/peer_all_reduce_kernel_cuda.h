@@ -36,19 +36,20 @@ class PeerLane {
         rank_(p.norm.reduce.rank + static_cast<int>(blockIdx.y)),
         lane_(static_cast<int>(blockIdx.x)),
         epoch_(own().epochs[blockIdx.x]),
-        slice_(peer_slice_offset(p_.slice_bytes, p_.lanes, 0, lane_)) {
-    if (threadIdx.x == 0 && ptx::ld_acquire_sys(&own().broken) != 0) __trap();
-  }
+        was_broken_(*static_cast<volatile const uint32_t*>(&own().broken)),
+        slice_(peer_slice_offset(p_.slice_bytes, p_.lanes, 0, lane_)) {}
 
   __device__ __forceinline__ int rank() const { return rank_; }
 
   // The next step: what it writes, it writes before it meets.
   __device__ __forceinline__ void begin() { ++epoch_; }
   __device__ __forceinline__ void meet() {
-    meet_peers(
+    if (was_broken_ != 0) __trap();
+    const bool has_met = meet_peers(
         p_.world_size, rank_, epoch_, static_cast<uint64_t>(p_.timeout_ms) * 1000000u,
         [&](int of, int by) { return &header_of(p_.workspaces[of]).flags[lane_][by]; },
         [&](int peer) { give_up(peer); });
+    if (!has_met) __trap();
   }
   // That of a rank in this step, or in the next one.
   __device__ __forceinline__ uint8_t* slice(int rank, bool is_next = false) const {
@@ -64,19 +65,23 @@ class PeerLane {
     const int peer = threadIdx.x;
     return peer < p_.world_size ? header_of(p_.workspaces[peer]).calls[epoch_ & 1][lane_].digest : digest;
   }
+  // All threads of the block together: __syncthreads besides.
+  __device__ __forceinline__ void compare(uint32_t told, uint32_t digest) const {
+    if (told != digest) give_up(static_cast<int>(threadIdx.x));
+    if (__syncthreads_or(told != digest)) __trap();
+  }
 
   // Behind the last step.
   __device__ __forceinline__ void end() {
     if (threadIdx.x == 0) own().epochs[lane_] = epoch_;
   }
-  // No call is possible any more, and all ranks learn of it: this one goes no further.
+  // No call is possible any more, and all ranks learn of it.
   __device__ __forceinline__ void give_up(int peer) const {
     const uint32_t word =
         peer_broken(static_cast<uint32_t>(rank_), static_cast<uint32_t>(peer), static_cast<uint32_t>(lane_));
 #pragma unroll 1
     for (int r = 0; r < p_.world_size; ++r) atomicCAS_system(&header_of(p_.workspaces[r]).broken, 0u, word);
     __threadfence_system();
-    __trap();
   }
 
  private:
@@ -84,7 +89,7 @@ class PeerLane {
 
   const PeerAllReduceParams& p_;
   int rank_, lane_;
-  uint32_t epoch_;
+  uint32_t epoch_, was_broken_;
   int64_t slice_;  // of half 0
 };
 
@@ -255,11 +260,9 @@ __device__ __forceinline__ void reduce_lane(const PeerKernelParams& p, PeerShare
         }
       }
     }
-    if (told != p.digest) lane.give_up(static_cast<int>(threadIdx.x));
-
     // Rows that are complete.
+    if (first == 0 || has_norm) lane.compare(told, p.digest);  // residual_out of the round is written, besides
     if (has_norm) {
-      __syncthreads();  // residual_out of the round is written
       const int64_t done =
           left < static_cast<int64_t>(p.round_tiles) * kTile ? numel : first + int64_t{p.round_tiles} * kTile;
       constexpr int kVec = 16 / sizeof(T);
