@@ -63,8 +63,12 @@ class PeerWorkspace:
         device = torch.device("cpu" if device is None else device)
         if device.type not in _DEFAULT_BYTES:
             raise ValueError(f"{NAME}: device must be on cpu or cuda, got {device}.")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    f"{NAME}: device must be one that there is, got {device} where torch has no CUDA device."
+                )
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         group = resolve_group(NAME, group, device)
         world_size = group.size()
         if world_size > checks.MAX_RANKS:

@@ -56,7 +56,9 @@ def test_every_rank_has_the_bits_of_the_definition(world_size, algorithm):
     ranks = node(world_size)
     for i, numel in enumerate(SIZES):
         for j, bits in enumerate(BITS):
-            xs = inputs(world_size, numel, dtype=DTYPES[(i + j + world_size) % 3])
+            if (i + j + world_size) % 2:  # the other half with another number of ranks
+                continue
+            xs = inputs(world_size, numel, dtype=DTYPES[(i + j // 2 + world_size) % 3])
             check(ranks, xs, bits=bits, algorithm=algorithm, op=("sum", "avg")[(i + j) % 2])
 
 
@@ -145,7 +147,7 @@ def test_no_ranks_but_one():
 @EACH_ALGORITHM
 @pytest.mark.parametrize("bits", BITS)
 def test_a_message_larger_than_the_workspace_goes_in_rounds(bits, algorithm):
-    xs = inputs(3, 50001)
+    xs = inputs(3, 30001)
     expected = reference.peer_all_reduce.all_reduce(xs, bits=bits, algorithm=algorithm)
     for slice_bytes in (FINEST * 3, FINEST * 3 + 256, 1 << 20):
         for out in node(3, slice_bytes=slice_bytes).all_reduce(xs, bits=bits, algorithm=algorithm):
@@ -210,7 +212,7 @@ def alternate(ranks, num_calls, seed):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_calls_of_any_kind_follow_each_other(world_size):
-    alternate(node(world_size), 100, seed=world_size)
+    alternate(node(world_size), 60, seed=world_size)
 
 
 @pytest.mark.slow

@@ -30,6 +30,12 @@ def on_ranks(world_size, body, **options):
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused():
+    sentence = "device must be one that there is, got cuda where torch has no CUDA device."
+    assert raised(PeerWorkspace, device="cuda") == f"ValueError: PeerWorkspace: {sentence}"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
