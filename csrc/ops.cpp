@@ -72,6 +72,16 @@ STABLE_TORCH_LIBRARY(fmkernels, m) {
       "block_codec_reduce(Tensor wires, int numel, int bits, int out_bits, int block, bool hadamard, float factor, "
       "bool stochastic, int seed, int step, int offset, Tensor(a!) out) -> ()");
 
+  // peer_all_reduce: lists of ranks rank, rank + 1, ..., of which a user has one; workspaces of all ranks, uint8, all zeros
+  // at first; bits 0: the elements as they are
+  m.def(
+      "peer_all_reduce(Tensor[] x, Tensor(a!)[] workspaces, Tensor(b!)[] out, int rank, bool one_shot, int bits, "
+      "int block, bool average, int lanes, int timeout_ms) -> ()");
+  m.def(
+      "peer_all_reduce_rms_norm(Tensor[] x, Tensor[] residual, Tensor weight, Tensor(a!)[] workspaces, "
+      "Tensor(b!)[] out, Tensor(c!)[] residual_out, int rank, bool one_shot, int bits, int block, int lanes, "
+      "float eps, int timeout_ms) -> ()");
+
   // semi_structured: x, mask [rows, columns]; values [rows, columns / 2], metadata [rows / 16, ceil(columns / 64), 32] int32
   m.def("semi_structured_mask(Tensor x, bool both_directions) -> Tensor");
   m.def("semi_structured_pack(Tensor x, Tensor mask, bool transposed) -> (Tensor values, Tensor metadata)");

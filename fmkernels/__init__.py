@@ -16,6 +16,7 @@ from .lora import lora, lora_expand, lora_shrink
 from .merge_attention import merge_attention
 from .norm import layer_norm, rms_norm
 from .page_pool import OutOfPages, PagePool
+from .peer_all_reduce import PeerWorkspace
 from .quantized_linear import dequantize_weight, quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 from .rope import rope
@@ -31,6 +32,7 @@ __all__ = [
     "BlockTopology",
     "OutOfPages",
     "PagePool",
+    "PeerWorkspace",
     "QuantizedWeight",
     "SemiStructured",
     "__version__",

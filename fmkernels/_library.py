@@ -72,6 +72,8 @@ class Ops:
     norm_forward: Callable[..., tuple[Tensor, Tensor]]
     norm_forward_out: Callable[..., None]
     norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    peer_all_reduce: Callable[..., None]
+    peer_all_reduce_rms_norm: Callable[..., None]
     quantized_linear_forward: Callable[..., Tensor]
     quantized_linear_dequantize: Callable[..., Tensor]
     semi_structured_mask: Callable[..., Tensor]

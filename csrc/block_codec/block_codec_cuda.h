@@ -19,16 +19,16 @@ static_assert(kTileThreads * kLaneElements == kMaxBlock);
 constexpr float kShifter =
     0x1.8p23f;  // added to a number of small magnitude it leaves its nearest integer in the low bits
 
-// Where a lane is.
+// Where a lane is, in a tile of the tensor; of tile 0, where it is in any tile.
 struct LanePlace {
   int t;          // its number in the unit
   int64_t unit;   // of the tensor
   int64_t first;  // element of the first quad; the second one is kGroup behind it
 
-  __device__ __forceinline__ LanePlace() {
+  __device__ __forceinline__ explicit LanePlace(int64_t tile) {
     const int lane = threadIdx.x % kUnitLanes, unit_of_tile = threadIdx.x / kUnitLanes;
     t = lane;
-    unit = static_cast<int64_t>(blockIdx.x) * (kMaxBlock / kUnit) + unit_of_tile;
+    unit = tile * (kMaxBlock / kUnit) + unit_of_tile;
     first = unit * kUnit + kQuad * lane;
   }
 };
@@ -311,15 +311,20 @@ __device__ __forceinline__ void store_codes(const CodecWire& wire, const LanePla
   }
 }
 
-// The scales of the blocks that begin in this lane, and once the bytes that hold nothing.
+// The scales of the blocks that begin in this lane.
 template <int kCode>
-__device__ __forceinline__ void store_scales(const CodecWire& wire, const LanePlace& place, const BlockScale (&s)[2],
-                                             bool stochastic, uint8_t* out) {
-  float* scales = reinterpret_cast<float*>(out + wire.scales());
+__device__ __forceinline__ void store_own_scales(const CodecWire& wire, const LanePlace& place,
+                                                 const BlockScale (&s)[2], bool stochastic, float* scales) {
   for (int i = 0; i < 2; ++i) {
     const int64_t at = place.first + i * kGroup, block = at >> wire.block_log2;
     if ((at & (wire.block() - 1)) == 0 && block < wire.blocks()) scales[block] = s[i].template scale<kCode>(stochastic);
   }
+}
+// The same in a wire, and once the bytes that hold nothing.
+template <int kCode>
+__device__ __forceinline__ void store_scales(const CodecWire& wire, const LanePlace& place, const BlockScale (&s)[2],
+                                             bool stochastic, uint8_t* out) {
+  store_own_scales<kCode>(wire, place, s, stochastic, reinterpret_cast<float*>(out + wire.scales()));
   if (blockIdx.x == 0 && threadIdx.x < 2 * kAlignment) {
     const int i = threadIdx.x % kAlignment;
     const int64_t at = (threadIdx.x < kAlignment ? wire.code_bytes() : wire.scales() + wire.scale_bytes()) + i;

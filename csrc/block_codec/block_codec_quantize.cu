@@ -18,7 +18,7 @@ namespace {
 template <class T, int kCode>
 __global__ void __launch_bounds__(kTileThreads, 5) block_codec_quantize_kernel(BlockCodecQuantizeParams p) {
   __shared__ TileShared shared;
-  const LanePlace place;
+  const LanePlace place(blockIdx.x);
   const int64_t numel = p.wire.numel;
 
   // h = x + residual, and x as it is coded.

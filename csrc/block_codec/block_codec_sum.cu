@@ -16,7 +16,7 @@ namespace {
 
 template <class T, int kCode>
 __global__ void __launch_bounds__(kTileThreads) block_codec_sum_kernel(BlockCodecSumParams p) {
-  const LanePlace place;
+  const LanePlace place(blockIdx.x);
   float acc[kLaneElements];
   sum_wires<kCode>(p.sum, place, acc);
   if (p.sum.hadamard) rotate_groups(acc, place.t);
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kTileThreads) block_codec_sum_kernel(BlockCode
 template <int kCode>
 __global__ void __launch_bounds__(kTileThreads) block_codec_reduce_kernel(BlockCodecReduceParams p) {
   __shared__ TileShared shared;
-  const LanePlace place;
+  const LanePlace place(blockIdx.x);
   float x[kLaneElements];
   switch (p.sum.wire.code) {
     case 8: sum_wires<8>(p.sum, place, x); break;

@@ -189,25 +189,27 @@ void encode_tile(const CodecWire& wire, const Draws* draws, const T* x, int64_t 
 
 // ---- the sum of wires ------------------------------------------------------------------------------------------------
 
+// acc[i] += the codes times the scales of a unit of one wire.
+template <int kCode>
+FM_INLINE void add_unit(const CodecWire& wire, const uint8_t* data, int64_t unit, V8 (&acc)[kUnitVectors]) {
+  const int64_t b0 = unit * kUnit >> wire.block_log2, b1 = (unit * kUnit + kGroup) >> wire.block_log2;
+  const uint8_t* scales = data + wire.scales();
+  const Planes<kCode, const uint8_t> from(wire, data, unit);
+  const float s[2] = {read<float>(scales + 4 * b0), read<float>(scales + 4 * min(b1, wire.blocks() - 1))};
+  if constexpr (kCode == 1) {
+    for (int i = 0; i < kUnitVectors; ++i) acc[i] += with_signs(s[i / 4], from.lower[i]);
+  } else {
+    int8_t buffer[kUnit];
+    const int8_t* codes = read_codes<kCode>(from, buffer);
+    for (int i = 0; i < kUnitVectors; ++i) acc[i] += codes_as_floats<kCode>(codes + 8 * i) * s[i / 4];
+  }
+}
+
 // acc[i] = the sum of the codes times the scales of a unit, of all wires in their order.
 template <int kCode>
 FM_INLINE void sum_unit(const CodecSum& p, int64_t unit, V8 (&acc)[kUnitVectors]) {
-  const int64_t b0 = unit * kUnit >> p.wire.block_log2, b1 = (unit * kUnit + kGroup) >> p.wire.block_log2;
-  const uint8_t* data = p.wires;
-  const int64_t scales = p.wire.scales();
-  const int64_t first_scale = scales + 4 * b0, second_scale = scales + 4 * min(b1, p.wire.blocks() - 1);
   for (V8& v : acc) v = V8{};
-  for (int64_t w = 0; w < p.num_wires; ++w, data += p.wire_stride) {
-    const Planes<kCode, const uint8_t> from(p.wire, data, unit);
-    const float s[2] = {read<float>(data + first_scale), read<float>(data + second_scale)};
-    if constexpr (kCode == 1) {
-      for (int i = 0; i < kUnitVectors; ++i) acc[i] += with_signs(s[i / 4], from.lower[i]);
-    } else {
-      int8_t buffer[kUnit];
-      const int8_t* codes = read_codes<kCode>(from, buffer);
-      for (int i = 0; i < kUnitVectors; ++i) acc[i] += codes_as_floats<kCode>(codes + 8 * i) * s[i / 4];
-    }
-  }
+  for (int64_t w = 0; w < p.num_wires; ++w) add_unit<kCode>(p.wire, p.wires + w * p.wire_stride, unit, acc);
 }
 
 FM_INLINE void rotate_unit(V8 (&x)[kUnitVectors]) {

@@ -39,6 +39,28 @@ __device__ __forceinline__ void load_codes(const CodecWire& wire, const LanePlac
   }
 }
 
+// acc += the codes of the words, as load_codes has them, times the scales of the two quads.
+template <int kCode>
+__device__ __forceinline__ void add_codes(const uint32_t (&words)[2], const float (&s)[2],
+                                          float (&acc)[kLaneElements]) {
+  for (int i = 0; i < 2; ++i) {
+    float q[kQuad];
+    if constexpr (kCode == 1) {
+      for (int j = 0; j < kQuad; ++j) q[j] = words[i] >> j & 1 ? -1.0f : 1.0f;
+    } else if constexpr (kCode == kFloat8) {
+      for (int j = 0; j < kQuad; ++j) q[j] = float8_as_float(words[i] >> (8 * j));
+    } else {
+      constexpr uint32_t kSigns = 0x01010101u << (kCode - 1);
+      const uint32_t word = words[i] ^ kSigns;
+      q[0] = code_as_float<kCode, 0>(word);
+      q[1] = code_as_float<kCode, 1>(word);
+      q[2] = code_as_float<kCode, 2>(word);
+      q[3] = code_as_float<kCode, 3>(word);
+    }
+    for (int j = 0; j < kQuad; ++j) acc[i * kQuad + j] = __fadd_rn(acc[i * kQuad + j], __fmul_rn(q[j], s[i]));
+  }
+}
+
 // acc = the sum of the codes times the scales, of all wires in their order; 0 behind the last unit.
 template <int kCode>
 __device__ __forceinline__ void sum_wires(const CodecSum& p, const LanePlace& place, float (&acc)[kLaneElements]) {
@@ -54,22 +76,7 @@ __device__ __forceinline__ void sum_wires(const CodecSum& p, const LanePlace& pl
     const float* of = reinterpret_cast<const float*>(data + scales);
     float s[2] = {of[b0], 0.0f};
     s[1] = has_second ? of[b1] : s[0];
-    for (int i = 0; i < 2; ++i) {
-      float q[kQuad];
-      if constexpr (kCode == 1) {
-        for (int j = 0; j < kQuad; ++j) q[j] = words[i] >> j & 1 ? -1.0f : 1.0f;
-      } else if constexpr (kCode == kFloat8) {
-        for (int j = 0; j < kQuad; ++j) q[j] = float8_as_float(words[i] >> (8 * j));
-      } else {
-        constexpr uint32_t kSigns = 0x01010101u << (kCode - 1);
-        const uint32_t word = words[i] ^ kSigns;
-        q[0] = code_as_float<kCode, 0>(word);
-        q[1] = code_as_float<kCode, 1>(word);
-        q[2] = code_as_float<kCode, 2>(word);
-        q[3] = code_as_float<kCode, 3>(word);
-      }
-      for (int j = 0; j < kQuad; ++j) acc[i * kQuad + j] = __fadd_rn(acc[i * kQuad + j], __fmul_rn(q[j], s[i]));
-    }
+    add_codes<kCode>(words, s, acc);
   }
 }
 

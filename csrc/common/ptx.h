@@ -96,6 +96,23 @@ __device__ __forceinline__ void st_shared(uint32_t smem, uint32_t x) {
   asm volatile("st.shared.u32 [%0 + %1], %2;" ::"r"(smem), "n"(kOffset), "r"(x) : "memory");
 }
 
+// st.release.sys and ld.acquire.sys of 4 bytes in global memory of any GPU or of the host: what this thread has written, or
+// seen written before a barrier, is there for whoever acquires the stored value, and for those behind a barrier with it.
+__device__ __forceinline__ void st_release_sys(uint32_t* gmem, uint32_t x) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");
+}
+__device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* gmem) {
+  uint32_t x;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(x) : "l"(gmem) : "memory");
+  return x;
+}
+// %globaltimer: nanoseconds; how often it counts on depends on the GPU, from 32 ns to about 1 us.
+__device__ __forceinline__ uint64_t globaltimer() {
+  uint64_t x;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(x));
+  return x;
+}
+
 // ldmatrix.x4 at smem + kOffset: four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i+7 give the rows of matrix i, 16
 // bytes each. A lane gets elements 2t, 2t+1 of row g of each. All lanes of the warp together.
 template <int kOffset = 0>

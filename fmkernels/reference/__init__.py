@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of each op in plain torch: slow on purpose, exact in float64, differentiable by autograd."""
 
-from . import block_codec, moe, paged_kv, quantized_collectives
+from . import block_codec, moe, paged_kv, peer_all_reduce, quantized_collectives
 from .attention import attention, attention_scores, attention_varlen
 from .block_sparse import dds, dsd, sdd, topology_moe
 from .cross_entropy import cross_entropy, linear_cross_entropy
@@ -35,6 +35,7 @@ __all__ = [
     "merge_attention",
     "moe",
     "paged_kv",
+    "peer_all_reduce",
     "philox",
     "quantize_weight",
     "quantized_collectives",
