@@ -31,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 INTERFACE = "eth0"
 SECONDS_TO_END = 10
+SECONDS_OF_TORCHRUN = 40  # it gives its workers 30
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -43,9 +44,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("script", nargs="*", help="after --: a script and its arguments, to run instead")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def address_of(rank: int, options: argparse.Namespace) -> str:
+    return f"10.99.0.{rank + 1}" if options.mbit else "127.0.0.1"
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -61,10 +65,10 @@ def limit(namespace: str, device: str, mbit: int) -> None:
 
 
 @contextlib.contextmanager
-def network(ranks: int, mbit: int) -> Iterator[list[str]]:
+def network(options: argparse.Namespace) -> Iterator[list[str]]:
     """The namespaces of the ranks. A namespace takes its interfaces and limits along when it goes."""
     prefix = f"fm{os.getpid()}"
-    hub, names = f"{prefix}-hub", [f"{prefix}-{rank}" for rank in range(ranks)]
+    hub, names = f"{prefix}-hub", [f"{prefix}-{rank}" for rank in range(options.ranks)]
     try:
         for name in (hub, *names):
             ip("netns", "add", name)
@@ -73,14 +77,15 @@ def network(ranks: int, mbit: int) -> Iterator[list[str]]:
         for rank, name in enumerate(names):
             port = f"port{rank}"
             ip("-n", name, "link", "add", INTERFACE, "type", "veth", "peer", "name", port, "netns", hub)
-            ip("-n", name, "addr", "add", f"10.99.0.{rank + 1}/24", "dev", INTERFACE)
+            ip("-n", name, "addr", "add", f"{address_of(rank, options)}/24", "dev", INTERFACE)
             for words in ((name, INTERFACE), (name, "lo"), (hub, port)):
                 ip("-n", words[0], "link", "set", words[1], "up")
             ip("-n", hub, "link", "set", port, "master", "bridge0")
-            limit(name, INTERFACE, mbit)
-            limit(hub, port, mbit)
+            limit(name, INTERFACE, options.mbit)
+            limit(hub, port, options.mbit)
         yield names
     finally:
+        ignore_signals()
         for name in (hub, *names):
             end_processes_in(name)
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
@@ -110,7 +115,7 @@ def run_rank(options: argparse.Namespace) -> None:
     from fmkernels.hooks import QuantizedAllReduce
 
     torch.set_num_threads(1)
-    store = dist.TCPStore(options.address, options.port, options.ranks, is_master=options.rank == 0)
+    store = dist.TCPStore(address_of(0, options), options.port, options.ranks, is_master=options.rank == 0)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=options.rank, world_size=options.ranks, timeout=timeout)
 
@@ -201,39 +206,43 @@ def run_ranks(options: argparse.Namespace, namespaces: list[str]) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": INTERFACE if namespaces else "lo"}
-    address = "10.99.0.1" if namespaces else "127.0.0.1"
-    commands = [command_of(rank, options, address, port) for rank in range(options.ranks)]
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank, command in enumerate(commands):
+        for rank in range(options.ranks):
             inside = ["ip", "netns", "exec", namespaces[rank]] if namespaces else []
-            processes.append(subprocess.Popen([*inside, *command], env=environment))
-        codes = [process.wait() for process in processes]
-        return int(any(codes))  # that of a signal is below 0
+            processes.append(subprocess.Popen([*inside, *command_of(rank, options, port)], env=environment))
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
+        return int(any(codes))  # of the first that has failed, for which the others would wait
     finally:
+        ignore_signals()
         for process in processes:
             process.terminate()
-        end = time.monotonic() + SECONDS_TO_END
-        for process in processes:  # torchrun ends its own first
+        # torchrun ends its workers first; where there are no namespaces nobody else does.
+        end = time.monotonic() + (SECONDS_TO_END if namespaces else SECONDS_OF_TORCHRUN)
+        for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, end - time.monotonic()))
             process.kill()
 
 
-def command_of(rank: int, options: argparse.Namespace, address: str, port: int) -> list[str]:
+def command_of(rank: int, options: argparse.Namespace, port: int) -> list[str]:
     if not options.script:
-        numbers = ["--rank", str(rank), "--address", address, "--port", str(port)]
-        return [sys.executable, __file__, *sys.argv[1:], *numbers]
-    own = address.rpartition(".")[0] + f".{rank + 1}" if options.mbit else address
+        return [sys.executable, __file__, *sys.argv[1:], "--rank", str(rank), "--port", str(port)]
+    first, own = address_of(0, options), address_of(rank, options)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", f"--nnodes={options.ranks}"]
-    torchrun += [f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port}", f"--local-addr={own}"]
+    torchrun += [f"--node-rank={rank}", f"--master-addr={first}", f"--master-port={port}", f"--local-addr={own}"]
     return [*torchrun, *options.script]
 
 
-def leave(*_: object) -> None:
-    """The namespaces go, and another signal, as `timeout` sends to all processes of a group, does not keep them."""
+def ignore_signals() -> None:
+    """While things are ended and removed: another signal, as `timeout` sends to a whole group, must not keep them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave(*_: object) -> None:
+    ignore_signals()
     sys.exit(1)
 
 
@@ -249,7 +258,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("Namespaces need root; --mbit 0 measures over the loopback.", file=sys.stderr)
         return 2
-    with network(options.ranks, options.mbit) as namespaces:
+    with network(options) as namespaces:
         return run_ranks(options, namespaces)
 
 

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts of examples/ as modules."""
+"""The scripts of examples/ as modules, and under torchrun."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 FOLDER = Path(__file__).parent.parent / "examples"
+TEXT = Path(torch.__file__).parent / "nn"  # to learn: read in a tenth of the time of the standard library
 
 
 @contextmanager
@@ -27,3 +32,12 @@ def example(name: str) -> Iterator[ModuleType]:
         for added in set(sys.modules) - before:
             if added == spec.name or added.split(".")[0] == "lm":
                 del sys.modules[added]
+
+
+def torchrun(script: Path, *arguments: str) -> tuple[int, str]:
+    """(exit code, what it has printed) of two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, " ".join(done.stdout.split()) + done.stderr

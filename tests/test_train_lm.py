@@ -2,20 +2,19 @@
 """examples/train_lm.py with a tiny model: it learns, goes on exactly, and notices an attention that is wrong."""
 
 import importlib.util
+import io
+import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from example_scripts import example
+from example_scripts import FOLDER, TEXT, example, torchrun
+from rich.console import Console
 
 import fmkernels
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "examples" / "train_lm.py"
-TEXT = Path(torch.__file__).parent / "nn"  # read in a tenth of the time of the standard library
 TINY = ["--hidden=32", "--layers=2", "--heads=2", "--kv-heads=1", "--seq=64"]
 TINY += ["--batch-size=4", "--validation-windows=4", "--threads=1", f"--text={TEXT}"]
 STEPS = ["--steps=8", "--save-every=3", "--validate-every=4"]
@@ -86,6 +85,14 @@ def test_wrong_attention_is_noticed(demo, capsys, tmp_path, monkeypatch):
     assert "The two attentions do not learn the same" in shown
 
 
+def test_a_loss_that_is_no_number_is_not_the_same(demo):
+    steps = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3, 4)]
+    assert demo.judge_attentions({"a": steps, "b": steps}, Console(file=io.StringIO())) == 0
+    lost = [*steps[:3], {"step": 4, "loss": math.nan}]
+    for other in (steps, lost):
+        assert demo.judge_attentions({"a": lost, "b": other}, Console(file=io.StringIO())) == 1
+
+
 def test_checkpointed_activations_change_no_bit(demo, capsys, tmp_path):
     for name, more in (("plain", []), ("checkpointed", ["--checkpoint-activations"])):
         assert run(demo, capsys, *STEPS, f"--out={tmp_path / name}", *more)[0] == 0
@@ -108,6 +115,13 @@ def test_the_text_is_the_standard_library_without_its_tests(demo):
     assert Path(os.__file__).read_bytes() in source.train.numpy().tobytes() + source.validation.numpy().tobytes()
     assert 20 * len(source.validation) < 2 * len(source.train)
     assert demo.text.load().digest == source.digest
+
+
+def test_the_entropy_of_bytes_that_are_as_likely_is_the_logarithm_of_their_number(demo):
+    for count in (1, 2, 256):
+        train = torch.arange(count, dtype=torch.uint8).repeat(3)
+        source = demo.text.Text(train, torch.zeros(1, dtype=torch.uint8), "")
+        assert demo.text.entropy(source) == pytest.approx(math.log(count))
 
 
 def test_files_held_out_are_whole_and_in_no_batch(demo, tmp_path):
@@ -183,11 +197,9 @@ def test_processes_share_a_run(demo, capsys, tmp_path, model, more):
     alone, together = (tmp_path / name / "fmkernels" for name in ("alone", "together"))
     assert run(demo, capsys, *STEPS, *model, f"--out={alone.parent}")[0] == 0
     stopped(demo, 3, *STEPS, *model, "--save-every=2", f"--out={together.parent}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT]
-    command += [*TINY, *STEPS, *model, f"--out={together.parent}", "--resume", *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = [*TINY, *STEPS, *model, f"--out={together.parent}", "--resume", *more]
+    status, shown = torchrun(FOLDER / "train_lm.py", *arguments)
+    assert status == 0, shown
     expected, actual = losses(demo, alone), losses(demo, together)
     assert actual[:2] == expected[:2]
     assert [line[:1] for line in actual] == [line[:1] for line in expected]

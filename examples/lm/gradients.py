@@ -51,16 +51,18 @@ class CountingGroup:
 class Compression:
     """What a model of DDP or FSDP2 sends as gradients, in one of FORMS other than fp32.
 
+    wrapping: in words; errors are those of a run with the same one.
     group: counts what a DDP model sends. FSDP2 chooses its own, and its parameters travel in float32 as before.
     """
 
-    def __init__(self, model: nn.Module, form: str, group: CountingGroup | None) -> None:
+    def __init__(self, model: nn.Module, form: str, wrapping: str, group: CountingGroup | None) -> None:
         how = FORMS[form]
+        self.wrapping = wrapping
         self.num_calls = 0
         self.has_errors = "error_feedback" in how
         if isinstance(model, DistributedDataParallel):
             self._hook = QuantizedAllReduce(model, group=group, block=BLOCK, **how)
-            self._states: dict[str, Any] = {"DDP": self._hook}
+            self._states: dict[str, Any] = {"": self._hook}  # by the names of modules
             model.register_comm_hook(self, Compression.hook)
         else:
             how = {"scatter_bits" if key == "bits" else key: value for key, value in how.items()}
@@ -77,22 +79,19 @@ class Compression:
             return None
         states = {name: _on_cpu(holder.state_dict()) for name, holder in self._states.items()}
         gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(states, gathered)
+        dist.gather_object({"wrapping": self.wrapping, "states": states}, gathered)
         return gathered
 
     def scatter(self, gathered: list[dict[str, Any]], path: Path) -> None:
         """Takes what is this rank's of the errors in a checkpoint."""
         if not self.has_errors:
             return
-        there, here = (_described(len(of), of[0]) for of in (gathered, [self._states] * dist.get_world_size()))
+        there = f"{len(gathered)} processes with {gathered[0]['wrapping']}"
+        here = f"{dist.get_world_size()} processes with {self.wrapping}"
         if there != here:
             raise ValueError(f"{path} has the errors of {there}, which must be those of the run, it has {here}")
-        for name, state in gathered[dist.get_rank()].items():
+        for name, state in gathered[dist.get_rank()]["states"].items():
             self._states[name].load_state_dict(state)
-
-
-def _described(num_processes: int, states: dict[str, Any]) -> str:
-    return f"{num_processes} processes with {'DDP' if states.keys() == {'DDP'} else 'FSDP'}"
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:

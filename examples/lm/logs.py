@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,14 @@ def apart(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, floa
     second number is what another batch does to a loss, the noise of such curves.
     """
     losses = [[line["loss"] for line in lines] for lines in (a, b)]
-    largest = max(abs(x - y) for x, y in zip(*losses, strict=True))
-    return largest, statistics.median(abs(x - y) for curve in losses for x, y in itertools.pairwise(curve))
+    noise = statistics.median(abs(x - y) for curve in losses for x, y in itertools.pairwise(curve))
+    return largest(x - y for x, y in zip(*losses, strict=True)), noise
+
+
+def largest(differences: Iterable[float]) -> float:
+    """Of their sizes. NaN where one is, whatever the order; `max` keeps it only in the first place."""
+    sizes = [abs(x) for x in differences]
+    return math.nan if any(map(math.isnan, sizes)) else max(sizes)
 
 
 def last(lines: list[dict[str, Any]]) -> tuple[float, float]:

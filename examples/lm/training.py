@@ -113,7 +113,8 @@ def train(
     wrapped = wrap(model, here, fsdp, expert_parallel)
     compression = None
     if settings.gradients is not None:
-        compression = gradients.Compression(wrapped, settings.gradients, here.group)
+        wrapping = "expert parallelism" if expert_parallel else "FSDP" if fsdp else "DDP"
+        compression = gradients.Compression(wrapped, settings.gradients, wrapping, here.group)
     optimizer = torch.optim.AdamW(by_mesh(wrapped.parameters()), betas=(0.9, 0.95), weight_decay=0.1)
     saved_settings = asdict(settings) | asdict(config) | {"text": source.digest}
     del saved_settings["model"]
