@@ -76,7 +76,7 @@ class NeighbourAveraging:
     ) -> None:
         if topology not in TOPOLOGIES:
             raise ValueError(f"{_NAME}: topology must be one of {', '.join(TOPOLOGIES)}, got {topology}.")
-        if bits is not None and (isinstance(bits, bool) or bits not in (8, 6, 4)):
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in (8, 6, 4)):
             raise ValueError(f"{_NAME}: bits must be one of 8, 6, 4 or None, got {bits}.")
         Options(block=block).check(_NAME, ("two_shot",))
         if topology == "shift_one" and bits is not None:
@@ -151,6 +151,6 @@ class NeighbourAveraging:
             raise ValueError(f"{_NAME}: replicas must be of ranks {ranks}, they are of {sorted(state['replicas'])}.")
         values = [state["replicas"][j] for j in ranks]
         check_saved(_NAME, "replicas", values, [torch.empty(numel, device="meta")] * len(ranks))
+        check_agreement(_NAME, self._group, {"num_steps": state["num_steps"]})
         self._replicas = {j: value.detach().to(device, copy=True) for j, value in zip(ranks, values, strict=True)}
         self.num_steps = state["num_steps"]
-        check_agreement(_NAME, self._group, {"num_steps": self.num_steps})

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _check
-from ._block_codec_checks import checked_rounding, code_of
+from ._block_codec_checks import checked_format, checked_rounding, code_of
 from ._collectives_codec import STEP_BITS, Codec, Part, Strip, cut, grain, padded_numel, round_up
 from ._collectives_header import BITS, DTYPES, OPS, ROUNDINGS, Header, send_header
 from ._collectives_schedules import Route, Steps
@@ -21,6 +21,7 @@ from ._library import check_values
 
 DEFAULT_CHUNK = 1 << 22
 PLACE_BITS = 40  # tensors of up to so many elements, a parameter or those of a module, have places of their own
+_MAX_OFFSET = 1 << 62  # places behind it stay below 2^63
 _MESSAGES_OF_CHUNK = 4  # at most; the first message of a call is its header
 _MAX_CHUNKS = (MAX_MESSAGES - 1) // _MESSAGES_OF_CHUNK
 
@@ -56,9 +57,7 @@ class Options:
             # True is 1 and 8.0 is 8; a tensor is compared element by element.
             if isinstance(value, bool) or not isinstance(value, int | str) or value not in allowed:
                 raise ValueError(f"{name}: {argument} must be one of {', '.join(map(str, allowed))}, got {value}.")
-        _check.integer(name, "block", self.block, 1)
-        if self.block not in (32, 64, 128, 256, 512, 1024, 2048):
-            raise ValueError(f"{name}: block must be a power of two from 32 to 2048, got {self.block}.")
+        checked_format(name, self.bits, self.block)
         _check.flag(name, "hadamard", self.hadamard)
         _check.integer(name, "chunk_numel", self.chunk_numel, 1)
         _check.number(name, "decay", self.decay)
@@ -76,10 +75,8 @@ class Options:
             checked_rounding(name, self.rounding, code, self.block, self.seed, self.step, self.offset)
         if self.step >= 1 << STEP_BITS:
             raise ValueError(f"{name}: step must be below 2**{STEP_BITS}, got {self.step}.")
-
-    def with_draws(self, step: int, offset: int) -> Options:
-        """Of the call that an adapter makes of these."""
-        return replace(self, step=step, offset=offset) if self.rounding == "stochastic" else self
+        if self.offset > _MAX_OFFSET:
+            raise ValueError(f"{name}: offset must be at most 2**62, got {self.offset}.")
 
 
 def check_tensor(name: str, argument: str, tensor: Any) -> None:

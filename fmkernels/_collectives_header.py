@@ -22,7 +22,6 @@ OPS = ("sum", "avg")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = tuple(CODES)
 ROUNDINGS = ("nearest", "stochastic")
-_NUM_WORDS = 16
 _MEANINGS = {
     "function": FUNCTIONS,
     "dtype": DTYPES,
@@ -67,6 +66,9 @@ class Header:
         return str(_MEANINGS[name][word] if name in _MEANINGS else word)
 
 
+_NUM_WORDS = len(fields(Header))
+
+
 def send_header(
     transport: Transport, header: Header, sends: Sequence[int], expects: Sequence[int], device: torch.device
 ) -> None:
@@ -74,8 +76,7 @@ def send_header(
 
     `sends[j]` and `expects[j]`: elements to and from rank j, where those are the caller's to say.
     """
-    words = header.words()
-    words += [0] * (_NUM_WORDS - len(words)) + [*sends, *expects]
+    words = [*header.words(), *sends, *expects]
     wire = torch.tensor(words, dtype=torch.int64, device=device).view(torch.uint8)
     pending = transport.gather(0, wire, [wire.numel()] * transport.world_size)
     transport.header = lambda: check_headers(transport.name, pending, transport.world_size)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from . import _check
 from ._collectives_call import PLACE_BITS, Call, Options
 from ._collectives_launch import ALGORITHMS, Owners
 from ._collectives_transport import resolve_group
@@ -34,6 +36,7 @@ class Averaging:
         options: Mapping[str, Any],
         like: Tensor,
     ) -> None:
+        _check.flag(name, "error_feedback", error_feedback)
         self.name, self.bits, self.error_feedback = name, bits, error_feedback
         for key in options:
             if key not in _KNOWN:
@@ -70,8 +73,7 @@ class Averaging:
             self.exact(tensors.values())
             return
         first = next(iter(tensors.values()))
-        call = Call("all_reduce", first, self.options, ALGORITHMS)
-        call.options = self.options.with_draws(step, 0)
+        call = Call("all_reduce", first, replace(self.options, step=step), ALGORITHMS)
         places = {name: index << PLACE_BITS for index, name in enumerate(tensors)}
         self._owners.launch(call, tensors, errors, places, first, async_op=False)
 

@@ -137,11 +137,11 @@ class PeriodicAveraging:
         for what, mine in (("copies", self._copies), ("errors", self._errors)):
             check_saved(self._name, what, state[what], mine)
         check.integer(self._name, "num_steps", state["num_steps"], 0)
+        check_agreement(self._name, self._average.group, {"num_steps": state["num_steps"]})
         for mine, saved in ((self._copies, state["copies"]), (self._errors, state["errors"])):
             for tensor, value in zip(mine, saved, strict=True):
                 tensor.copy_(value)
         self.num_steps = state["num_steps"]
-        check_agreement(self._name, self._average.group, {"num_steps": self.num_steps})
 
 
 class DiLoCo(PeriodicAveraging):

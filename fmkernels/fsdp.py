@@ -48,7 +48,7 @@ class QuantizedAllGather(_Communication):
         offset: places of other modules' elements before those of this one: 2**40 for each keeps their draws apart.
         hadamard: rotate before rounding.
         scatter: of the same module, where rounding is "stochastic": its calls count the steps of what is drawn, so that
-            a forward pass and its backward pass have the same parameters.
+            a forward pass and its backward pass have the same parameters, if no gradient is scattered between them.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class QuantizedReduceScatter(_Communication):
         meant = next((text for value, text in ops.items() if op == value), None)
         if meant is None:
             raise ValueError(f"{name}: op must be SUM or AVG, got {op}; a gradient divide factor needs SUM.")
-        options = replace(self._options, op=meant, group=group).with_draws(self.num_steps, self._options.offset)
+        options = replace(self._options, op=meant, group=group, step=self.num_steps)
         if self._error_feedback:
             if self._error is None:
                 self._error = torch.zeros(input_tensor.numel(), dtype=torch.float32, device=input_tensor.device)
@@ -215,7 +215,8 @@ def quantize_communication(
         inter_bits: for "hierarchical": bits between nodes.
         gather_rounding: of parameters, "nearest" or "stochastic"; drawn anew after each scatter of the module.
         scatter_rounding: of gradients, "nearest" or "stochastic".
-        seed: of what is drawn; each module draws numbers of its own, for parameters and for gradients.
+        seed: of what is drawn; each module draws numbers of its own, for parameters and for gradients. Replicas of
+            HSDP want another each: groups of ranks do not know of the others, and their roundings would be the same.
         hadamard: rotate before rounding.
 
     Returns:

@@ -3,6 +3,7 @@
 
 # No `from __future__ import annotations`: DDP compares the annotation of `bucket` with dist.GradBucket itself.
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class QuantizedAllReduce:
             )
         if bucket.index() == 0:
             self._begin_step()
-        call.options = self._options.with_draws(self._num_steps, 0)
+        call.options = replace(self._options, step=self._num_steps)
         names = [self._names[tensor] for tensor in parameters]
         gradients = dict(zip(names, buffer.split([self._numels[name] for name in names]), strict=True))
         errors = {name: self._error(name, buffer.device) for name in names} if self._has_feedback else None
@@ -158,7 +159,7 @@ class QuantizedAllReduce:
         return {"errors": self.errors(), "num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave on this rank, before the first step or between two."""
+        """What `state_dict` gave on this rank, of the same step on all, before the first step or between two."""
         name = type(self).__name__
         unknown = sorted(set(state["errors"]) - set(self._names.values()))
         if unknown:

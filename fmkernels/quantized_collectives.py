@@ -259,7 +259,7 @@ def all_to_all(
         input_splits: elements to each rank; by default equal parts.
         error_feedback: float32, as many elements as input; see `all_reduce`.
         async_op: return at once with a Work.
-        rounding, seed, step, offset: see `all_reduce`; places are those in input.
+        rounding, seed, step, offset: see `all_reduce`; the place of a part is a multiple of block and of 64.
         hadamard: rotate 32 elements at a time before they are rounded.
         chunk_numel: elements of the input that are encoded at a time; the same on every rank, and changes no bit. On
             CUDA all are one chunk: ranks with other lengths would make another number of collectives of torch.

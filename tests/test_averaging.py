@@ -341,6 +341,7 @@ def check_errors(rank):
     for kind, make_it, arguments, text in (
         ("Value", PeriodicAveraging, {"interval": 0}, "interval must be at least 1, got 0."),
         ("Value", PeriodicAveraging, {"warmup_steps": -1}, "warmup_steps must be at least 0, got -1."),
+        ("Type", PeriodicAveraging, {"bits": 8, "error_feedback": 1}, "error_feedback must be True or False, got int."),
         (
             "Value",
             PeriodicAveraging,
@@ -359,6 +360,7 @@ def check_errors(rank):
         ("Value", DiLoCo, {"parameters": []}, "parameters must be at least one tensor, there are none."),
         ("Value", NeighbourAveraging, {"topology": "star"}, "topology must be one of ring, shift_one, got star."),
         ("Value", NeighbourAveraging, {"bits": 1}, "bits must be one of 8, 6, 4 or None, got 1."),
+        ("Value", NeighbourAveraging, {"bits": 8.0}, "bits must be one of 8, 6, 4 or None, got 8.0."),
         ("Value", NeighbourAveraging, {"block": 48}, "block must be a power of two from 32 to 2048, got 48."),
         (
             "Value",

@@ -44,6 +44,7 @@ BAD = {
     "TypeError: all_reduce: seed must be an integer, got float.": {"rounding": "stochastic", "seed": 1.0},
     "ValueError: all_reduce: seed must be at least 0, got -1.": {"seed": -1},
     "ValueError: all_reduce: step must be below 2**40, got 1099511627776.": {"step": 2**40},
+    "ValueError: all_reduce: offset must be at most 2**62, got 4611686018427387968.": {"offset": 2**62 + 64},
     "ValueError: all_reduce: offset must be a multiple of 64 for this block, got 32.": {
         "rounding": "stochastic",
         "seed": 0,
