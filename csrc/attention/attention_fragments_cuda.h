@@ -11,6 +11,7 @@
 
 #include "../common/launch.h"
 #include "../common/ptx.h"
+#include "../common/vector_cuda.h"
 #include "attention.h"
 
 namespace fmkernels {
@@ -75,9 +76,6 @@ __device__ __forceinline__ int place_of(int row, int n) {
   const uint32_t column = threadIdx.x % 4 * 2;
   return swizzled<T>(row, n * (8 / kChunk) + column / kChunk) / T::kElementBytes + column % kChunk;
 }
-
-// x, the same in every lane of the warp, in a register that the compiler knows to be so.
-__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kAllLanes, x); }
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
 

@@ -42,7 +42,7 @@ inline void opt_in(const char* name, const void* kernel, int smem_bytes) {
            cudaGetErrorString(status), ")");
 }
 
-// Blocks of a kernel that the current GPU can have at one time, if it has no others; at least one.
+// Blocks of a kernel that the current GPU can have at one time, if it has no others.
 template <class Params>
 int64_t resident_blocks(const char* name, void (*kernel)(Params), int block_threads, int smem_bytes) {
   int device = 0, num_sms = 0, blocks_per_sm = 0;
@@ -51,7 +51,7 @@ int64_t resident_blocks(const char* name, void (*kernel)(Params), int block_thre
   check_cuda(name, cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
   check_cuda(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, block_threads,
                                                                  static_cast<size_t>(smem_bytes)));
-  return std::max(int64_t{num_sms} * blocks_per_sm, int64_t{1});  // of none, the launch says why
+  return int64_t{num_sms} * blocks_per_sm;
 }
 
 template <class Params>
@@ -74,7 +74,8 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int
 template <class Params>
 void launch_by_turns(const char* name, void (*kernel)(Params), int64_t num_items, int block_threads, int smem_bytes,
                      cudaStream_t stream, const Params& params) {
-  const int64_t blocks = std::min(num_items, resident_blocks(name, kernel, block_threads, smem_bytes));
+  const int64_t resident = resident_blocks(name, kernel, block_threads, smem_bytes);
+  const int64_t blocks = std::min(num_items, std::max(resident, int64_t{1}));  // of none, the launch says why
   launch(name, kernel, grid_of(name, blocks, 1), dim3(static_cast<unsigned>(block_threads)), smem_bytes, stream,
          params);
 }

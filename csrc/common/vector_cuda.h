@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of up to 16 bytes in global memory on CUDA, as floats, and sums over a warp.
+// Vectors of up to 16 bytes in global memory on CUDA, as floats, and what all lanes of a warp find together.
 #pragma once
 
 #include <cstdint>
@@ -65,5 +65,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(ptx::kAllLanes, x, step);
   return x;
 }
+
+// The largest x of a warp, in a register that the compiler knows to be the same in every lane: branches on it do not diverge.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kAllLanes, x); }
 
 }  // namespace fmkernels

@@ -34,7 +34,7 @@ struct Halves {
   const T* base[2];
   int64_t step;      // from a column of a half to the next one
   int64_t count[2];  // count[0] is count[1], or one more
-  int64_t inner;
+  int64_t inner;     // > 0
 
   const T* column(int half, int64_t i) const { return base[half] + min(i, count[half] - 1) * step; }
 };
@@ -65,6 +65,15 @@ void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count,
   }
 }
 
+// The same of any number of rows, [tile][inner][row of the tile], and up to a vector behind.
+template <class T>
+void pack_tiles(const T* const* rows, int64_t num_rows, int64_t first, int64_t count, float* out) {
+  for (int64_t row = 0, tile; row < num_rows; row += tile) {
+    tile = rows_of_tile(num_rows - row);
+    pack_gathered(rows + row, static_cast<int>(tile), first, count, out + row * count);
+  }
+}
+
 // ---- few rows ----------------------------------------------------------------------------------------------------------
 
 // Few rows, null for one of zeros, in the order in which they are read: [kLongestSum inner indices][tile][inner][row of the tile], and
@@ -72,11 +81,7 @@ void pack_gathered(const T* const* from, int rows, int64_t first, int64_t count,
 template <class T>
 void pack_few(const T* const* rows, int64_t num_rows, int64_t inner, float* left) {
   for (int64_t k = 0; k < inner; k += kLongestSum) {
-    const int64_t count = min(kLongestSum, inner - k);
-    for (int64_t row = 0, tile; row < num_rows; row += tile) {
-      tile = rows_of_tile(num_rows - row);
-      pack_gathered(rows + row, static_cast<int>(tile), k, count, left + k * num_rows + row * count);
-    }
+    pack_tiles(rows, num_rows, k, min(kLongestSum, inner - k), left + k * num_rows);
   }
 }
 
@@ -95,7 +100,7 @@ __attribute__((noinline)) void multiply_few(const Halves<float>& b, int64_t firs
     VecF acc[2][kRows] = {};
     const int64_t end = min(inner, begin + kLongestSum);
     auto add = [&](int half, const float* a, VecF numbers) __attribute__((always_inline)) {
-#pragma GCC unroll 6
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) acc[half][r] += broadcast(a[r]) * numbers;
     };
     auto add_square = [&](int half, int64_t at) __attribute__((always_inline)) {
@@ -152,7 +157,7 @@ __attribute__((noinline)) void multiply_few(const Halves<float>& b, int64_t firs
         }
       }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       for (int i = 0; i < 2; ++i) {
         float* sum = c + r * kPanel + i * kLanes;
@@ -176,7 +181,7 @@ void multiply_by_panels(const Halves<T>& b, int64_t first, int64_t last, const H
       const bool is_last = n + kLanes >= last, is_end = is_last && k + count == b.inner;
       const Halves<T>& after = is_end && next != nullptr ? *next : b;
       const int64_t at = is_end ? 0 : is_last ? first * b.step + k + count : (n + kLanes) * b.step + k;
-      Ahead ahead{
+      const Ahead ahead{
           {reinterpret_cast<const char*>(after.base[0] + at), reinterpret_cast<const char*>(after.base[1] + at)},
           after.step * kBytes,
           kLineBytes,
@@ -185,22 +190,8 @@ void multiply_by_panels(const Halves<T>& b, int64_t first, int64_t last, const H
         const int num_columns = static_cast<int>(max(0, min(kLanes, b.count[half] - n)));
         pack_half(b.base[half] + n * b.step + k, 1, b.step, count, num_columns, panel + half * kLanes);
       }
-      float* c = sums + (n - first) / kLanes * rows * kPanel;
-      int64_t tile = 0;
-      for (int64_t row = 0, tile_rows; row < rows; row += tile_rows, ++tile) {
-        tile_rows = rows_of_tile(rows - row);
-        const float* a = left + k * rows + row * count;
-        float* to = c + row * kPanel;
-        const Chain chain = k == 0 ? Chain::kFirst : Chain::kNext;
-        dispatch_rows(tile_rows, [&]<int kRows>() {
-          if (tile < num_asking) {
-            multiply_tile<kRows, float, Ask::kSpread>(a, panel, kPanel, count, to, kPanel, chain, ahead);
-          } else {
-            multiply_tile<kRows, float, Ask::kNone>(a, panel, kPanel, count, to, kPanel, chain, ahead);
-          }
-        });
-        ahead.advance(count);
-      }
+      multiply_panel(left + k * rows, 0, rows, panel, count, sums + (n - first) / kLanes * rows * kPanel, kPanel,
+                     k == 0 ? Chain::kFirst : Chain::kNext, ahead, is_end && next == nullptr ? 0 : num_asking);
     }
   }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two products of an expert for a block of its rows, over the kernels of moe_columns_cpu.h: gate, up and the gated unit of gathered
-// tokens; and the product behind it, of what the first one has left in the order in which it is read. Internal linkage, as in vec.h.
+// tokens; and the product behind it, of what the first one has left in the order in which it is read; and a plain product
+// (grouped_mm). Internal linkage, as in vec.h.
 #pragma once
 
 #include "moe_columns_cpu.h"
@@ -126,7 +127,7 @@ void gate_up_few(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next
   auto emit = [&](int64_t n, const float* c) {
     const int count = static_cast<int>(min(kLanes, part.last - n));
     for (int64_t r = 0; r < p.num_rows; ++r) {
-      const bool is_there = p.rows[r] != nullptr && p.b.inner > 0;
+      const bool is_there = p.rows[r] != nullptr;
       const VecF both[2] = {is_there ? load(c + r * kPanel) : VecF{},
                             is_there ? load(c + r * kPanel + kLanes) : VecF{}};
       for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
@@ -218,7 +219,7 @@ void product_block(const float* x, int64_t num_rows, const Halves<T>& b, const H
         if (count <= 0) continue;
         const VecF more = bias == nullptr ? VecF{} : load_lanes(bias + half * second + n, count);
         for (int64_t r = 0; r < num_rows; ++r) {
-          const VecF sum = b.inner > 0 ? load(c + r * kPanel + half * kLanes) : VecF{};
+          const VecF sum = load(c + r * kPanel + half * kLanes);
           store_lanes(y + r * stride + half * second + n, bias == nullptr ? sum : sum + more, count);
         }
       }

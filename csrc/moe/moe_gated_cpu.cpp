@@ -38,7 +38,7 @@ struct GatedScratch {
   }
 };
 
-// Rows [first, last) of a group, panels [panel_begin, panel_end) of its width.
+// Rows [first, last) of a group, panels [panel_begin, panel_end) of its width; the rows of b are contiguous.
 template <class T>
 void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_t last, int64_t panel_begin,
                  int64_t panel_end, const GatedScratch& s) {
@@ -48,29 +48,20 @@ void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_
   for (int64_t r = 0; r < num_rows; ++r) rows[r] = row_of<T>(p, first + r);
   for (int64_t k = 0; k < inner; k += kLongestSum) {
     const int64_t count = min(kLongestSum, inner - k);
-    for (int64_t row = 0, tile; row < num_rows; row += tile) {
-      tile = rows_of_tile(num_rows - row);
-      pack_gathered(rows + row, static_cast<int>(tile), k, count, s.left + row * count);
-    }
+    pack_tiles(rows, num_rows, k, count, s.left);
     const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride + k * p.b.row_stride;
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t column = panel * kLanes, columns = min(kLanes, width - column);
       if (p.is_interleaved) {
-        pack_panel(b + 2 * column * p.b.column_stride, p.b.row_stride, p.b.column_stride, count, 2 * columns, s.panel);
+        pack_panel(b + 2 * column, p.b.row_stride, 1, count, 2 * columns, s.panel);
       } else {
         for (int half = 0; half < 2; ++half) {
-          pack_half(b + (half * width + column) * p.b.column_stride, p.b.row_stride, p.b.column_stride, count,
-                    static_cast<int>(columns), s.panel + half * kLanes);
+          pack_half(b + half * width + column, p.b.row_stride, 1, count, static_cast<int>(columns),
+                    s.panel + half * kLanes);
         }
       }
-      float* c = s.sums + (panel - panel_begin) * kPanel;
-      for (int64_t row = 0, tile; row < num_rows; row += tile) {
-        tile = rows_of_tile(num_rows - row);
-        dispatch_rows(tile, [&]<int kRows>() {
-          multiply_tile<kRows, float, Ask::kNone>(s.left + row * count, s.panel, kPanel, count, c + row * stride,
-                                                  stride, k == 0 ? Chain::kFirst : Chain::kNext, {});
-        });
-      }
+      multiply_panel(s.left, 0, num_rows, s.panel, count, s.sums + (panel - panel_begin) * kPanel, stride,
+                     k == 0 ? Chain::kFirst : Chain::kNext, {}, 0);
     }
   }
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -115,16 +106,14 @@ void gated_mm(const MoeGatedMmParams& p) {
   int64_t num_blocks = 0;
   for (int64_t g = 0; g < p.num_groups; ++g) num_blocks += blocks_of(g);
   const int64_t panels = ceil_div(width, kLanes);
-  const int64_t parts =
-      workers == 1 || num_blocks == 0 ? 1 : max(1, min(ceil_div(4 * workers, num_blocks), panels / kMinPartPanels));
+  const int64_t parts = parts_of(num_blocks, panels / kMinPartPanels, workers);
   const int64_t inner_bytes = Arena::array_bytes<float>(inner_floats<T>(width));
   const int64_t worker_bytes =
       by_columns ? ExpertScratch<T>::bytes(inner, width) + inner_bytes : GatedScratch::bytes(panels);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     char* memory = workspace.data() + worker * worker_bytes;
-    int64_t group = 0, block = task / parts;
-    for (int64_t blocks; block >= (blocks = blocks_of(group)); ++group) block -= blocks;
+    const auto [group, block] = find_block(task / parts, blocks_of);
     const int64_t begin = begin_of(p.offsets, group), part = task % parts;
     if (!by_columns) {
       const int64_t first = begin + block * kBlockRows;

@@ -14,9 +14,6 @@ struct GroupRows {
   int group, first, count;
 };
 
-// The largest of all lanes, in a register that the compiler knows to be the same in each: branches on it do not diverge.
-__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(ptx::kAllLanes, x); }
-
 // The largest of the lanes up to this one; their sum. All lanes of a warp together.
 __device__ __forceinline__ int scan_max(int x, int lane) {
 #pragma unroll

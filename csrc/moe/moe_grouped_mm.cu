@@ -4,9 +4,9 @@
 // Contract   see moe_grouped.h. Half elements. Any sizes and strides; where operands are not of whole 16-byte chunks on 16-byte
 //            boundaries another kernel copies them, chunk by chunk or element by element, which is slow.
 // Work       grid: the blocks that the GPU has at one time, or a bound of the tiles, which the host knows from the rows and
-//            groups alone. Block i takes the tiles i, i + blocks, ..., of as many as the offsets make, which it reads once. Rows
-//            of no group are tiles of zeros. Of kStrip tiles of rows, which mostly have their b in common, all columns come
-//            before the next ones.
+//            groups alone. Block i takes the tiles i, i + blocks, ..., of as many as the offsets make, of which each warp has
+//            an index (RowTiles). Rows of no group are tiles of zeros. Of kStrip tiles of rows, which mostly have their b in
+//            common, all columns come before the next ones.
 // Registers  Each layout of b has a loop of its own: with both in one loop the compiler spills.
 // Tiles      128 x 128, and 16, 32, 64 x 256 where the groups have so few rows on average, of the bounds that is; 16 x 64 where
 //            those of 16 x 256 would be too few to fill a GPU.

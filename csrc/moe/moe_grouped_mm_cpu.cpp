@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // moe_grouped_mm_cpu.cpp: products by groups of rows, one product of moe_product_cpu.h a task.
 //
-// Work       A task has at most kBlockRows rows of the result of one group (mm_inner: columns of a), and, where those tasks
-//            are few for the workers, a part of the columns. Groups without rows make no task in mm, and zeros in mm_inner.
+// Work       A task has at most kBlockRows rows of the result of one group (mm_inner: columns of a), or where b lies by columns a
+//            block of moe_expert_cpu.h, of kManyRows; and, where those tasks are few for the workers, a part of the columns.
+//            Groups without rows make no task in mm, and zeros in mm_inner.
 // Cost       2 * rows * inner * columns flops. With few rows a group bound by reading b, each of its lines once.
 
 #include "moe_expert_cpu.h"
@@ -12,12 +13,6 @@ namespace fmkernels {
 namespace {
 
 constexpr int64_t kMinPartColumns = 128;
-
-// Parts of the columns of every block of rows.
-int64_t parts_of(int64_t num_blocks, int64_t columns, int workers) {
-  if (workers == 1 || num_blocks == 0) return 1;
-  return max(1, min(ceil_div(4 * workers, num_blocks), columns / kMinPartColumns));
-}
 
 // The columns of a part: whole panels but for the last one.
 struct Columns {
@@ -33,20 +28,15 @@ struct Columns {
 template <class T>
 void grouped_mm_by_rows(const MoeGroupedMmParams& p, int workers) {
   const int64_t columns = p.out.columns, inner = p.a.columns;
+  auto blocks_of = [&](int64_t group) { return ceil_div(p.offsets[group] - begin_of(p.offsets, group), kBlockRows); };
   int64_t num_blocks = 0;
-  for (int64_t g = 0; g < p.num_groups; ++g) {
-    num_blocks += ceil_div(p.offsets[g] - begin_of(p.offsets, g), kBlockRows);
-  }
-  const int64_t parts = parts_of(num_blocks, columns, workers);
+  for (int64_t g = 0; g < p.num_groups; ++g) num_blocks += blocks_of(g);
+  const int64_t parts = parts_of(num_blocks, columns / kMinPartColumns, workers);
   const int64_t worker_bytes = Scratch::bytes(inner, columns);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     const Scratch scratch(workspace.data() + worker * worker_bytes, inner, columns);
-    int64_t group = 0, block = task / parts;
-    for (int64_t blocks;; block -= blocks, ++group) {
-      blocks = ceil_div(p.offsets[group] - begin_of(p.offsets, group), kBlockRows);
-      if (block < blocks) break;
-    }
+    const auto [group, block] = find_block(task / parts, blocks_of);
     const int64_t begin = begin_of(p.offsets, group), tiles = ceil_div(p.offsets[group] - begin, kTileRows);
     const int64_t num_blocks_of_group = ceil_div(tiles, kBlockRows / kTileRows);  // as even as tiles are
     const int64_t first = begin + tiles * block / num_blocks_of_group * kTileRows;
@@ -68,7 +58,7 @@ void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
   auto blocks_of = [&](int64_t group) { return num_expert_blocks(p.offsets[group] - begin_of(p.offsets, group)); };
   int64_t num_blocks = 0;
   for (int64_t g = 0; g < p.num_groups; ++g) num_blocks += blocks_of(g);
-  const int64_t parts = parts_of(num_blocks, columns, workers);
+  const int64_t parts = parts_of(num_blocks, columns / kMinPartColumns, workers);
   const int64_t worker_bytes = ExpertScratch<T>::bytes(inner, ceil_div(columns, 2));
   const Workspace workspace(workers * worker_bytes);
   auto matrix = [&](int64_t group) {
@@ -78,8 +68,7 @@ void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     Arena arena(workspace.data() + worker * worker_bytes);
     const ExpertScratch<T> scratch(arena, inner, ceil_div(columns, 2));
-    int64_t group = 0, block = task / parts;
-    for (int64_t blocks; block >= (blocks = blocks_of(group)); ++group) block -= blocks;
+    const auto [group, block] = find_block(task / parts, blocks_of);
     const int64_t begin = begin_of(p.offsets, group), num_rows = p.offsets[group] - begin;
     const ExpertRows rows = expert_block(num_rows, block);
     const T* from[kManyRows];
@@ -115,7 +104,8 @@ void grouped_mm_inner(const MoeGroupedMmInnerParams& p) {
   prefer_huge_pages(out, p.num_groups * rows * columns * static_cast<int64_t>(sizeof(T)));
   const int64_t end = p.offsets[p.num_groups - 1];
   const int workers = workers_for(2 * max(1, end) * rows * columns);
-  const int64_t blocks = ceil_div(rows, kBlockRows), parts = parts_of(p.num_groups * blocks, columns, workers);
+  const int64_t blocks = ceil_div(rows, kBlockRows);
+  const int64_t parts = parts_of(p.num_groups * blocks, columns / kMinPartColumns, workers);
   const int64_t worker_bytes = Scratch::bytes(kLongestSum, columns);
   const Workspace workspace(workers * worker_bytes);
   parallel_for(p.num_groups * blocks * parts, workers, [&](int64_t task, int worker) {

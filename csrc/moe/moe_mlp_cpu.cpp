@@ -12,7 +12,6 @@
 namespace fmkernels {
 namespace {
 
-constexpr int64_t kTasksPerWorker = 4;
 constexpr int64_t kMinUnits = 2;  // of columns in a part
 
 struct Block {
@@ -32,9 +31,8 @@ void mlp(const MoeMlpParams& p) {
   const int workers = workers_for(6 * num_rows * hidden * max(1, width));
   int64_t num_blocks = 0;
   for (int64_t e = 0; e < num_experts; ++e) num_blocks += num_expert_blocks(g.offsets[e] - begin_of(g.offsets, e));
-  const bool is_cut = workers > 1 && num_blocks < kTasksPerWorker * workers;
-  const int64_t most_parts = HalfPart::units(max(half_hidden, width)) / kMinUnits;
-  const int64_t parts = is_cut ? max(1, min(ceil_div(kTasksPerWorker * workers, max(1, num_blocks)), most_parts)) : 1;
+  const int64_t parts = parts_of(num_blocks, HalfPart::units(max(half_hidden, width)) / kMinUnits, workers);
+  const bool is_cut = parts > 1;
 
   const int64_t scratch_bytes = ExpertScratch<T>::bytes(max(hidden, width), max(half_hidden, width));
   const int64_t inner_size = inner_floats<T>(width);

@@ -37,7 +37,7 @@ struct Ahead {
 
   // Where the next tile goes on, after one with `count` inner indices.
   void advance(int64_t count) {
-    const int64_t bytes = ceil_div(count, every * kAheadLines) * step;
+    const int64_t bytes = count / (every * kAheadLines) * step;
     for (const char*& half : from) half += bytes;
   }
 };
@@ -102,7 +102,8 @@ __attribute__((noinline)) void multiply_tile(const float* a, const B* b, int64_t
   }
 }
 
-// Tiles of a panel that ask for the lines of the next one, each for a part of them: all at once they wait for each other.
+// Tiles of a panel that ask for the lines of the next one, each for a part of them: all at once they wait for each other; one is
+// enough where many rows give it time.
 inline int64_t asking_tiles(int64_t rows) { return rows <= kTileRows || rows > 96 ? 1 : rows < 4 * kTileRows ? 2 : 4; }
 
 template <class F>
@@ -110,8 +111,34 @@ FM_INLINE void dispatch_rows(int64_t rows, F&& f) {
   dispatch_checked_int<1, 2, 3, 4, 5, 6>(static_cast<int>(rows), f);
 }
 
+// c[row][.]: rows [row, rows) of `left`, [tile][inner][row of the tile], over a packed panel. The first `asking` tiles ask.
+inline void multiply_panel(const float* left, int64_t row, int64_t rows, const float* panel, int64_t count, float* c,
+                           int64_t c_stride, Chain chain, Ahead ahead, int64_t asking) {
+  for (int64_t tile; row < rows; row += tile, --asking) {
+    tile = rows_of_tile(rows - row);
+    dispatch_rows(tile, [&]<int kRows>() {
+      const float* a = left + row * count;
+      float* to = c + row * c_stride;
+      if (asking > 0) multiply_tile<kRows, float, Ask::kSpread>(a, panel, kPanel, count, to, c_stride, chain, ahead);
+      else multiply_tile<kRows, float, Ask::kNone>(a, panel, kPanel, count, to, c_stride, chain, ahead);
+    });
+    if (asking > 0) ahead.advance(count);
+  }
+}
+
 // The first row of a group.
 inline int64_t begin_of(const int32_t* offsets, int64_t group) { return group == 0 ? 0 : offsets[group - 1]; }
+
+// A block of rows of a group, by its number among those of all groups, of which each has blocks_of(group).
+struct GroupBlock {
+  int64_t group, block;
+};
+template <class BlocksOf>
+GroupBlock find_block(int64_t block, BlocksOf&& blocks_of) {
+  int64_t group = 0;
+  for (int64_t blocks; block >= (blocks = blocks_of(group)); ++group) block -= blocks;
+  return {group, block};
+}
 
 // ---- operands --------------------------------------------------------------------------------------------------------
 
@@ -241,26 +268,19 @@ void multiply_packed(const Product<T>& p, const Scratch& s) {
       const int64_t line = p.b_inner_stride * kBytes, num_asking = asking_tiles(p.rows);
       Ahead ahead{{next, next + kAheadLines / 2 * line}, line, kAheadLines * line, num_asking};
       float* c = s.sums + column - whole;
-      int64_t c_stride = sum_stride, tile = 0;
+      int64_t c_stride = sum_stride, first = 0;
       if constexpr (sizeof(T) == 4) {
         if (column < whole) c = p.out + column, c_stride = p.out_stride;
       }
-      for (int64_t row = 0, rows; row < p.rows; row += rows, ++tile) {
-        rows = rows_of_tile(p.rows - row);
-        dispatch_rows(rows, [&]<int kRows>() {
-          const float* a = s.left + row * count;
-          float* to = c + row * c_stride;
-          if (row == 0 && is_whole) {
-            multiply_tile<kRows, T, Ask::kSpread, true>(a, b, p.b_inner_stride, count, to, c_stride, chain, ahead,
-                                                        s.panel);
-          } else if (tile < num_asking) {
-            multiply_tile<kRows, float, Ask::kSpread>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
-          } else {
-            multiply_tile<kRows, float, Ask::kNone>(a, s.panel, kPanel, count, to, c_stride, chain, ahead);
-          }
+      if (is_whole) {
+        first = rows_of_tile(p.rows);
+        dispatch_rows(first, [&]<int kRows>() {
+          multiply_tile<kRows, T, Ask::kSpread, true>(s.left, b, p.b_inner_stride, count, c, c_stride, chain, ahead,
+                                                      s.panel);
         });
         ahead.advance(count);
       }
+      multiply_panel(s.left, first, p.rows, s.panel, count, c, c_stride, chain, ahead, num_asking - (is_whole ? 1 : 0));
     }
   }
   for (int64_t r = 0; r < p.rows && whole < p.columns; ++r) {

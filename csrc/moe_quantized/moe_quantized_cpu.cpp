@@ -67,7 +67,7 @@ void grouped_mm(const MoeQuantizedParams& p) {
   if (num_tasks == 0) return;
 
   const int workers = workers_for(2 * end * w.in_features * p.columns);
-  const int64_t parts = workers == 1 ? 1 : max(1, min(ceil_div(4 * workers, num_tasks), panels / kMinPartPanels));
+  const int64_t parts = parts_of(num_tasks, panels / kMinPartPanels, workers);
   const int64_t x_bytes = Arena::array_bytes<float>(largest * padded);
   const Workspace workspace(Arena::array_bytes<Task>(num_tasks) + workers * x_bytes);
   Arena arena(workspace.data());

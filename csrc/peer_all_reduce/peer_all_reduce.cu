@@ -45,12 +45,9 @@ uint32_t digest_of(const PeerAllReduceParams& p) {
 
 // A block that waits keeps its place on the GPU, so those that it waits for must have theirs.
 void check_resident(const char* name, void (*kernel)(PeerKernelParams), int num_lanes, int num_ranks) {
-  int device = 0, num_sms = 0, blocks_per_sm = 0;
-  check_cuda(name, cudaGetDevice(&device));
-  check_cuda(name, cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  check_cuda(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kTileThreads, 0));
-  FM_CHECK(num_lanes * num_ranks <= num_sms * blocks_per_sm, name, ": ", num_lanes, " lanes of ", num_ranks,
-           " ranks are more blocks than the ", num_sms * blocks_per_sm, " that this GPU holds at once");
+  const int64_t resident = resident_blocks(name, kernel, kTileThreads, 0);
+  FM_CHECK(num_lanes * num_ranks <= resident, name, ": ", num_lanes, " lanes of ", num_ranks,
+           " ranks are more blocks than the ", resident, " that this GPU holds at once");
 }
 
 template <class Tiles>
