@@ -253,7 +253,7 @@ def test_ranks_on_several_nodes_are_one_sentence_on_every_rank(monkeypatch):
 
 @pytest.mark.parametrize("function", ["ftruncate", "posix_fallocate", "_map"])
 def test_memory_that_one_rank_cannot_have_is_one_sentence_on_every_rank(monkeypatch, tmp_path, function):
-    failing, text = [], "kein Glück" * 100  # of which they tell each other a part
+    failing, text = [], "kein Glück \N{FOUR LEAF CLOVER} " * 100  # of which they tell each other a part
 
     def fail_on_one(function):
         def wrapped(*args):
