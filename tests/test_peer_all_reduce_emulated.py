@@ -308,13 +308,16 @@ def test_ranks_meet_for_no_elements():
 # ---- what orders the ranks -------------------------------------------------------------------------------------------
 
 
-def run_few(bits=None, norms=((0, 5, 2560), (1, 5, 2560), (0, 1, 2048), (1, 1, 2048), (1, 1, 1024))):
-    """Several rounds and calls of both algorithms: every half is written again, blocks and rows are of all warps."""
+def run_few(bits=None, norms=((0, 4, 3584), (1, 4, 3584), (0, 1, 2048), (1, 1, 2048), (1, 1, 1024))):
+    """Several rounds and calls of both algorithms: every half is written again, blocks and rows are of all warps.
+
+    The last row of 3584 begins inside a tile and ends in the next round, which other threads write than read it.
+    """
     ranks, options = node(3, lanes=1, slice_bytes=3 * FINEST), {"bits": bits, "block": 512, "timeout_ms": 300}
     for algorithm in ALGORITHMS * 2:
         ranks.all_reduce(inputs(3, 13000, dtype=torch.bfloat16), algorithm=algorithm, **options)
         for begin, count, hidden in norms:
-            xs = inputs(3, 13000, dtype=torch.bfloat16)
+            xs = inputs(3, 14400, dtype=torch.bfloat16)
             rows = [x[begin : begin + count * hidden].view(count, hidden) for x in xs]
             check_norm(ranks, rows, rows, rows[0][0], algorithm=algorithm, **options)
 
@@ -367,7 +370,7 @@ def test_every_barrier_is_needed(instance, bits):
             raise emulator.FaultError([]) from error
 
     count, unseen = missing_synchronisations("peer_all_reduce_kernel", instance, run)
-    assert count >= 7
+    assert count >= 6
     assert unseen == []
 
 
