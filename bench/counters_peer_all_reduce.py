@@ -16,9 +16,9 @@ from torch import Tensor
 from emulator.counters import Work
 from fmkernels import testing
 from fmkernels._library import ops
+from fmkernels._peer_all_reduce_checks import HEADER_BYTES, MAX_LANES, MAX_RANKS
 
 WORLD_SIZE, LANES, EPS = 8, 8, 1e-6
-HEADER_BYTES, FLAG_WORDS, EPOCH_WORDS = 16384, 64 * 16, 64
 SLICE_BYTES = 1 << 18  # a round holds the message
 
 
@@ -60,7 +60,7 @@ class Rank:
             emulated.run(self.call, WORLD_SIZE, self.left, LANES)
             return self.call(WORLD_SIZE, self.empty(), 1)
         words = self.left[0][:HEADER_BYTES].view(torch.int32)
-        words[FLAG_WORDS : FLAG_WORDS + EPOCH_WORDS] = 0  # the own epochs; the flags stand where the call has left them
+        words[MAX_LANES * MAX_RANKS :][:MAX_LANES] = 0  # the own epochs; the flags stand where the call has left them
         return self.call(1, self.left, LANES)
 
     def case(self, name: str) -> Case:

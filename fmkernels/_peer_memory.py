@@ -161,4 +161,6 @@ def _symmetric_memory(group: Any, device: torch.device, num_bytes: int) -> list[
         own.zero_()
         handle.barrier()  # nobody's first signal is cleared
         torch.cuda.synchronize(device)
-    return [own if r == handle.rank else handle.get_buffer(r, [num_bytes], torch.uint8) for r in range(group.size())]
+    return [
+        own if r == handle.rank else handle.get_remote_tensor(r, [num_bytes], torch.uint8) for r in range(group.size())
+    ]

@@ -47,9 +47,10 @@ class PeerWorkspace:
 
     A call that differs between ranks (operation, dtype, number of elements, bits, block, algorithm, op) raises the same
     ValueError on all of them on the CPU, and the workspace stays usable. A rank that is gone or late raises
-    RuntimeError on the others within the timeout (on CUDA the kernel traps), and the workspace is of no use any more:
-    later calls raise at once. An argument that a call refuses on one rank alone makes that rank late for the others.
-    Calls of one workspace come one after another, in the same order on every rank.
+    RuntimeError on the others within the timeout, and the workspace is of no use any more: later calls raise at once.
+    In both cases the kernel traps on CUDA: the process's CUDA context is of no use any more, and the error is that of a
+    failed launch. An argument that a call refuses on one rank alone makes that rank late for the others. Calls of one
+    workspace come one after another, in the same order on every rank.
 
     Not differentiable. Under torch.compile a call is left to Python: the memory behind it is no part of a graph.
     """
@@ -90,9 +91,15 @@ class PeerWorkspace:
         return self._max_bytes
 
     def close(self) -> None:
-        """Gives the memory back; what other ranks still do with theirs goes on."""
+        """Gives the memory back. On the CPU what other ranks still do with theirs goes on; on CUDA the calls of all
+        ranks must be done before one closes.
+        """
         with self._lock:
-            self._workspaces = None
+            try:
+                if self.device.type == "cuda" and self._workspaces is not None:
+                    torch.cuda.synchronize(self.device)
+            finally:
+                self._workspaces = None
 
     def __enter__(self) -> PeerWorkspace:
         return self

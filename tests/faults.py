@@ -8,15 +8,13 @@ import re
 from collections.abc import Callable
 
 SYNCHRONISATION = re.compile(
-    r"^\s*(?:bar(?:rier)?(?:\.cta)?\.sync|bar\.warp\.sync|cp\.async\.wait_group)\b.*;$"
-    r"|^\s*bar(?:rier)?(?:\.cta)?\.red\.or\.pred\s+(?P<result>%p\d+), 0, (?P<own>%p\d+);$",
+    r"^\s*(?:bar(?:rier)?(?:\.cta)?\.sync|bar\.warp\.sync|cp\.async\.wait_group)\b.*;[ \t]*$"
+    r"|^\s*bar(?:rier)?(?:\.cta)?\.red\.or\.pred\s+(?P<result>%p\d+), 0, (?P<own>%p\d+);[ \t]*$",
     re.MULTILINE,
 )
 
 
-def missing_synchronisations(
-    kernel: str, instance: str, run: Callable[[], None], pattern: re.Pattern[str] = SYNCHRONISATION
-) -> tuple[int, list[int]]:
+def missing_synchronisations(kernel: str, instance: str, run: Callable[[], None]) -> tuple[int, list[int]]:
     """Runs with each barrier and each wait of a kernel missing in turn: (how many there are, those not reported).
 
     The mangled name of the kernel, or of a function that kernels call, contains `kernel` and `instance`.
@@ -35,13 +33,13 @@ def missing_synchronisations(
         ]
 
     def count(text: str) -> str:
-        counts.extend(len(pattern.findall(text, *body)) for body in bodies(text))
+        counts.extend(len(SYNCHRONISATION.findall(text, *body)) for body in bodies(text))
         return text
 
     def without(number: int) -> Callable[[str], str]:
         def edit(text: str) -> str:
             for begin, end in bodies(text):
-                found = list(pattern.finditer(text, begin, end))
+                found = list(SYNCHRONISATION.finditer(text, begin, end))
                 if number < len(found):
                     result, own = found[number]["result"], found[number]["own"]
                     instead = f"mov.pred {result}, {own};" if result else ""  # a warp's answer for that of the block

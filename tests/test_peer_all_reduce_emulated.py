@@ -5,13 +5,14 @@ import itertools
 import math
 import random
 import re
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from faults import missing_synchronisations
-from peer_node import FINEST, HEADER_BYTES, Node
+from peer_node import BROKEN, FINEST, HEADER_BYTES, Node
 
 from fmkernels import reference
 from fmkernels.testing import assert_as_good_as_torch, backends
@@ -21,9 +22,6 @@ pytestmark = pytest.mark.skipif(not EMULATED, reason="the emulated backend is no
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = [None, 8, 6, 4]
-BARRIER = re.compile(
-    r"^\s*bar(?:rier)?(?:\.cta)?\.(?:sync\b.*|red\.or\.pred\s+(?P<result>%p\d+), 0, (?P<own>%p\d+));\s*$", re.MULTILINE
-)
 ALGORITHMS = ["one_shot", "two_shot"]
 EACH_ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS)
 EACH_BITS = pytest.mark.parametrize("bits", BITS)
@@ -210,6 +208,28 @@ def test_a_row_does_not_depend_on_the_others(bits):
             assert same(a[0][row], b[0])
 
 
+def unaligned(tensor):
+    """The same values an element behind a boundary of 16 bytes."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view_as(tensor)
+
+
+@pytest.mark.parametrize(("hidden", "bits"), [(512, None), (515, None), (1152, 8)])
+def test_no_bit_of_the_norm_depends_on_where_tensors_begin(hidden, bits):
+    for dtype in DTYPES[:2]:
+        xs, residuals = inputs(2, 3, hidden, dtype=dtype), inputs(2, 3, hidden, dtype=dtype, seed=1)
+        weight, moved = normal(hidden, seed=9), [unaligned(x) for x in xs]
+        expected = node(2).all_reduce_rms_norm(xs, residuals, weight, bits=bits)
+        actual = [
+            node(2).all_reduce_rms_norm(xs, residuals, unaligned(weight), bits=bits),
+            node(2).all_reduce_rms_norm(xs, [residuals[0], unaligned(residuals[1])], weight, bits=bits),
+            node(2).all_reduce_rms_norm(moved, residuals, weight, bits=bits),
+            node(2).all_reduce_rms_norm(moved, residuals, weight, bits=bits, outs=(moved, residuals)),
+        ]
+        for results in actual:
+            for a, b in zip([*results[0], *results[1]], [*expected[0], *expected[1]], strict=True):
+                assert same(a, b)
+
+
 @EACH_BITS
 def test_the_norm_in_place(bits):
     xs, residuals = inputs(2, 6, 384), inputs(2, 6, 384, seed=1)
@@ -284,16 +304,29 @@ def test_lanes_that_have_nothing_to_do_count_no_steps():
     assert all(epoch > 0 for rank in range(2) for epoch in ranks.epochs(rank))
 
 
+def test_ranks_meet_for_no_elements():
+    ranks = node(2)
+    check(ranks, inputs(2, 0), algorithm="one_shot")
+    assert [ranks.epochs(rank) for rank in range(2)] == [[1, 0]] * 2
+    check_norm(ranks, inputs(2, 0, 384), inputs(2, 0, 384), normal(384))
+    assert [ranks.epochs(rank) for rank in range(2)] == [[3, 0]] * 2
+    assert trapped(lambda: ranks.all_reduce(inputs(1, 0), timeout_ms=100))[0]
+    assert ranks.broken(1) == (1, 0, 1, 0)
+
+
 # ---- what orders the ranks -------------------------------------------------------------------------------------------
 
 
-def run_few(bits=None, norms=((0, 5, 2560), (1, 5, 2560), (0, 1, 2048), (1, 1, 2048), (1, 1, 1024))):
-    """Several rounds and calls of both algorithms: every half is written again, blocks and rows are of all warps."""
+def run_few(bits=None, norms=((0, 4, 3584), (1, 4, 3584), (0, 1, 2048), (1, 1, 2048), (1, 1, 1024))):
+    """Several rounds and calls of both algorithms: every half is written again, blocks and rows are of all warps.
+
+    The last row of 3584 begins inside a tile and ends in the next round, which other threads write than read it.
+    """
     ranks, options = node(3, lanes=1, slice_bytes=3 * FINEST), {"bits": bits, "block": 512, "timeout_ms": 300}
     for algorithm in ALGORITHMS * 2:
         ranks.all_reduce(inputs(3, 13000, dtype=torch.bfloat16), algorithm=algorithm, **options)
         for begin, count, hidden in norms:
-            xs = inputs(3, 13000, dtype=torch.bfloat16)
+            xs = inputs(3, 14400, dtype=torch.bfloat16)
             rows = [x[begin : begin + count * hidden].view(count, hidden) for x in xs]
             check_norm(ranks, rows, rows, rows[0][0], algorithm=algorithm, **options)
 
@@ -345,8 +378,8 @@ def test_every_barrier_is_needed(instance, bits):
         except AssertionError as error:
             raise emulator.FaultError([]) from error
 
-    count, unseen = missing_synchronisations("peer_all_reduce_kernel", instance, run, BARRIER)
-    assert count >= 7
+    count, unseen = missing_synchronisations("peer_all_reduce_kernel", instance, run)
+    assert count >= 6
     assert unseen == []
 
 
@@ -382,6 +415,20 @@ def test_a_rank_that_never_comes_ends_the_kernel(missing, algorithm):
         assert waiting != missing
         assert lane < 2
     assert trapped(lambda: ranks.all_reduce(xs, algorithm=algorithm))[0], "later calls find the workspace broken"
+
+
+def test_who_waits_hears_that_others_have_given_up():
+    """Here another thread, which writes to a workspace as a rank does."""
+    check(node(3), inputs(3, 5000))  # the kernel is loaded
+    ranks, word = node(3), 1 | 2 << 8 | 1 << 16
+    timer = threading.Timer(0.5, lambda: ranks.words(0)[BROKEN].fill_(word))
+    timer.start()
+    is_trap, seconds = trapped(lambda: ranks.all_reduce(inputs(1, 5000), timeout_ms=120000))
+    timer.join()
+    assert is_trap
+    assert 0.3 < seconds < 60
+    assert ranks.broken(0) == (1, 2, 1, 0)
+    assert ranks.broken(2)[:2] == (1, 0), "it tells the others"
 
 
 def test_a_peer_that_means_another_call_is_noticed():

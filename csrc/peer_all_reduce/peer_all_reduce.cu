@@ -53,12 +53,11 @@ void check_resident(const char* name, void (*kernel)(PeerKernelParams), int num_
 template <class Tiles>
 void complete(const char* name, PeerKernelParams& p) {
   const PeerAllReduceParams& reduce = p.norm.reduce;
-  const int64_t scales = reduce.payload.code == 0 ? 0 : (Tiles::kTile >> reduce.payload.block_log2) * 4;
-  p.tile_bytes = static_cast<int32_t>(Tiles::kCodeBytes + CodecWire::aligned(scales));
+  p.tile_bytes = static_cast<int32_t>(reduce.payload.bytes(Tiles::kTile));
   FM_CHECK(p.tile_bytes <= reduce.slice_bytes, name, ": a slice of a workspace must have ", p.tile_bytes,
            " bytes, it has ", reduce.slice_bytes);
   const int64_t tiles = reduce.slice_bytes / p.tile_bytes;
-  constexpr int64_t kMaxTiles = 1 << 18;  // of 8 KiB at most: below 2^31 bytes
+  constexpr int64_t kMaxTiles = 1 << 18;  // of 4 KiB at most: below 2^31 bytes
   p.round_tiles = static_cast<int32_t>(tiles < kMaxTiles ? tiles : kMaxTiles);
   const int64_t unit = p.norm.hidden > 0 ? p.norm.hidden : Tiles::kTile;
   const int64_t units = (reduce.numel + unit - 1) / unit;
@@ -67,7 +66,6 @@ void complete(const char* name, PeerKernelParams& p) {
 
 void launch_lanes(const char* name, PeerKernelParams p, cudaStream_t stream) {
   const PeerAllReduceParams& reduce = p.norm.reduce;
-  if (reduce.numel == 0) return;
   p.digest = digest_of(reduce);
   dispatch_dtype(reduce.payload.dtype, [&]<class T>() {
     dispatch_int<0, 8, 6, 4>("bits", reduce.payload.code, [&]<int kBits>() {

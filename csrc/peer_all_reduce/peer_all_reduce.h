@@ -119,7 +119,7 @@ FM_HOST_DEVICE int64_t peer_call_field(const PeerCall& call, int field) {
 // One launch computes the ranks `rank` .. rank + num_ranks - 1 together, which a user has one of: blockIdx.y + rank.
 struct PeerAllReduceParams {
   PeerPayload payload;
-  int64_t numel;  // may be 0: the ranks then still meet, on the CPU
+  int64_t numel;  // may be 0: the ranks then still meet
   int32_t world_size, rank, num_ranks, lanes;
   int64_t slice_bytes;
   int32_t timeout_ms;

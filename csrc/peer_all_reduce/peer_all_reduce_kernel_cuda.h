@@ -36,7 +36,7 @@ class PeerLane {
         rank_(p.norm.reduce.rank + static_cast<int>(blockIdx.y)),
         lane_(static_cast<int>(blockIdx.x)),
         epoch_(own().epochs[blockIdx.x]),
-        was_broken_(*static_cast<volatile const uint32_t*>(&own().broken)),
+        was_broken_(is_broken()),
         slice_(peer_slice_offset(p_.slice_bytes, p_.lanes, 0, lane_)) {}
 
   __device__ __forceinline__ int rank() const { return rank_; }
@@ -46,9 +46,9 @@ class PeerLane {
   __device__ __forceinline__ void meet() {
     if (was_broken_ != 0) __trap();
     const bool has_met = meet_peers(
-        p_.world_size, rank_, epoch_, static_cast<uint64_t>(p_.timeout_ms) * 1000000u,
+        p_.world_size, rank_, epoch_, static_cast<int64_t>(p_.timeout_ms) * 1000000,
         [&](int of, int by) { return &header_of(p_.workspaces[of]).flags[lane_][by]; },
-        [&](int peer) { give_up(peer); });
+        [&] { return is_broken() != 0; }, [&](int peer) { give_up(peer); });
     if (!has_met) __trap();
   }
   // That of a rank in this step, or in the next one.
@@ -86,6 +86,9 @@ class PeerLane {
 
  private:
   __device__ __forceinline__ PeerHeader& own() const { return header_of(p_.workspaces[rank_]); }
+  __device__ __forceinline__ uint32_t is_broken() const {
+    return *static_cast<volatile const uint32_t*>(&own().broken);
+  }
 
   const PeerAllReduceParams& p_;
   int rank_, lane_;
@@ -105,33 +108,50 @@ __device__ __forceinline__ float block_sum(float x, float (&sums)[2][kTileWarps]
   return x;
 }
 
+// `numel` elements at most, zeros behind them.
 template <class W, int kVec>
-__device__ __forceinline__ void load_floats(const void* data, int64_t at, float (&to)[kVec]) {
-  const auto vector = load_vector<W, kVec>(static_cast<const W*>(data) + at);
-  for (int i = 0; i < kVec; ++i) to[i] = to_float(vector.lane[i]);
+__device__ __forceinline__ void load_floats(const void* data, int numel, bool is_wide, float (&to)[kVec]) {
+  constexpr int kPart = 16 / sizeof(W);
+  for (int first = 0; first < kVec; first += kPart) {
+    const auto part = load_part<W, kPart>(static_cast<const W*>(data), first, numel, is_wide);
+    for (int i = 0; i < kPart; ++i) to[first + i] = to_float(part.lane[i]);
+  }
 }
 
-// out = RMSNorm of a row of residual_out, which this block has written before a barrier.
-template <class T, int kVec>
-__device__ __forceinline__ void norm_row(const PeerAllReduceRmsNormParams& p, const T* row, T* out, PeerShared& shared,
-                                         int turn) {
+// out = RMSNorm of a row of residual_out, which this block has written before a barrier. is_wide: 16 bytes are one access;
+// which thread has which elements, and so the order of a sum, does not depend on it.
+template <class T>
+__device__ __forceinline__ void norm_row(const PeerAllReduceRmsNormParams& p, const T* row, T* out, bool is_wide,
+                                         PeerShared& shared, int turn) {
+  constexpr int kVec = 16 / sizeof(T), kStride = kTileThreads * kVec, kAhead = 4;
+  const int64_t begin = static_cast<int64_t>(threadIdx.x) * kVec;
+  const auto numel_at = [&](int64_t column) {
+    return p.hidden - column < kVec ? static_cast<int>(p.hidden - column) : kVec;
+  };
   float sum = 0.0f;
-#pragma unroll 4
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kVec; column < p.hidden; column += kTileThreads * kVec) {
-    const auto s = load_vector<T, kVec>(row + column);
-    for (int i = 0; i < kVec; ++i) sum += to_float(s.lane[i]) * to_float(s.lane[i]);
+#pragma unroll 1
+  for (int64_t column = begin; column < p.hidden; column += kAhead * kStride) {
+    Vector<T, kVec> s[kAhead];
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t at = column + i * kStride;
+      s[i] = load_part<T, kVec>(row + at, 0, numel_at(at), is_wide);
+    }
+    for (int i = 0; i < kAhead; ++i) {
+      for (int k = 0; k < kVec; ++k) sum = __fmaf_rn(to_float(s[i].lane[k]), to_float(s[i].lane[k]), sum);
+    }
   }
   sum = block_sum(sum, shared.sums, turn);
   const float rstd = 1.0f / sqrtf(sum / static_cast<float>(p.hidden) + p.eps);
   const bool is_float = p.weight_dtype == DType::kFloat32;
-#pragma unroll 2
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kVec; column < p.hidden; column += kTileThreads * kVec) {
-    Vector<T, kVec> s = load_vector<T, kVec>(row + column);
+#pragma unroll 1
+  for (int64_t column = begin; column < p.hidden; column += kStride) {
+    const int numel = numel_at(column);
+    Vector<T, kVec> s = load_part<T, kVec>(row + column, 0, numel, is_wide);
     float weight[kVec];
-    if (is_float) load_floats<float>(p.weight, column, weight);
-    else load_floats<T>(p.weight, column, weight);
+    if (is_float) load_floats<float>(static_cast<const float*>(p.weight) + column, numel, is_wide, weight);
+    else load_floats<T>(static_cast<const T*>(p.weight) + column, numel, is_wide, weight);
     for (int i = 0; i < kVec; ++i) s.lane[i] = from_float<T>(to_float(s.lane[i]) * rstd * weight[i]);
-    store_vector<T, kVec>(out + column, s);
+    store_part(out + column, 0, numel, is_wide, s);
   }
 }
 
@@ -147,7 +167,7 @@ __device__ __forceinline__ void reduce_lane(const PeerKernelParams& p, PeerShare
   constexpr int kTile = Tiles::kTile;
   const PeerAllReduceParams& reduce = p.norm.reduce;
   const int64_t begin = blockIdx.x * p.lane_numel;
-  if (begin >= reduce.numel) return;  // on every rank
+  if (begin >= reduce.numel && blockIdx.x > 0) return;  // on every rank; lane 0 meets even for no elements
   const int64_t numel = reduce.numel - begin < p.lane_numel ? reduce.numel - begin : p.lane_numel;
   const bool has_norm = p.norm.hidden > 0;
   const T *x = static_cast<const T*>(reduce.x[blockIdx.y]) + begin, *residual = nullptr;
@@ -179,7 +199,7 @@ __device__ __forceinline__ void reduce_lane(const PeerKernelParams& p, PeerShare
   };
 
 #pragma unroll 1
-  for (int64_t first = 0, row = 0; first < numel; first += static_cast<int64_t>(p.round_tiles) * kTile) {
+  for (int64_t first = 0, row = 0; first == 0 || first < numel; first += static_cast<int64_t>(p.round_tiles) * kTile) {
     const int64_t left = numel - first;
     const int num_tiles = left < static_cast<int64_t>(p.round_tiles) * kTile
                               ? static_cast<int>((left + kTile - 1) / kTile)
@@ -270,8 +290,7 @@ __device__ __forceinline__ void reduce_lane(const PeerKernelParams& p, PeerShare
       for (; (row + 1) * p.norm.hidden <= done; ++row) {
         const int64_t at = row * p.norm.hidden;
         const int turn = static_cast<int>(row & 1);
-        if (is_wide) norm_row<T, kVec>(p.norm, to + at, out + at, shared, turn);
-        else norm_row<T, 1>(p.norm, to + at, out + at, shared, turn);
+        norm_row<T>(p.norm, to + at, out + at, is_wide, shared, turn);
       }
     }
   }

@@ -44,8 +44,7 @@ __device__ __forceinline__ void store_part(T* data, int at, int numel, bool is_a
 template <class T>
 struct ElementTiles {
   static constexpr int kParts = 1, kPart = 16 / sizeof(T), kCount = kPart, kTile = kTileThreads * kPart;
-  static constexpr int kAhead = 4;                      // tiles whose loads are in flight together
-  static constexpr int kCodeBytes = kTileThreads * 16;  // of a tile
+  static constexpr int kAhead = 4;  // tiles whose loads are in flight together
   using Part = Vector<T, kPart>;
   using Stored = Part;
 
