@@ -59,7 +59,7 @@ void test_unordered() {
   }
   {
     Unordered a;  // the bytes of a word that meet
-    EXPECT(a(kWrite, 0, 0x1002, 2) == kGood && a(kWrite, 1, 0x1000, 64) == 0 && a.conflict.bytes == 12);
+    EXPECT(a(kWrite, 0, 0x1002, 2) == kGood && a(kWrite, 1, 0x1000, 4) == 0 && a.conflict.bytes == 12);
     EXPECT(a(kWrite, 0, 0x1004, 1) == kGood && a(kRead, 2, 0x1007, 1) == kGood);
     EXPECT(a(kWrite, 3, 0x1004, 3) == 0 && a.conflict.bytes == 1);
     EXPECT(a(kRead, 3, 0x1008, 8) == kGood && a(kWrite, 2, 0x1008, 1) == 3 && a.conflict.bytes == 1);

@@ -127,7 +127,8 @@ def test_elements_below_a_word_are_told_apart(dtype, nvcc, tmp_path):
             values[1, lane] = 7 if same else 9
             module.launch("elements", 2, 32, [np.zeros(32, dtype), values, 1 << lane if lane < 31 else -(1 << 31)])
             reports = emulator.take_reports()
-            assert [(report.block, report.thread) for report in reports] == [] if same else [((1, 0, 0), (lane, 0, 0))]
+            where = [] if same else [((1, 0, 0), (lane, 0, 0))]
+            assert [(report.block, report.thread) for report in reports] == where, (lane, same, reports)
 
 
 WIDE = """
