@@ -9,7 +9,6 @@ namespace {
 
 constexpr size_t kMaxEvents = 64;  // of a kind and reach; of more the oldest count as known to the whole block
 constexpr size_t kLookedBack = 8;  // events among which the same one is looked for
-constexpr int kReachOf[] = {0, 1};
 
 // The entry of a block.
 template <typename K>
@@ -120,20 +119,23 @@ KnownPtr BlockOrder::released(const Threads& me, const BlockKnowledge::OfReach& 
 // ---- synchronisation ------------------------------------------------------------------------------------------------
 
 void BlockOrder::write(const Threads& me, const void* address, Reach reach, bool releases, bool chain) {
-  for (int r : kReachOf) {
+  for (int r = 0; r < kNumReaches; r++) {
+    const bool reaches = r <= static_cast<int>(reach);
     KnownPtr handed;
-    if (r <= static_cast<int>(reach)) {
+    if (reaches) {
       BlockKnowledge::OfReach& of = me.knowledge.reach[r];
       handed = releases ? released(me, of) : known(me, of, BlockKnowledge::kFenced);
     }
     std::lock_guard lock(mutex_);
-    if (!handed) {
-      if (!chain) values_[r].erase(address);
-    } else if (chain) {
-      join(values_[r][address], handed);
-    } else {
-      values_[r][address] = std::move(handed);
-    }
+    const auto found = values_[r].find(address);
+    if (found == values_[r].end() && !handed) continue;
+    Value& value = found != values_[r].end() ? found->second : values_[r][address];
+    if (!chain) value.known = nullptr;
+    if (reaches && value.own && value.block == me.block && value.warp == me.warp && value.lanes == me.lanes)
+      join(value.known, value.own);
+    join(value.known, handed);
+    if (releases && handed) value = {value.known, handed, me.block, me.lanes, me.warp};
+    if (!value.known && !value.own) values_[r].erase(address);
   }
 }
 
@@ -143,7 +145,7 @@ void BlockOrder::read(const Threads& me, const void* address, Reach reach, bool 
     {
       std::lock_guard lock(mutex_);
       const auto value = values_[r].find(address);
-      if (value != values_[r].end()) handed = value->second;
+      if (value != values_[r].end()) handed = value->second.known;
     }
     if (handed)
       add(me, me.knowledge.reach[r], acquires ? BlockKnowledge::kAcquired : BlockKnowledge::kRead, me.lanes,

@@ -57,8 +57,9 @@ class BlockOrder {
  public:
   explicit BlockOrder(int num_warps) : num_warps_(num_warps) {}
 
-  // A write that is no plain one. `releases`: it is a release; else it hands on what fences saw. `chain`: an atomic that
-  // reads too, so what stood behind the value before stands behind the new one.
+  // A write that is no plain one. `releases`: it is a release; else it hands on what fences saw, and what the thread
+  // released at this address before. `chain`: an atomic that reads too, so what stood behind the value before stands
+  // behind the new one.
   void write(const Threads& me, const void* address, Reach reach, bool releases, bool chain);
   void read(const Threads& me, const void* address, Reach reach, bool acquires);
   void fence(const Threads& me, Reach reach);
@@ -70,6 +71,12 @@ class BlockOrder {
  private:
   using Event = BlockKnowledge::Event;
   using Kind = BlockKnowledge::Kind;
+  struct Value {
+    KnownPtr known;         // what who reads it may know
+    KnownPtr own;           // of it, or of a value before: what the thread that released here last handed on
+    uint32_t block, lanes;  // that thread
+    int warp;
+  };
   static void join(KnownPtr& into, const KnownPtr& from);
   static void join(std::shared_ptr<const VectorClock>& into, const std::shared_ptr<const VectorClock>& from);
   static void add(const Threads& me, BlockKnowledge::OfReach& of, Kind kind, uint32_t lanes, KnownPtr known);
@@ -80,7 +87,19 @@ class BlockOrder {
   const int num_warps_;
   std::atomic<bool> lost_{false};
   std::mutex mutex_;
-  std::unordered_map<const void*, KnownPtr> values_[kNumReaches];
+  std::unordered_map<const void*, Value> values_[kNumReaches];
+};
+
+// What `me` may know when it accesses memory over `reach`.
+class Asked final : public Happened {
+ public:
+  Asked(const BlockOrder& order, const Threads& me, Reach reach) : order_(order), me_(me), reach_(reach) {}
+  bool before(const GlobalAccess& earlier) override { return order_.before(earlier, me_, reach_); }
+
+ private:
+  const BlockOrder& order_;
+  const Threads me_;
+  const Reach reach_;
 };
 
 }  // namespace emulator

@@ -250,15 +250,17 @@ void execute_wide(Warp& warp, const Instruction& in) {
   using Wide = unsigned __int128;
   Targets to;
   if (!begin_atomic(warp, in, op, to)) return;
+  bool changed = false;
   warp.for_each([&](int lane) {
     std::lock_guard lock(mutex);
     Wide old, next = warp.lanes<Wide>(in.operands[1])[lane];
     std::memcpy(&old, to.host[lane], 16);
     if (in.immediate) next = old == next ? warp.lanes<Wide>(in.operands[2])[lane] : old;
     std::memcpy(to.host[lane], &next, 16);
+    changed |= next != old;
     warp.lanes<Wide>(in.operands[0])[lane] = old;
   });
-  end_atomic(warp, op, to, true);
+  end_atomic(warp, op, to, changed);
 }
 
 }  // namespace

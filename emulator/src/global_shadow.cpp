@@ -6,7 +6,6 @@
 #include <array>
 #include <atomic>
 #include <bit>
-#include <cstring>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -96,24 +95,24 @@ class PageLock {
   std::atomic_flag* flag_;
 };
 
-// f(page index, first word in it, words) and f(..., one word, its bytes) of [address, address + num_bytes), in order,
-// until one returns true.
-template <typename Whole, typename Part>
-bool for_words(uint64_t address, uint64_t num_bytes, Whole&& whole, Part&& part) {
+// f(page index, first word in it, words, the bytes of each) of [address, address + num_bytes), in order, until one
+// returns true: runs of whole words, and words of which some bytes are left out by themselves.
+template <typename F>
+bool for_words(uint64_t address, uint64_t num_bytes, F&& f) {
   const uint64_t end = address + num_bytes;
   while (address < end) {
     const uint64_t index = address / kPageBytes, word = address & ~uint64_t{3};
     const uint32_t at = static_cast<uint32_t>(word % kPageBytes / 4);
+    uint64_t count = 1;
+    uint32_t bytes = 15;
     if (word < address || word + 4 > end) {
-      uint32_t bytes = 15u << (address - word) & 15u;
+      bytes = 15u << (address - word) & 15u;
       if (word + 4 > end) bytes &= 15u >> (word + 4 - end);
-      if (part(index, at, bytes)) return true;
-      address = word + 4;
     } else {
-      const uint64_t count = std::min<uint64_t>((end - word) / 4, kPageWords - at);
-      if (whole(index, at, static_cast<uint32_t>(count))) return true;
-      address = word + 4 * count;
+      count = std::min<uint64_t>((end - word) / 4, kPageWords - at);
     }
+    if (f(index, at, static_cast<uint32_t>(count), bytes)) return true;
+    address = word + 4 * count;
   }
   return false;
 }
@@ -142,7 +141,7 @@ class UnorderedShadow final : public GlobalShadow {
   }
 
   void forget(uint64_t address, uint64_t num_bytes) override {
-    auto clear = [&](uint64_t index, uint32_t at, uint32_t count) {
+    for_words(address, num_bytes, [&](uint64_t index, uint32_t at, uint32_t count, uint32_t) {
       Page* const page = pages_.look_up(index);
       if (page == nullptr) return false;
       PageLock lock(page->lock, threads_);
@@ -152,8 +151,7 @@ class UnorderedShadow final : public GlobalShadow {
         page->split.erase(i);
       }
       return false;
-    };
-    for_words(address, num_bytes, clear, [&](uint64_t index, uint32_t at, uint32_t) { return clear(index, at, 1); });
+    });
   }
 
  private:
@@ -169,25 +167,16 @@ class UnorderedShadow final : public GlobalShadow {
   template <Kind kKind>
   bool access_range(const GlobalAccess& access, uint64_t address, uint32_t num_bytes, GlobalConflict& conflict) {
     const uint32_t tag = tag_of(access.block);
-    auto one = [&](Page& page, uint64_t index, uint32_t at, uint32_t bytes) {
-      conflict.word = index * kPageBytes + 4 * uint64_t{at};
-      return access_word(page, at, kKind, bytes, tag, conflict);
-    };
-    return for_words(
-        address, num_bytes,
-        [&](uint64_t index, uint32_t at, uint32_t count) {
-          Page& page = pages_.find(index);
-          PageLock lock(page.lock, threads_);
-          if (access_clean<kKind>(page, at, count, tag | 15)) return false;
-          for (uint32_t i = at; i < at + count; i++)
-            if (one(page, index, i, 15)) return true;
-          return false;
-        },
-        [&](uint64_t index, uint32_t at, uint32_t bytes) {
-          Page& page = pages_.find(index);
-          PageLock lock(page.lock, threads_);
-          return one(page, index, at, bytes);
-        });
+    return for_words(address, num_bytes, [&](uint64_t index, uint32_t at, uint32_t count, uint32_t bytes) {
+      Page& page = pages_.find(index);
+      PageLock lock(page.lock, threads_);
+      if (bytes == 15 && access_clean<kKind>(page, at, count, tag | 15)) return false;
+      for (uint32_t i = at; i < at + count; i++) {
+        conflict.word = index * kPageBytes + 4 * uint64_t{i};
+        if (access_word(page, i, kKind, bytes, tag, conflict)) return true;
+      }
+      return false;
+    });
   }
 
   // Whole words. True: no conflict, all is recorded. False: some want a closer look, the others are recorded.
@@ -230,8 +219,9 @@ class UnorderedShadow final : public GlobalShadow {
                                   page.strong ? &(*page.strong)[0][at] : &none[0],
                                   page.strong ? &(*page.strong)[1][at] : &none[1]};
     bool found = false;
+    conflict.bytes = 0;
     if (*cells[kPlainRead] != kSplit) {
-      if (access_cell(cells, kind, bytes, 15, tag, conflict, found)) return found;
+      if (access_cell(cells, kind, bytes, 15, tag, 0, conflict, found)) return found;
       Bytes& by_byte = page.split[at];
       for (uint32_t k = 0; k < kNumKinds; k++) {
         for (uint32_t i = 0; i < 4; i++)
@@ -243,18 +233,20 @@ class UnorderedShadow final : public GlobalShadow {
     for (uint32_t rest = bytes; rest; rest &= rest - 1) {
       const uint32_t i = static_cast<uint32_t>(std::countr_zero(rest));
       for (uint32_t k = 0; k < kNumKinds; k++) cells[k] = &by_byte[k][i];
-      access_cell(cells, kind, 1, 1, tag, conflict, found);
+      access_cell(cells, kind, 1, 1, tag, i, conflict, found);
     }
     return found;
   }
 
-  // `all`: the bits of a cell. False: what is known of the word must be split first, and nothing has been recorded.
-  static bool access_cell(uint32_t* const* cells, Kind kind, uint32_t bytes, uint32_t all, uint32_t tag,
+  // `all`: the bits of a cell, which are the word's from `shift` on. False: what is known of the word must be split
+  // first, and nothing has been recorded.
+  static bool access_cell(uint32_t* const* cells, Kind kind, uint32_t bytes, uint32_t all, uint32_t tag, uint32_t shift,
                           GlobalConflict& conflict, bool& found) {
     for (uint32_t k = 0; k < kNumKinds; k++) {
       const uint32_t earlier = *cells[k];
       if (!(kMeets[kind] >> k & 1) || (earlier & bytes) == 0 || is_of(earlier, tag)) continue;
       found = true;
+      conflict.bytes |= (earlier & bytes) << shift;
       conflict.kind = kAccessOf[k];
       conflict.block = earlier == kSeveral ? GlobalConflict::kSeveral : static_cast<int64_t>(earlier >> 4) - 1;
       conflict.lanes = 0;
@@ -290,7 +282,7 @@ class OrderedShadow final : public GlobalShadow {
   bool access(const GlobalAccess& access, uint64_t address, uint32_t num_bytes, Happened* happened,
               GlobalConflict& conflict) override {
     const Kind kind = kind_of(access.kind);
-    auto words = [&](uint64_t index, uint32_t at, uint32_t count, uint32_t bytes) {
+    return for_words(address, num_bytes, [&](uint64_t index, uint32_t at, uint32_t count, uint32_t bytes) {
       Page& page = pages_.find(index);
       PageLock lock(page.lock, threads_);
       for (uint32_t i = at; i < at + count; i++) {
@@ -298,21 +290,17 @@ class OrderedShadow final : public GlobalShadow {
         if (access_word(page, i, kind, bytes, access, *happened, conflict)) return true;
       }
       return false;
-    };
-    return for_words(
-        address, num_bytes, [&](uint64_t index, uint32_t at, uint32_t count) { return words(index, at, count, 15); },
-        [&](uint64_t index, uint32_t at, uint32_t bytes) { return words(index, at, 1, bytes); });
+    });
   }
 
   void forget(uint64_t address, uint64_t num_bytes) override {
-    auto clear = [&](uint64_t index, uint32_t at, uint32_t count) {
+    for_words(address, num_bytes, [&](uint64_t index, uint32_t at, uint32_t count, uint32_t) {
       Page* const page = pages_.look_up(index);
       if (page == nullptr) return false;
       PageLock lock(page->lock, threads_);
       std::fill_n(page->count + at, count, uint8_t{0});
       return false;
-    };
-    for_words(address, num_bytes, clear, [&](uint64_t index, uint32_t at, uint32_t) { return clear(index, at, 1); });
+    });
   }
 
  private:
@@ -338,9 +326,10 @@ class OrderedShadow final : public GlobalShadow {
   static bool stands_for(Kind later, Kind earlier) { return (kMeets[earlier] & ~kMeets[later]) == 0; }
 
   // After the strong write in this slot the block looked at the word itself, by a strong access that happened before: as
-  // the last of all that count does, before it sets the counter back.
-  static bool observed(Page& page, uint32_t word, uint32_t slot, uint32_t num, uint32_t who, Happened& happened) {
-    for (uint32_t i = slot + 1; i < num; i++) {
+  // the last of all that count does, before it sets the counter back. With several threads an access is recorded and
+  // performed in two steps, so the later of two values may have been recorded first.
+  bool observed(Page& page, uint32_t word, uint32_t slot, uint32_t num, uint32_t who, Happened& happened) const {
+    for (uint32_t i = threads_ ? 0 : slot + 1; i < num; i++) {
       const Entry& e = page.at(i, word);
       const bool strong = e.kind() == kStrongRead || e.kind() == kStrongWrite;
       if (strong && e.who >> 5 == who >> 5 && happened.before(e.access())) return true;
@@ -348,8 +337,8 @@ class OrderedShadow final : public GlobalShadow {
     return false;
   }
 
-  static bool access_word(Page& page, uint32_t word, Kind kind, uint32_t bytes, const GlobalAccess& access,
-                          Happened& happened, GlobalConflict& conflict) {
+  bool access_word(Page& page, uint32_t word, Kind kind, uint32_t bytes, const GlobalAccess& access, Happened& happened,
+                   GlobalConflict& conflict) const {
     const uint32_t who = static_cast<uint32_t>(access.block << 5) | access.warp, num = page.count[word];
     Entry mine{who, access.id, access.lanes, access.pc << 6 | static_cast<uint32_t>(kind) << 4 | bytes};
     // Again, with nothing between that would have removed it. A strong access must also stay behind those it observes.
@@ -362,6 +351,7 @@ class OrderedShadow final : public GlobalShadow {
     }
     uint32_t kept = 0;
     bool found = false;
+    conflict.bytes = 0;
     for (uint32_t i = 0; i < num; i++) {
       const Entry e = page.at(i, word);
       bool drop = (e.bytes() & ~bytes) == 0 && stands_for(kind, e.kind());
@@ -384,6 +374,7 @@ class OrderedShadow final : public GlobalShadow {
             conflict.lanes = earlier.lanes;
             conflict.pc = earlier.pc;
           }
+          conflict.bytes |= e.bytes() & bytes;
           found = true;
         }
       } else {
@@ -395,7 +386,7 @@ class OrderedShadow final : public GlobalShadow {
       for (uint32_t i = 1; i < kept; i++) page.at(i - 1, word) = page.at(i, word);
       kept--;
     }
-    if (kept == page.slots.size()) page.slots.push_back(std::make_unique<Slots>());
+    if (kept == page.slots.size()) page.slots.push_back(std::make_unique_for_overwrite<Slots>());
     page.at(kept, word) = mine;
     page.count[word] = static_cast<uint8_t>(kept + 1);
     return found;

@@ -28,7 +28,8 @@ struct GlobalAccess {
 // The access that came first.
 struct GlobalConflict {
   static constexpr int64_t kSeveral = -1;
-  uint64_t word;  // address of the word of 4 bytes in which both meet
+  uint64_t word;       // address of the word of 4 bytes in which both meet
+  uint32_t bytes = 0;  // of the word: those in which they do
   Access kind;
   int64_t block;       // kSeveral: of the others, nothing is known either
   uint32_t lanes = 0;  // 0: not known, nor is warp

@@ -85,15 +85,7 @@ void fence(Warp& warp, Reach reach) {
 
 namespace {
 
-struct Asked final : Happened {
-  Threads me;
-  BlockOrder* order;
-  Reach reach;
-  Asked(const Threads& me, BlockOrder* order, Reach reach) : me(me), order(order), reach(reach) {}
-  bool before(const GlobalAccess& earlier) override { return order->before(earlier, me, reach); }
-};
-
-// The lanes' accesses to [begin, begin + count); the lane of each word follows from `step`, bytes from lane to lane.
+// The lanes' accesses to [begin, begin + count); the lane of each byte follows from `step`, bytes from lane to lane.
 struct GlobalCheck {
   Warp& warp;
   const Instruction& in;
@@ -121,12 +113,16 @@ struct GlobalCheck {
     GlobalConflict conflict;
     while (count > 0 && shadow.access(access, begin, count, happened, conflict)) {
       const uint64_t word = conflict.word;
-      const int at = step == 0 || word < start ? lane : lane + static_cast<int>((word - start) / step);
-      const uint64_t first = word < to.address[at] ? 0 : word - to.address[at];
-      const uint64_t last = std::min<uint64_t>(word + 4 - to.address[at], num_bytes);
-      const bool harmless = access.kind == Access::kWrite && same != nullptr &&
-                            same->holds(same->context, at, static_cast<uint32_t>(first), static_cast<uint32_t>(last));
-      if (!harmless) report(conflict, at, first, last);
+      for (uint32_t rest = conflict.bytes; rest != 0; rest &= rest - 1) {
+        const uint64_t byte = word + static_cast<uint64_t>(std::countr_zero(rest));
+        const int at = step == 0 ? lane : lane + static_cast<int>((byte - start) / step);
+        const uint32_t of_lane = static_cast<uint32_t>(byte - to.address[at]);
+        if (access.kind == Access::kWrite && same != nullptr && same->holds(same->context, at, of_lane, of_lane + 1))
+          continue;
+        const uint64_t first = word < to.address[at] ? 0 : word - to.address[at];
+        report(conflict, at, first, std::min<uint64_t>(word + 4 - to.address[at], num_bytes));
+        break;
+      }
       const uint64_t next = word + 4;
       if (next >= begin + count) return;
       count = static_cast<uint32_t>(begin + count - next);
@@ -144,10 +140,10 @@ void check_global(Warp& warp, const Instruction& in, Access kind, Reach reach, u
   GlobalCheck check{warp, in, verb, to, num_bytes, same};
   const Access plain = kind == Access::kRead || kind == Access::kAtomicRead ? Access::kRead : Access::kWrite;
   if (reach == Reach::kBlock) kind = plain;  // no stronger for another block
-  const bool peers = !peer_memory().empty();
+  BlockOrder* const order = block.block_order();
+  const bool peers = (order != nullptr || (kind != plain && reach == Reach::kGpu)) && !peer_memory().empty();
   auto is_peer = [&](int lane) { return peers && peer_memory().contains(to.address[lane], num_bytes); };
   GlobalAccess access{kind, block.linear(), static_cast<uint32_t>(warp.index()), lanes, 0, in.pc};
-  BlockOrder* const order = block.block_order();
   if (order == nullptr) {
     if (to.consecutive && lanes == kAllLanes && !peers)
       return check.range(access, to.address[0], kWarpLanes * num_bytes, 0, num_bytes, nullptr);
@@ -184,7 +180,7 @@ void check_global(Warp& warp, const Instruction& in, Access kind, Reach reach, u
     }
     const bool peer = is_peer(first);
     access.kind = reach == Reach::kGpu && peer ? plain : kind;
-    Asked asked(threads_of(warp, access.lanes), order, peer ? Reach::kSystem : Reach::kGpu);
+    Asked asked(*order, threads_of(warp, access.lanes), peer ? Reach::kSystem : Reach::kGpu);
     check.range(access, to.address[first], num_bytes, first, 0, &asked);
   }
 }

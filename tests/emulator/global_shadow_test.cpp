@@ -21,8 +21,8 @@ constexpr Access kStrongRead = Access::kAtomicRead, kStrongWrite = Access::kAtom
 struct Unordered {
   static constexpr int64_t kGood = -2;
   std::unique_ptr<GlobalShadow> shadow = GlobalShadow::unordered(true);
+  GlobalConflict conflict{};
   int64_t operator()(Access kind, int64_t block, uint64_t address, uint32_t num_bytes) {
-    GlobalConflict conflict{};
     return shadow->access({kind, block}, address, num_bytes, nullptr, conflict) ? conflict.block : kGood;
   }
 };
@@ -56,6 +56,15 @@ void test_unordered() {
     EXPECT(a(kRead, 0, 0x1000, 2) == kGood && a(kRead, 1, 0x1000, 4) == 0 && a(kRead, 0, 0x1000, 4) == 1);
     EXPECT(a(kRead, 2, 0x1004, 1) == kGood && a(kRead, 3, 0x1004, 1) == kGood);
     EXPECT(a(kWrite, 4, 0x1005, 3) == kGood && a(kWrite, 4, 0x1004, 1) == kSeveral);
+  }
+  {
+    Unordered a;  // the bytes of a word that meet
+    EXPECT(a(kWrite, 0, 0x1002, 2) == kGood && a(kWrite, 1, 0x1000, 4) == 0 && a.conflict.bytes == 12);
+    EXPECT(a(kWrite, 0, 0x1004, 1) == kGood && a(kRead, 2, 0x1007, 1) == kGood);
+    EXPECT(a(kWrite, 3, 0x1004, 3) == 0 && a.conflict.bytes == 1);
+    EXPECT(a(kRead, 3, 0x1008, 8) == kGood && a(kWrite, 2, 0x1008, 1) == 3 && a.conflict.bytes == 1);
+    EXPECT(a(kRead, 5, 0x1008, 4) == 2 && a.conflict.bytes == 1);
+    EXPECT(a(kWrite, 6, 0x100a, 6) == kSeveral && a.conflict.word == 0x1008 && a.conflict.bytes == 12);
   }
   {
     Unordered a;  // atomics
@@ -95,6 +104,7 @@ constexpr uint32_t kAll = ~0u;
 // A launch of some blocks of two warps; `good` accesses are in order.
 struct Ordered {
   std::unique_ptr<GlobalShadow> shadow = GlobalShadow::ordered(false);
+  GlobalConflict conflict{};
   BlockOrder order{kWarps};
   struct Block {
     SharedShadow shared{64, kWarps};
@@ -107,14 +117,7 @@ struct Ordered {
   }
   bool good(Access kind, uint32_t block, int warp, int lane, uint64_t address, uint32_t num_bytes = 4,
             Reach reach = kGpu) {
-    struct Asked final : Happened {
-      Asked(BlockOrder& order, Threads me, Reach reach) : order(order), me(me), reach(reach) {}
-      bool before(const GlobalAccess& earlier) override { return order.before(earlier, me, reach); }
-      BlockOrder& order;
-      Threads me;
-      Reach reach;
-    } asked(order, threads(block, warp, 1u << lane), reach);
-    GlobalConflict conflict{};
+    Asked asked(order, threads(block, warp, 1u << lane), reach);
     const uint32_t id = blocks[block].shared.note(warp, 1u << lane);
     return !shadow->access({kind, block, static_cast<uint32_t>(warp), 1u << lane, id, 0}, address, num_bytes, &asked,
                            conflict);
@@ -150,11 +153,58 @@ void test_release_and_acquire() {
     EXPECT(l.good(kWrite, 0, 0, 3, kData));
     if (fault != 1) l.barrier(0);
     l.store(0, 1, 0, kFlag, fault != 2);
-    if (fault == 3) l.store(0, 1, 0, kFlag, false);  // what stood behind the value is gone
+    if (fault == 3) l.store(0, 1, 1, kFlag, false);  // what stood behind the value is gone
     l.load(1, 0, 7, fault == 4 ? kBack : kFlag, true);
     if (fault != 5) l.barrier(1);
     EXPECT(l.good(kRead, 1, 1, 9, kData) == (fault == 0));
   }
+}
+
+// What a thread released at an address stands behind what it writes there later, too, without a release.
+void test_released_and_written_again() {
+  for (const bool chain : {false, true})  // another thread in between: by a store, by an atomic
+    for (const bool over : {false, true})
+      for (int fault = 0; fault < 4; fault++) {
+        Ordered l;
+        EXPECT(l.good(kWrite, 0, 1, 0, kData) && l.good(kWrite, 2, 0, 0, kData + 8));
+        l.store(0, 1, 0, kFlag, fault != 1);
+        EXPECT(l.good(kWrite, 0, 1, 0, kData + 4));  // not released
+        if (over && !chain) l.store(2, 0, 0, kFlag, false);
+        if (over && chain) l.add(2, 0, 0, kFlag, false, false);
+        l.store(0, 1, fault == 2 ? 1 : 0, kFlag, false, fault == 3 ? Reach::kBlock : kGpu);
+        l.load(1, 0, 0, kFlag, true);
+        EXPECT(l.good(kRead, 1, 0, 0, kData) == (fault == 0));
+        EXPECT(!l.good(kRead, 1, 0, 0, kData + 4) && !l.good(kRead, 1, 0, 0, kData + 8));
+      }
+  Ordered l;  // what others released before it does not, unless it is an atomic
+  EXPECT(l.good(kWrite, 0, 0, 0, kData));
+  l.add(0, 0, 0, kFlag, true, false);
+  l.add(2, 0, 0, kFlag, false, false);
+  l.load(1, 0, 0, kFlag, true);
+  EXPECT(l.good(kRead, 1, 0, 0, kData));
+  l.store(2, 0, 0, kFlag, false);
+  l.load(3, 0, 0, kFlag, true);
+  EXPECT(!l.good(kRead, 3, 0, 0, kData));
+}
+
+// The last of all that count sets the counter back. On several threads its access may have been recorded first.
+void test_counter_recorded_in_another_order() {
+  for (const bool several : {false, true})
+    for (const bool counts : {false, true}) {
+      Ordered l;
+      l.shadow = GlobalShadow::ordered(several);
+      if (counts) l.add(1, 0, 0, kFlag, false, false);
+      l.add(0, 0, 0, kFlag, false, false);
+      EXPECT(l.good(kWrite, 1, 0, 0, kFlag) == (several && counts));
+    }
+}
+
+void test_bytes_of_a_word() {
+  Ordered l;
+  EXPECT(l.good(kWrite, 0, 0, 0, kData + 1, 1) && l.good(kWrite, 2, 0, 0, kData + 2, 2));
+  EXPECT(!l.good(kWrite, 1, 0, 0, kData, 4) && l.conflict.bytes == 14 && l.conflict.word == kData);
+  EXPECT(l.good(kRead, 0, 0, 0, kData + 5, 2) && l.good(kRead, 2, 0, 0, kData + 6, 2));
+  EXPECT(!l.good(kWrite, 1, 0, 0, kData + 6, 1) && l.conflict.bytes == 4);
 }
 
 void test_fences() {
@@ -274,6 +324,9 @@ void test_reaches() {
 void test_global_shadow() {
   test_unordered();
   test_release_and_acquire();
+  test_released_and_written_again();
+  test_counter_recorded_in_another_order();
+  test_bytes_of_a_word();
   test_fences();
   test_lanes();
   test_reads_before_writes();

@@ -102,3 +102,70 @@ def test_values_that_several_blocks_read_are_named_so(nvcc, tmp_path):
     (report,) = emulator.take_reports()
     assert "writes 4 bytes" in report.text
     assert "which other blocks read in this launch" in report.text
+
+
+# Block 0 writes some lanes' elements, block 1 those of its whole warp.
+ELEMENTS = """
+extern "C" __global__ void elements(TYPE* out, const TYPE* values, int shared) {
+  if (blockIdx.x == 1 || (shared >> threadIdx.x & 1)) out[threadIdx.x] = values[32 * blockIdx.x + threadIdx.x];
+}
+"""
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+def test_elements_below_a_word_are_told_apart(dtype, nvcc, tmp_path):
+    (tmp_path / "elements.cu").write_text(ELEMENTS)
+    c_type = {1: "unsigned char", 2: "unsigned short", 4: "unsigned"}[np.dtype(dtype).itemsize]
+    flags = ["-ptx", "-arch=compute_80", f"-DTYPE={c_type}"]
+    run_quietly(nvcc, *flags, tmp_path / "elements.cu", "-o", tmp_path / "elements.ptx")
+    module = emulator.Module((tmp_path / "elements.ptx").read_text())
+    for lane in (1, 6, 31):
+        for same in (False, True):
+            values = np.zeros((2, 32), dtype)  # what memory holds; and it does not matter who writes that last
+            values[0, lane] = 7
+            values[1] = 5 if same else 0
+            values[1, lane] = 7 if same else 9
+            module.launch("elements", 2, 32, [np.zeros(32, dtype), values, 1 << lane if lane < 31 else -(1 << 31)])
+            reports = emulator.take_reports()
+            where = [] if same else [((1, 0, 0), (lane, 0, 0))]
+            assert [(report.block, report.thread) for report in reports] == where, (lane, same, reports)
+
+
+WIDE = """
+.version 8.4
+.target sm_90
+.address_size 64
+.visible .entry wide(.param .u64 flag) {
+  .reg .b128 %q<4>;
+  .reg .b64 %rd<6>;
+  .reg .b32 %r<2>;
+  .reg .pred %p<2>;
+  ld.param.u64 %rd0, [flag];
+  mov.u64 %rd1, 0;
+  mov.u64 %rd2, 1;
+  mov.u64 %rd3, 2;
+  mov.b128 %q0, {%rd2, %rd1};
+  mov.b128 %q1, {%rd3, %rd1};
+  mov.u32 %r0, %ctaid.x;
+  setp.ne.u32 %p0, %r0, 0;
+  @%p0 bra TELL;
+POLL:
+  atom.relaxed.gpu.global.cas.b128 %q2, [%rd0], %q0, %q1;
+  mov.b128 {%rd4, %rd5}, %q2;
+  setp.ne.u64 %p1, %rd4, 1;
+  @%p1 bra POLL;
+  ret;
+TELL:
+  atom.relaxed.gpu.global.exch.b128 %q3, [%rd0], %q0;
+  ret;
+}
+"""
+
+
+def test_a_block_that_polls_by_a_wide_compare_and_swap_hands_its_turn_on():
+    emulator.configure(architecture=90, max_instructions=20_000)
+    flag = np.zeros(8, np.uint64)
+    flag = flag[flag.ctypes.data % 16 // 8 :]
+    emulator.Module(WIDE).launch("wide", 2, 1, [flag])
+    assert emulator.take_reports() == []
+    assert flag.tolist()[:2] == [2, 0]
