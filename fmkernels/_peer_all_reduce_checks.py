@@ -23,7 +23,7 @@ def least_bytes(slice_bytes: int, lanes: int) -> int:
 
 def code_and_block(name: str, bits: Any, block: Any, algorithm: Any) -> tuple[int, int]:
     """What the op calls bits, and block."""
-    if isinstance(bits, bool) or bits not in (8, 6, 4, None):
+    if isinstance(bits, bool) or not isinstance(bits, int | None) or bits not in (8, 6, 4, None):
         raise ValueError(f"{name}: bits must be 8, 6, 4 or None, got {bits!r}.")
     if isinstance(block, bool) or not isinstance(block, int) or block not in (32, 64, 128, 256, 512, 1024, 2048):
         raise ValueError(f"{name}: block must be a power of two from 32 to 2048, got {block!r}.")
@@ -50,21 +50,6 @@ def _check_list(name: str, argument: str, tensors: Sequence[Tensor], x: Tensor) 
             raise ValueError(f"{name}: {argument} must be contiguous, its strides are {tensor.stride()}.")
 
 
-def _check_room(
-    name: str, workspaces: Sequence[Tensor], x: Tensor, one_shot: bool, bits: int, block: int, lanes: int, hidden: int
-) -> None:
-    check.same_device(name, "x", x, "the workspace", workspaces[0])
-    numel = max(GRANULE, hidden)
-    used = -(-numel // 64) * 8 * bits + -(-(-(-numel // block) * 4) // 16) * 16 if bits else numel * x.element_size()
-    payload = -(-used // 64) * 64
-    least = least_bytes(payload * (1 if one_shot else len(workspaces)), lanes)
-    if workspaces[0].numel() < least:
-        raise ValueError(
-            f"{name}: the workspace must have at least {least} bytes for rows of {hidden} elements, it has "
-            f"{workspaces[0].numel()}."
-        )
-
-
 def check_all_reduce(
     x: Sequence[Tensor],
     workspaces: Sequence[Tensor],
@@ -77,11 +62,11 @@ def check_all_reduce(
     lanes: int,
     timeout_ms: int,
 ) -> None:
-    del rank, average, timeout_ms
+    del rank, one_shot, bits, block, average, lanes, timeout_ms
     name = "all_reduce"
     _check_list(name, "x", x, x[0])
     _check_list(name, "out", out, x[0])
-    _check_room(name, workspaces, x[0], one_shot, bits, block, lanes, 0)
+    check.same_device(name, "x", x[0], "the workspace", workspaces[0])
     check.kernel_exists(name, "peer_all_reduce", x[0])
 
 
@@ -100,7 +85,7 @@ def check_all_reduce_rms_norm(
     eps: float,
     timeout_ms: int,
 ) -> None:
-    del rank, eps, timeout_ms
+    del rank, one_shot, lanes, eps, timeout_ms
     name, like = "all_reduce_rms_norm", x[0]
     _check_list(name, "x", x, like)
     if like.dim() < 1 or like.shape[-1] < 1:
@@ -116,5 +101,5 @@ def check_all_reduce_rms_norm(
     check.last_dim_contiguous(name, "weight", weight)
     if bits and hidden % block:
         raise ValueError(f"{name}: the last dimension of x must be a multiple of block, {block}, got {hidden}.")
-    _check_room(name, workspaces, like, one_shot, bits, block, lanes, hidden)
+    check.same_device(name, "x", like, "the workspace", workspaces[0])
     check.kernel_exists(name, "peer_all_reduce_rms_norm", like)

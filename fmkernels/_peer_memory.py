@@ -2,10 +2,12 @@
 """Memory of each rank that all ranks of a node have mapped, and what they tell each other while they make it.
 
 On the CPU a rank makes a file without a name (memfd; where the system has none, one in the folder of temporary files)
-and the others open it through the process that made it. Once all have mapped it nothing but the mappings keeps it, so
-that nothing is left behind when a process dies. On CUDA it is torch's symmetric memory.
+and the others open it through the process that made it. Once all have mapped it nothing but the mappings keeps it, each
+with the descriptor that Python's mmap holds, so that nothing is left behind when a process dies. On CUDA it is torch's
+symmetric memory.
 
 Every exchange is one of all ranks and every rank judges what all have said, so that all raise, and the same sentence.
+A rank that fails says so in the next exchange instead of staying away from it.
 """
 
 from __future__ import annotations
@@ -22,17 +24,24 @@ import torch
 from torch import Tensor
 
 NAME = "PeerWorkspace"
-_MESSAGE_BYTES = 1024
-_SAME = ("device", "max_bytes", "lanes", "timeout")
+_MESSAGE_BYTES, _ERROR_CHARACTERS = 16384, 512  # a character is 12 bytes of JSON at most
+_SAME = ("max_bytes", "lanes", "timeout")
 
 
 def exchange(group: Any, device: torch.device, message: dict[str, Any]) -> list[dict[str, Any]]:
     """What every rank says, in the order of ranks."""
     text = json.dumps(message).encode()
-    sent = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES)[:_MESSAGE_BYTES]), dtype=torch.uint8).to(device)
+    sent = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES)), dtype=torch.uint8).to(device)
     received = [torch.empty_like(sent) for _ in range(group.size())]
     group.allgather([received], [sent]).wait()
     return [json.loads(bytes(part.cpu().tolist())) for part in received]
+
+
+def check_refusals(group: Any, device: torch.device, refusal: str) -> None:
+    """refusal: what is wrong with the arguments of this rank, or "". The first is raised on every rank."""
+    for said in exchange(group, device, {"refusal": refusal[:_ERROR_CHARACTERS]}):
+        if said["refusal"]:
+            raise ValueError(f"{NAME}: {said['refusal']}")
 
 
 def make_workspaces(group: Any, device: torch.device, num_bytes: int, same: dict[str, Any]) -> list[Tensor]:
@@ -49,7 +58,7 @@ def make_workspaces(group: Any, device: torch.device, num_bytes: int, same: dict
             maps = [memory.map() if rank == group.rank() else _map(said) for rank, said in enumerate(told)]
             maps[group.rank()].zero_()  # finds the pages
         except (OSError, ValueError) as failure:
-            error = f"{type(failure).__name__}: {failure}"[: _MESSAGE_BYTES // 2]
+            error = f"{type(failure).__name__}: {failure}"[:_ERROR_CHARACTERS]
         check_errors(exchange(group, device, {"error": error}), "open the memory of the others")
         return maps
     finally:
@@ -99,10 +108,12 @@ class _File:
                 self._fd, self._path = tempfile.mkstemp(prefix="fmkernels-")
                 path = self._path
             os.ftruncate(self._fd, num_bytes)
+            if self._path and hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a signal on a page
+                os.posix_fallocate(self._fd, 0, num_bytes)
             self.said = {"path": path, "file": _identity(self._fd), "error": ""}
         except OSError as failure:
             self.close()
-            self.said = {"path": "", "file": [], "error": str(failure)[: _MESSAGE_BYTES // 2]}
+            self.said = {"path": "", "file": [], "error": str(failure)[:_ERROR_CHARACTERS]}
 
     def map(self) -> Tensor:
         return _mapped(self._fd, self._num_bytes)
@@ -139,8 +150,13 @@ def _mapped(fd: int, num_bytes: int) -> Tensor:
 def _symmetric_memory(group: Any, device: torch.device, num_bytes: int) -> list[Tensor]:
     import torch.distributed._symmetric_memory as symmetric
 
+    own, error = torch.empty(0), ""
     with torch.cuda.device(device):
-        own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+        try:
+            own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+        except RuntimeError as failure:
+            error = str(failure)[:_ERROR_CHARACTERS]
+        check_errors(exchange(group, device, {"error": error}), "make its memory")
         handle = symmetric.rendezvous(own, group.group_name)
         own.zero_()
         handle.barrier()  # nobody's first signal is cleared

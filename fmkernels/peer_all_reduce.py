@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _check as check
 from . import _peer_all_reduce_checks as checks
 from ._collectives_transport import resolve_group
 from ._library import call, ops, register_fake
-from ._peer_memory import NAME, make_workspaces
+from ._peer_memory import NAME, check_refusals, make_workspaces
 
 __all__ = ["PeerWorkspace"]
 
@@ -40,14 +41,16 @@ class PeerWorkspace:
         timeout: seconds that a call waits for another rank at most.
 
     Raises:
-        ValueError, TypeError: for arguments; where ranks are on other nodes or have other arguments, on every rank.
+        ValueError, TypeError: for arguments, on every rank but for group and device, of which each judges its own;
+            where ranks are on other nodes or have other arguments, on every rank.
         RuntimeError: where memory cannot be had or opened, on every rank.
 
     A call that differs between ranks (operation, dtype, number of elements, bits, block, algorithm, op) raises the same
     ValueError on all of them on the CPU, and the workspace stays usable. A rank that is gone or late raises
     RuntimeError on the others within the timeout, and the workspace is of no use any more: later calls raise at once.
     In both cases the kernel traps on CUDA: the process's CUDA context is of no use any more, and the error is that of a
-    failed launch. Calls of one workspace come one after another, in the same order on every rank.
+    failed launch. An argument that a call refuses on one rank alone makes that rank late for the others. Calls of one
+    workspace come one after another, in the same order on every rank.
 
     Not differentiable. Under torch.compile a call is left to Python: the memory behind it is no part of a graph.
     """
@@ -72,27 +75,14 @@ class PeerWorkspace:
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         group = resolve_group(NAME, group, device)
         world_size = group.size()
-        if world_size > checks.MAX_RANKS:
-            raise ValueError(f"{NAME}: group must have at most {checks.MAX_RANKS} ranks, got {world_size}.")
         max_bytes = _DEFAULT_BYTES[device.type] if max_bytes is None else max_bytes
         lanes = _DEFAULT_LANES[device.type] if lanes is None else lanes
-        most_lanes = 1 if device.type == "cpu" else checks.MAX_LANES
-        if isinstance(lanes, bool) or not isinstance(lanes, int) or not 1 <= lanes <= most_lanes:
-            allowed = "1 on the CPU" if most_lanes == 1 else f"an integer from 1 to {most_lanes}"
-            raise ValueError(f"{NAME}: lanes must be {allowed}, got {lanes!r}.")
-        least = checks.least_bytes(world_size * checks.GRANULE * 4, lanes)
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or not least <= max_bytes < 1 << 40:
-            raise ValueError(
-                f"{NAME}: max_bytes must be an integer of at least {least} for {world_size} ranks and {lanes} lanes, "
-                f"got {max_bytes!r}."
-            )
-        if not isinstance(timeout, (int, float)) or not 0.001 <= timeout <= 1e6:
-            raise ValueError(f"{NAME}: timeout must be a number of seconds from 0.001 to 1000000, got {timeout!r}.")
+        check_refusals(group, device, _refusal(world_size, device, max_bytes, lanes, timeout))
         self.rank, self.world_size, self.device, self.lanes = group.rank(), world_size, device, lanes
         self._timeout_ms = math.ceil(timeout * 1000)
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        same = {"device": device.type, "max_bytes": max_bytes, "lanes": lanes, "timeout": float(timeout)}
+        same = {"max_bytes": max_bytes, "lanes": lanes, "timeout": float(timeout)}
         self._workspaces: list[Tensor] | None = make_workspaces(group, device, max_bytes, same)
 
     @property
@@ -191,8 +181,7 @@ class PeerWorkspace:
         """
         name = "all_reduce_rms_norm"
         code, block = checks.code_and_block(name, bits, block, algorithm)
-        if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-            raise ValueError(f"{name}: eps must be a finite number of at least 0, got {eps!r}.")
+        check.number(name, "eps", eps, non_negative=True)
         checks.check_plain(name, x=x, residual=residual, weight=weight)
         out = torch.empty_like(x) if out is None else out
         residual_out = torch.empty_like(x) if residual_out is None else residual_out
@@ -206,6 +195,23 @@ class PeerWorkspace:
         if self._workspaces is None:
             raise RuntimeError(f"{name}: the workspace is closed.")
         return self._workspaces
+
+
+def _refusal(world_size: int, device: torch.device, max_bytes: Any, lanes: Any, timeout: Any) -> str:
+    """The sentence for the first argument that is wrong, or ""."""
+    if world_size > checks.MAX_RANKS:
+        return f"group must have at most {checks.MAX_RANKS} ranks, got {world_size}."
+    most_lanes = 1 if device.type == "cpu" else checks.MAX_LANES
+    if isinstance(lanes, bool) or not isinstance(lanes, int) or not 1 <= lanes <= most_lanes:
+        allowed = "1 on the CPU" if most_lanes == 1 else f"an integer from 1 to {most_lanes}"
+        return f"lanes must be {allowed}, got {lanes!r}."
+    least = checks.least_bytes(world_size * checks.GRANULE * 4, lanes)
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or not least <= max_bytes < 1 << 40:
+        least_for = f"{least} for {world_size} ranks and {lanes} lanes"
+        return f"max_bytes must be an integer of at least {least_for}, got {max_bytes!r}."
+    if not isinstance(timeout, int | float) or not 0.001 <= timeout <= 1e6:
+        return f"timeout must be a number of seconds from 0.001 to 1000000, got {timeout!r}."
+    return ""
 
 
 def _call(name: str, op: Callable[..., None], args: tuple[Any, ...], check_tensors: Callable[..., None]) -> None:

@@ -135,6 +135,19 @@ def test_rows_of_any_length_and_number():
                 assert_same_bits(out, rms_norm(residual_out, weight, 1e-6), (hidden, rows))
 
 
+@EACH_ALGORITHM
+def test_rows_that_are_longer_than_a_slice(algorithm):
+    ranks, hidden = node(3, slice_bytes=FINEST * 3), 3 * FINEST + 64  # in float32 four slices and more
+    xs, residuals, weight = inputs(3, 2, hidden), inputs(3, 2, hidden, seed=1), torch.randn(hidden)
+    for bits in (None, 8):
+        options = {"algorithm": algorithm, "bits": bits, "block": 64}
+        outs, sums = ranks.all_reduce_rms_norm(xs, residuals, weight, **options)
+        for out, residual_out, residual in zip(outs, sums, residuals, strict=True):
+            _, expected = reference.peer_all_reduce.all_reduce_rms_norm(xs, residual, weight, **options)
+            assert_same_bits(residual_out, expected, options)
+            assert_same_bits(out, rms_norm(residual_out, weight, 1e-6), options)
+
+
 def test_no_ranks_but_one():
     x = inputs(1, 1000)[0]
     assert_same_bits(node(1).all_reduce([x])[0], x)
@@ -162,6 +175,7 @@ def test_a_block_does_not_depend_on_what_is_around_it():
         assert_same_bits(part[:4608], whole[1280:5888], bits)
 
 
+@NEEDS_GLOO
 def test_bits_are_those_of_the_quantised_collectives():
     xs = inputs(4, 1000)
     for algorithm in ("one_shot", "two_shot"):
@@ -228,6 +242,7 @@ def test_epochs_go_on_beyond_2_to_32():
     assert 5 < ranks.epochs(0)[0] < 1000
 
 
+@NEEDS_GLOO
 def test_a_rank_never_reads_what_is_written_for_a_later_step():
     """A rank that sleeps between calls finds the bits of its own call, however far the others would like to be."""
 

@@ -188,6 +188,15 @@ def test_the_norm_of_rows_of_any_length_without_codes():
             check_norm(node(2, slice_bytes=3 * FINEST), xs, residuals, normal(hidden, seed=9), algorithm=algorithm)
 
 
+@EACH_ALGORITHM
+def test_the_norm_of_rows_that_are_longer_than_a_slice(algorithm):
+    """Two lanes with three rows, each of them in several rounds."""
+    ranks, hidden = node(2, slice_bytes=smallest_slice(2, algorithm)), 3 * FINEST + 64
+    for bits in (None, 8):
+        xs, residuals = inputs(2, 3, hidden), inputs(2, 3, hidden, seed=1)
+        check_norm(ranks, xs, residuals, normal(hidden, seed=9), bits=bits, block=64, algorithm=algorithm)
+
+
 @EACH_BITS
 def test_a_row_does_not_depend_on_the_others(bits):
     xs, residuals = inputs(2, 9, 512, dtype=torch.bfloat16), inputs(2, 9, 512, dtype=torch.bfloat16, seed=1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PeerWorkspace refuses, and what the others learn when a rank is late, is gone, or means another call."""
 
+import contextlib
 import os
 import threading
 import time
@@ -60,6 +61,14 @@ def test_a_workspace_is_refused(options, sentence):
     assert as_threads(1, body) == [sentence]
 
 
+def test_an_argument_that_one_rank_has_wrong_is_its_sentence_on_every_rank():
+    def body(rank, group):
+        return raised(PeerWorkspace, group, max_bytes=1000 if rank == 1 else None)
+
+    least = "at least 49152 for 2 ranks and 1 lanes"
+    assert as_threads(2, body) == [f"ValueError: PeerWorkspace: max_bytes must be an integer of {least}, got 1000."] * 2
+
+
 def test_calls_are_refused():
     x, rows, weight = torch.ones(6), torch.ones(2, 96), torch.ones(96)
 
@@ -70,6 +79,7 @@ def test_calls_are_refused():
             lambda: workspace.all_reduce(torch.ones(4, 4).t()),
             lambda: workspace.all_reduce(x, op="max"),
             lambda: workspace.all_reduce(x, bits=1),
+            lambda: workspace.all_reduce(x, bits=8.0),
             lambda: workspace.all_reduce(x, bits=8, block=100),
             lambda: workspace.all_reduce(x, algorithm="ring"),
             lambda: workspace.all_reduce(x, out=torch.ones(7)),
@@ -81,7 +91,7 @@ def test_calls_are_refused():
             lambda: workspace.all_reduce_rms_norm(rows, rows, weight.half()),
             lambda: workspace.all_reduce_rms_norm(rows, rows, weight, bits=8, block=64),
             lambda: workspace.all_reduce_rms_norm(rows, rows, weight, eps=-1.0),
-            lambda: workspace.all_reduce_rms_norm(torch.ones(1, 9000), torch.ones(1, 9000), torch.ones(9000)),
+            lambda: workspace.all_reduce_rms_norm(rows, rows, weight, eps=1e39),
             lambda: workspace.all_reduce_rms_norm(torch.ones(()), torch.ones(()), weight),
         ]
         sentences = [raised(call) for call in calls]
@@ -95,6 +105,7 @@ def test_calls_are_refused():
         "ValueError: all_reduce: x must be contiguous, its strides are (1, 4).",
         "ValueError: all_reduce: op must be 'sum' or 'avg', got 'max'.",
         "ValueError: all_reduce: bits must be 8, 6, 4 or None, got 1.",
+        "ValueError: all_reduce: bits must be 8, 6, 4 or None, got 8.0.",
         "ValueError: all_reduce: block must be a power of two from 32 to 2048, got 100.",
         "ValueError: all_reduce: algorithm must be 'two_shot' or 'one_shot', got 'ring'.",
         "ValueError: all_reduce: out must have the shape of x, [6], got [7].",
@@ -105,9 +116,8 @@ def test_calls_are_refused():
         "ValueError: all_reduce_rms_norm: weight must have the last dimension of x, 96, got 95.",
         "ValueError: all_reduce_rms_norm: weight must be float32 for this x, got float16.",
         "ValueError: all_reduce_rms_norm: the last dimension of x must be a multiple of block, 64, got 96.",
-        "ValueError: all_reduce_rms_norm: eps must be a finite number of at least 0, got -1.0.",
-        "ValueError: all_reduce_rms_norm: the workspace must have at least 88576 bytes for rows of 9000 elements, "
-        "it has 65536.",
+        "ValueError: all_reduce_rms_norm: eps must not be negative, got -1.0.",
+        "ValueError: all_reduce_rms_norm: eps must be finite in float32, got 1e+39.",
         "ValueError: all_reduce_rms_norm: x must have a last dimension of at least 1, got shape [].",
         "RuntimeError: all_reduce: the workspace is closed.",
     ]
@@ -241,30 +251,68 @@ def test_ranks_on_several_nodes_are_one_sentence_on_every_rank(monkeypatch):
     assert as_threads(3, body) == [f"ValueError: PeerWorkspace: {sentence}"] * 3
 
 
-@pytest.mark.parametrize("what", ["make its memory", "open the memory of the others"])
-def test_memory_that_one_rank_cannot_have_is_one_sentence_on_every_rank(monkeypatch, what):
-    failing = []
+@pytest.mark.parametrize("function", ["ftruncate", "posix_fallocate", "_map"])
+def test_memory_that_one_rank_cannot_have_is_one_sentence_on_every_rank(monkeypatch, tmp_path, function):
+    failing, text = [], "kein Glück \N{FOUR LEAF CLOVER} " * 100  # of which they tell each other a part
 
     def fail_on_one(function):
         def wrapped(*args):
             if threading.get_ident() in failing:
-                raise OSError("no such luck")
+                raise OSError(text)
             return function(*args)
 
         return wrapped
 
-    if what == "make its memory":
-        monkeypatch.setattr(os, "ftruncate", fail_on_one(os.ftruncate))
-    else:
-        monkeypatch.setattr(_peer_memory, "_map", fail_on_one(_peer_memory._map))
+    module = _peer_memory if function == "_map" else os
+    monkeypatch.setattr(module, function, fail_on_one(getattr(module, function)))
+    if function == "posix_fallocate":  # of files that have a name
+        monkeypatch.delattr(os, "memfd_create")
+        monkeypatch.setattr(_peer_memory.tempfile, "tempdir", str(tmp_path))
 
     def body(rank, group):
         if rank == 1:
             failing.append(threading.get_ident())
         return raised(PeerWorkspace, group)
 
-    reason = "no such luck" if what == "make its memory" else "OSError: no such luck"
-    assert as_threads(3, body) == [f"RuntimeError: PeerWorkspace: rank 1 could not {what}: {reason}"] * 3
+    what = "open the memory of the others: OSError: " if function == "_map" else "make its memory: "
+    prefix = f"RuntimeError: PeerWorkspace: rank 1 could not {what}kein Glück"
+    first, *others = as_threads(3, body)
+    assert others == [first, first]
+    assert first.startswith(prefix)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_with_names_are_memory_as_well(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(_peer_memory.tempfile, "tempdir", str(tmp_path))
+
+    def body(workspace):
+        return workspace.all_reduce(torch.ones(100))
+
+    for result in on_ranks(2, body):
+        assert torch.equal(result, torch.full((100,), 2.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_symmetric_memory_that_one_rank_cannot_have_is_one_sentence_on_every_rank(monkeypatch):
+    symmetric = pytest.importorskip("torch.distributed._symmetric_memory")
+    failing = []
+
+    def empty(*shape, **options):
+        if threading.get_ident() in failing:
+            raise torch.OutOfMemoryError("kein Glück")
+        return torch.empty(*shape, **options)
+
+    monkeypatch.setattr(symmetric, "empty", empty)
+    monkeypatch.setattr(symmetric, "rendezvous", lambda *_: pytest.fail("without the others"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+
+    def body(rank, group):
+        if rank == 1:
+            failing.append(threading.get_ident())
+        return raised(_peer_memory._symmetric_memory, group, torch.device("cpu"), 100)
+
+    assert as_threads(3, body) == ["RuntimeError: PeerWorkspace: rank 1 could not make its memory: kein Glück"] * 3
 
 
 # ---- ranks that are late or gone -------------------------------------------------------------------------------------
@@ -280,33 +328,57 @@ def test_a_late_rank_is_waited_for():
         assert torch.equal(result, torch.full((100,), 3.0))
 
 
+LATE = (
+    "RuntimeError: all_reduce: rank {} is gone or late: rank {} waited for it for {} ms, and the workspace is of no "
+    "use any more."
+)
+AFTER = "RuntimeError: all_reduce: the workspace is of no use any more, rank {} has waited in vain for rank {}."
+
+
 def test_a_rank_that_is_too_late_makes_the_workspace_useless_on_every_rank():
     done = threading.Event()
 
     def body(workspace):
-        if workspace.rank == 2:
-            done.wait()
-            return [raised(workspace.all_reduce, torch.ones(100))] * 2
+        if workspace.rank == 0:  # whom the others wait for first, whoever of them begins
+            assert done.wait(60)
+            return 0.0, [raised(workspace.all_reduce, torch.ones(100))] * 2
         before = time.monotonic()
         sentences = [raised(workspace.all_reduce, torch.ones(100))]
-        assert 0.25 < time.monotonic() - before < 20
+        took = time.monotonic() - before
         done.set()
-        return [*sentences, raised(workspace.all_reduce, torch.ones(100))]
+        return took, [*sentences, raised(workspace.all_reduce, torch.ones(100))]
 
-    first, second, third = on_ranks(3, body, timeout=0.3)
-    late = (
-        "RuntimeError: all_reduce: rank 2 is gone or late: rank {} waited for it for 300 ms, and the workspace is of "
-        "no use any more."
-    )
-    after = "RuntimeError: all_reduce: the workspace is of no use any more, rank {} has waited in vain for rank 2."
-    assert late.format(0) == first[0] or late.format(1) == second[0]
+    times, (first, second, third) = zip(*on_ranks(3, body, timeout=0.3), strict=True)
+    assert 0.25 < max(times) < 20
+    assert LATE.format(0, 1, 300) == second[0] or LATE.format(0, 2, 300) == third[0]
     for sentences in (first, second, third):  # who of the two was first makes no difference to those who come after
-        assert sentences[1] in (after.format(0), after.format(1))
+        assert sentences[1] in (AFTER.format(1, 0), AFTER.format(2, 0))
     assert first[1] == second[1] == third[1]
 
 
+def test_all_others_together_are_waited_for_no_longer_than_the_timeout():
+    begun, done = threading.Event(), threading.Event()
+
+    def body(workspace):
+        if workspace.rank == 2:
+            assert done.wait(60)
+            return ""
+        if workspace.rank == 1:
+            assert begun.wait(60)
+            time.sleep(1.0)
+        begun.set()
+        sentence = raised(workspace.all_reduce, torch.ones(100))
+        done.set()
+        return sentence
+
+    first, second, _ = on_ranks(3, body, timeout=2.0)
+    late = 2 if "rank 2" in first else 1  # which a busy machine may make of it
+    assert first == LATE.format(late, 0, 2000)  # 2 s after it began; the other one began 1 s later
+    assert second == AFTER.format(0, late)
+
+
 def _die(rank):
-    workspace = PeerWorkspace(timeout=1.0)
+    workspace = PeerWorkspace(timeout=3.0)
     if rank == 1:
         for _ in range(3):
             workspace.all_reduce(torch.ones(100_000))

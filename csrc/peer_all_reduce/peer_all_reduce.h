@@ -77,7 +77,7 @@ constexpr int64_t peer_slice_offset(int64_t slice_bytes, int64_t lanes, int64_t 
 }
 
 // How elements are written to a slice. A slice holds `parts` payloads, each in bytes(numel); what a kernel writes at least
-// at a time is kPeerGranule elements, and where there is a norm a row if that is more.
+// at a time is kPeerGranule elements. Rows may be longer than a slice: a norm reads them where the sums are.
 constexpr int64_t kPeerGranule = kMaxBlock;
 struct PeerPayload {
   DType dtype;

@@ -61,10 +61,10 @@ PeerPayload payload_of(const Tensor& x, int64_t bits, int64_t block) {
   return {dtype, static_cast<int32_t>(bits), __builtin_ctzll(static_cast<unsigned long long>(block))};
 }
 
-// All but what the norm adds to the call. `least`: elements that a kernel writes at least at a time, for a rank.
+// All but what the norm adds to the call.
 PeerAllReduceParams reduce_params(const Tensors& x, const Tensors& workspaces, const Tensors& out, int64_t rank,
                                   bool one_shot, int64_t bits, int64_t block, bool average, int64_t lanes,
-                                  int64_t timeout_ms, int64_t least) {
+                                  int64_t timeout_ms) {
   PeerAllReduceParams p{};
   p.world_size = int_from("the number of workspaces", static_cast<int64_t>(workspaces.size()), 1, kMaxPeers);
   p.num_ranks = int_from("the number of x", static_cast<int64_t>(x.size()), 1, p.world_size);
@@ -94,7 +94,7 @@ PeerAllReduceParams reduce_params(const Tensors& x, const Tensors& workspaces, c
     }
   }
   p.slice_bytes = peer_slice_bytes(workspace_bytes, lanes);
-  const int64_t needed = (one_shot ? 1 : p.world_size) * p.payload.bytes(least);
+  const int64_t needed = (one_shot ? 1 : p.world_size) * p.payload.bytes(kPeerGranule);
   FM_CHECK(p.slice_bytes >= needed, "workspaces of ", workspace_bytes, " bytes have ", p.slice_bytes,
            " for a lane at a time, and this call needs ", needed);
 
@@ -109,7 +109,7 @@ PeerAllReduceParams reduce_params(const Tensors& x, const Tensors& workspaces, c
 
 #ifdef FM_CUDA
 template <class Params>
-void execute(const Params& p, const Tensor& x) {
+void execute(const Params& p, [[maybe_unused]] const Tensor& x) {
   if constexpr (requires { p.reduce; }) FM_EXECUTE(peer_all_reduce_rms_norm, p, x);
   else FM_EXECUTE(peer_all_reduce, p, x);
 }
@@ -119,14 +119,12 @@ void execute(const Params& p, const Tensor& x) {
   if (failure.kind == PeerFailure::kDiffers) {
     if (failure.field == 0) name = "PeerWorkspace";  // for ranks that call another function, too
     const auto text = [&](int64_t value) -> std::string {
-      const bool is_norm = p.call.hidden > 0;
       switch (failure.field) {
         case 0: return kNames[value != 0];
         case 1: return value == 0 ? "float32" : value == 1 ? "float16" : "bfloat16";
         case 4: return value == 0 ? "None" : std::to_string(value);
         case 6: return value != 0 ? "one_shot" : "two_shot";
         case 7: return value != 0 ? "avg" : "sum";
-        case 8: return is_norm ? "others" : "none";
         default: return std::to_string(value);
       }
     };
@@ -191,7 +189,7 @@ void peer_all_reduce(Tensors x, Tensors workspaces, Tensors out, int64_t rank, b
                      int64_t block, bool average, int64_t lanes, int64_t timeout_ms) {
   check_lanes(lanes);
   const PeerAllReduceParams p =
-      reduce_params(x, workspaces, out, rank, one_shot, bits, block, average, lanes, timeout_ms, kPeerGranule);
+      reduce_params(x, workspaces, out, rank, one_shot, bits, block, average, lanes, timeout_ms);
   execute(p, x[0]);
 }
 
@@ -204,8 +202,7 @@ void peer_all_reduce_rms_norm(Tensors x, Tensors residual, const Tensor& weight,
   p.hidden = x[0].size(x[0].dim() - 1);
   FM_CHECK(p.hidden > 0, "x must have a last dimension of at least 1");
   FM_CHECK(p.hidden <= kMaxNumel, "x must have a last dimension of at most 2^40, got ", p.hidden);
-  p.reduce = reduce_params(x, workspaces, out, rank, one_shot, bits, block, false, lanes, timeout_ms,
-                           p.hidden > kPeerGranule ? p.hidden : kPeerGranule);
+  p.reduce = reduce_params(x, workspaces, out, rank, one_shot, bits, block, false, lanes, timeout_ms);
   FM_CHECK(bits == 0 || p.hidden % block == 0, "the last dimension of x must be a multiple of block, ", block, ", got ",
            p.hidden);
   p.rows = p.reduce.numel / p.hidden;

@@ -62,13 +62,14 @@ class PeerSteps {
     return true;
   }
 
-  // Tells the others that this rank has written, and waits until they have.
+  // Tells the others that this rank has written, and waits until they have, for all of them together as long as it may.
   bool meet() {
     for (int i = 0; i < p_.world_size; ++i) {
       __atomic_store_n(&header((p_.rank + i) % p_.world_size)->flags[0][p_.rank], next_, __ATOMIC_RELEASE);
     }
+    int64_t deadline = 0;
     for (int r = 0; r < p_.world_size; ++r) {
-      if (!has_come(r) && !wait_for(r)) return false;
+      if (!has_come(r) && !wait_for(r, deadline)) return false;
     }
     ++next_;
     return true;
@@ -85,12 +86,13 @@ class PeerSteps {
     return static_cast<int32_t>(flag - next_) >= 0;
   }
 
-  bool wait_for(int r) {
+  // deadline: 0 until the first that is waited for longer than a loop.
+  bool wait_for(int r, int64_t& deadline) {
     for (int i = 0; i < kSpins; ++i) {
       pause_processor();
       if (has_come(r)) return true;
     }
-    const int64_t deadline = now_in_ms() + p_.timeout_ms;
+    if (deadline == 0) deadline = now_in_ms() + p_.timeout_ms;
     for (int i = 0;; ++i) {
       if (has_come(r)) return true;
       if (const uint32_t broken = __atomic_load_n(&header(p_.rank)->broken, __ATOMIC_ACQUIRE)) return is_broken(broken);
