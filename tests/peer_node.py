@@ -99,3 +99,19 @@ class Node:
         lists = (list(xs), list(residuals), weight, self.workspaces, list(out), list(residual_out))
         self.run(lambda: ops.peer_all_reduce_rms_norm(*lists, *options))
         return list(out), list(residual_out)
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(world_size, *shape, dtype=torch.float32, seed=0):
+    return [normal(*shape, dtype=dtype, seed=100 * seed + rank) for rank in range(world_size)]
+
+
+def smallest_slice(world_size, algorithm):
+    return FINEST * (1 if algorithm == "one_shot" else world_size)
+
+
+def same(a, b):
+    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())

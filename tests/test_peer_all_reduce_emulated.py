@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from faults import missing_synchronisations
-from peer_node import BROKEN, FINEST, HEADER_BYTES, Node
+from peer_node import BROKEN, FINEST, HEADER_BYTES, Node, inputs, normal, same, smallest_slice
 
 from fmkernels import reference
 from fmkernels.testing import assert_as_good_as_torch, backends
@@ -28,29 +28,13 @@ EACH_BITS = pytest.mark.parametrize("bits", BITS)
 SIZES = [0, 1, 127, 128, 129, 4097]
 
 
-def normal(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def inputs(world_size, *shape, dtype=torch.float32, seed=0):
-    return [normal(*shape, dtype=dtype, seed=100 * seed + rank) for rank in range(world_size)]
-
-
 def node(world_size, **options):
     return Node(EMULATED[0], world_size, **options)
-
-
-def smallest_slice(world_size, algorithm):
-    return FINEST * (1 if algorithm == "one_shot" else world_size)
 
 
 def several_rounds(world_size, algorithm, lanes, bits, dtype):
     """Elements for more than two rounds of the smallest slices, the last one ragged."""
     return smallest_slice(world_size, algorithm) * lanes * 9 // 4 * 8 // (bits or 8 * dtype.itemsize) + 150
-
-
-def same(a, b):
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def check(ranks, xs, **options):
