@@ -21,6 +21,7 @@ from . import (
     _self_tests_layers,
     _self_tests_moe,
     _self_tests_paged_kv,
+    _self_tests_peer_all_reduce,
     _self_tests_tokens,
     reference,
 )
@@ -248,6 +249,7 @@ SELF_TESTS: dict[str, Callable[[Backend], None]] = {
     **_self_tests_block_codec.SELF_TESTS,
     **_self_tests_layers.SELF_TESTS,
     **_self_tests_moe.SELF_TESTS,
+    **_self_tests_peer_all_reduce.SELF_TESTS,
     **_self_tests_tokens.SELF_TESTS,
 }
 """One small case for each op, on the given backend, against the reference in float64."""

@@ -156,6 +156,10 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t last = cudaSuccess;
 inline int launched = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int) { return cudaSuccess; }
+template <class... T> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(T...) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { cudaError_t e = last; last = cudaSuccess; return e; }
 template <class F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return last = cudaErrorInvalidValue; }
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; decltype(sizeof 0) dynamicSmemBytes; cudaStream_t stream; };

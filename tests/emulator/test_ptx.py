@@ -120,7 +120,8 @@ import emulator
 
 emulator.configure(threads=2)
 k = emulator.Module(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+most = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (1 << 28)  # and a block takes 2^29
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
 k.launch("k", 4, 1024, [])
 print(emulator.take_reports()[0].text)
 """
