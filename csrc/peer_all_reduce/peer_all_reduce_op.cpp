@@ -7,7 +7,7 @@
 #include <vector>
 
 #ifndef FM_CUDA
-#include <thread>
+#include <future>
 
 #include "../common/parallel.h"
 #endif
@@ -154,7 +154,7 @@ void execute(const Params& all, const Tensor&) {
   constexpr bool kHasNorm = std::is_same_v<Params, PeerAllReduceRmsNormParams>;
   Params ranks[kMaxPeers];
   PeerFailure failures[kMaxPeers] = {};
-  std::thread threads[kMaxPeers];
+  std::future<void> others[kMaxPeers];  // which end the threads, also when one throws
   Params common = all;
   const int num_ranks = reduce_of(common).num_ranks;
   const auto take = [](auto* list, int i) { list[0] = list[i]; };
@@ -168,9 +168,11 @@ void execute(const Params& all, const Tensor&) {
     take(p.x, i), take(p.out, i);
     if constexpr (kHasNorm) take(ranks[i].residual, i), take(ranks[i].residual_out, i);
   }
-  for (int i = 1; i < num_ranks; ++i) threads[i] = std::thread([p = &ranks[i]] { run_rank(*p); });
+  for (int i = 1; i < num_ranks; ++i) {
+    others[i] = std::async(std::launch::async, [p = &ranks[i]] { run_rank(*p); });
+  }
   run_rank(ranks[0]);
-  for (int i = 1; i < num_ranks; ++i) threads[i].join();
+  for (int i = 1; i < num_ranks; ++i) others[i].get();
   for (int i = 0; i < num_ranks; ++i) {
     if (failures[i].kind != PeerFailure::kNone) fail_with(kNames[kHasNorm], reduce_of(ranks[i]), failures[i]);
   }
