@@ -9,13 +9,12 @@ the median time of the slowest rank in each round, and the bytes that a rank han
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from ranks import begin_rank, seconds
 from torch import Tensor
 
 from fmkernels import expert_parallel, moe
@@ -89,27 +88,13 @@ def bytes_sent(function: Callable[[], object]) -> int:
     return total
 
 
-def seconds(function: Callable[[], object]) -> float:
-    dist.barrier()
-    begin = time.perf_counter()
-    function()
-    took = torch.tensor(time.perf_counter() - begin)
-    dist.all_reduce(took, dist.ReduceOp.MAX)
-    return took.item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1024, help="of a rank")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    rank = dist.get_rank()
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    rank = begin_rank()
     generator = torch.Generator().manual_seed(rank)
     for dtype in (torch.float32, torch.bfloat16):
         for num_topk in (2, 8):

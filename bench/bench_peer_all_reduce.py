@@ -9,29 +9,17 @@ for one call, and how many times that of gloo's uncompressed call it is faster, 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from ranks import begin_rank, seconds
 
 from fmkernels import PeerWorkspace, quantized_collectives, rms_norm
 
 PEER = "gloo"
 HIDDEN = 1024
-
-
-def seconds(function: Callable[[], object], calls: int) -> float:
-    """Of one call, of the slowest rank; measured over as many as make a time that a clock can tell."""
-    dist.barrier()
-    begin = time.perf_counter()
-    for _ in range(calls):
-        function()
-    took = torch.tensor((time.perf_counter() - begin) / calls)
-    dist.all_reduce(took, dist.ReduceOp.MAX)
-    return took.item()
 
 
 def contenders(workspace: PeerWorkspace, x: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -64,12 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    rank = dist.get_rank()
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    rank = begin_rank()
     dtype = getattr(torch, options.dtype)
     with PeerWorkspace() as workspace:
         for kib in options.kib:

@@ -8,6 +8,7 @@ refuses every wrong tensor by itself, and these checks then say which and why. A
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -164,6 +165,15 @@ def vanishes(value: Any) -> bool:
 def flag(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")
+
+
+def same_on_every_rank(op: str, name: str, values: Sequence[Any]) -> None:
+    """values: those of the ranks, in their order."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise ValueError(
+                f"{op}: {name} must be the same on every rank, rank 0 has {values[0]} and rank {rank} {value}."
+            )
 
 
 def sees_values(value: Tensor) -> bool:

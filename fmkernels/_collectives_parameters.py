@@ -99,12 +99,7 @@ def check_agreement(name: str, group: Any, facts: Mapping[str, Any], tensors: It
     rows: list[Any] = [None] * group.size()
     dist.all_gather_object(rows, facts, group=group)
     for key in facts:
-        for rank, row in enumerate(rows):
-            if row[key] != rows[0][key]:
-                raise ValueError(
-                    f"{name}: {key} must be the same on every rank, rank 0 has {rows[0][key]} and rank {rank} "
-                    f"{row[key]}."
-                )
+        _check.same_on_every_rank(name, key, [row[key] for row in rows])
 
 
 def check_parameters(name: str, parameters: Iterable[Any]) -> list[Tensor]:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _check
+
 NAME = "PeerWorkspace"
 _MESSAGE_BYTES, _ERROR_CHARACTERS = 16384, 512  # a character is 12 bytes of JSON at most
 _SAME = ("max_bytes", "lanes", "timeout")
@@ -80,12 +82,7 @@ def check_same(told: list[dict[str, Any]]) -> None:
                 f"{NAME}: the ranks of group must be on one node, rank 0 is on {hosts[0]} and rank {rank} on {other}."
             )
     for name in _SAME:
-        for rank, said in enumerate(told):
-            if said[name] != told[0][name]:
-                raise ValueError(
-                    f"{NAME}: {name} must be the same on every rank, rank 0 has {told[0][name]} and rank {rank} "
-                    f"{said[name]}."
-                )
+        _check.same_on_every_rank(NAME, name, [said[name] for said in told])
     check_errors(told, "make its memory")
 
 

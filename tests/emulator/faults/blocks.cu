@@ -1,15 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Faulty kernels as in sm80.cu: blocks that hand data to each other through global memory, as ranks do through peers'.
-#ifdef REPAIRED
-#define REPAIR(...) __VA_ARGS__
-#define BREAK(...)
-#else
-#define REPAIR(...)
-#define BREAK(...) __VA_ARGS__
-#endif
-#define KERNEL(name) \
-  extern "C" __global__ void name(int* out, const int* in, [[maybe_unused]] int zero, [[maybe_unused]] int one)
-#define TID (static_cast<int>(threadIdx.x))
+// Faulty kernels as of faults.h: blocks that hand data to each other through global memory, as ranks do through peers'.
+#include "faults.h"
 #define BLOCK (static_cast<int>(blockIdx.x))
 
 // Macros, so that the line of the instruction is that of its use.

@@ -1,17 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Faulty kernels as in sm80.cu, with what came with sm_90: mbarriers that are waited for, election.
+// Faulty kernels as of faults.h, with what came with sm_90: mbarriers that are waited for, election.
 #include <cstdint>
 
-#ifdef REPAIRED
-#define REPAIR(...) __VA_ARGS__
-#define BREAK(...)
-#else
-#define REPAIR(...)
-#define BREAK(...) __VA_ARGS__
-#endif
-#define KERNEL(name) \
-  extern "C" __global__ void name(int* out, const int* in, [[maybe_unused]] int zero, [[maybe_unused]] int one)
-#define TID (static_cast<int>(threadIdx.x))
+#include "faults.h"
 
 __device__ unsigned address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 // Macros, so that the line of the instruction is that of its use.
