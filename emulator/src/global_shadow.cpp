@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <bit>
+#include <bitset>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
@@ -21,6 +22,7 @@ constexpr int kNumShards = 16;
 enum Kind : uint32_t { kPlainRead, kPlainWrite, kStrongRead, kStrongWrite, kNumKinds };
 constexpr uint32_t kMeets[kNumKinds] = {1u << kPlainWrite | 1u << kStrongWrite, 15, 1u << kPlainWrite,
                                         1u << kPlainRead | 1u << kPlainWrite};
+constexpr bool is_strong(Kind kind) { return kind == kStrongRead || kind == kStrongWrite; }
 constexpr Access kAccessOf[kNumKinds] = {Access::kRead, Access::kWrite, Access::kAtomicRead, Access::kAtomicWrite};
 
 constexpr Kind kind_of(Access access) {
@@ -299,6 +301,7 @@ class OrderedShadow final : public GlobalShadow {
       if (page == nullptr) return false;
       PageLock lock(page->lock, threads_);
       std::fill_n(page->count + at, count, uint8_t{0});
+      for (uint32_t i = at; i < at + count; i++) page->forgotten.reset(i);
       return false;
     });
   }
@@ -318,6 +321,7 @@ class OrderedShadow final : public GlobalShadow {
   struct Page {
     std::atomic_flag lock;
     uint8_t count[kPageWords] = {};
+    std::bitset<kPageWords> forgotten;          // words that more than kMaxEntries strong accesses met
     std::vector<std::unique_ptr<Slots>> slots;  // slots[0 ... count - 1][word], in the order of their time
     Entry& at(uint32_t slot, uint32_t word) { return (*slots[slot])[word]; }
   };
@@ -327,12 +331,12 @@ class OrderedShadow final : public GlobalShadow {
 
   // After the strong write in this slot the block looked at the word itself, by a strong access that happened before: as
   // the last of all that count does, before it sets the counter back. With several threads an access is recorded and
-  // performed in two steps, so the later of two values may have been recorded first.
+  // performed in two steps, so the later of two values may have been recorded first, and forgotten by now.
   bool observed(Page& page, uint32_t word, uint32_t slot, uint32_t num, uint32_t who, Happened& happened) const {
+    if (threads_ && page.forgotten[word]) return true;
     for (uint32_t i = threads_ ? 0 : slot + 1; i < num; i++) {
       const Entry& e = page.at(i, word);
-      const bool strong = e.kind() == kStrongRead || e.kind() == kStrongWrite;
-      if (strong && e.who >> 5 == who >> 5 && happened.before(e.access())) return true;
+      if (is_strong(e.kind()) && e.who >> 5 == who >> 5 && happened.before(e.access())) return true;
     }
     return false;
   }
@@ -342,8 +346,7 @@ class OrderedShadow final : public GlobalShadow {
     const uint32_t who = static_cast<uint32_t>(access.block << 5) | access.warp, num = page.count[word];
     Entry mine{who, access.id, access.lanes, access.pc << 6 | static_cast<uint32_t>(kind) << 4 | bytes};
     // Again, with nothing between that would have removed it. A strong access must also stay behind those it observes.
-    const bool is_strong = kind == kStrongRead || kind == kStrongWrite;
-    for (uint32_t i = num; i-- > (is_strong ? std::max(num, 1u) - 1 : 0);) {
+    for (uint32_t i = num; i-- > (is_strong(kind) ? std::max(num, 1u) - 1 : 0);) {
       const Entry& e = page.at(i, word);
       if (e.who == who && e.id == mine.id && e.kind() == kind && (bytes & ~e.bytes()) == 0 &&
           (mine.lanes & ~e.lanes) == 0)
@@ -382,7 +385,9 @@ class OrderedShadow final : public GlobalShadow {
       }
       if (!drop) page.at(kept++, word) = e;
     }
+    if (kept == 0) page.forgotten.reset(word);
     if (kept == kMaxEntries) {
+      if (is_strong(page.at(0, word).kind())) page.forgotten.set(word);
       for (uint32_t i = 1; i < kept; i++) page.at(i - 1, word) = page.at(i, word);
       kept--;
     }

@@ -110,7 +110,7 @@ struct Ordered {
     SharedShadow shared{64, kWarps};
     BlockKnowledge knowledge;
   };
-  Block blocks[4];
+  Block blocks[20];
 
   Threads threads(uint32_t block, int warp, uint32_t lanes) {
     return {blocks[block].shared, blocks[block].knowledge, block, warp, lanes};
@@ -197,6 +197,13 @@ void test_counter_recorded_in_another_order() {
       l.add(0, 0, 0, kFlag, false, false);
       EXPECT(l.good(kWrite, 1, 0, 0, kFlag) == (several && counts));
     }
+  Ordered l;  // nor when it has been forgotten since; until the counter begins anew
+  l.shadow = GlobalShadow::ordered(true);
+  for (uint32_t b = 0; b < 20; b++) l.add(b, 0, 0, kFlag, false, false);
+  EXPECT(l.good(kWrite, 0, 0, 0, kFlag));
+  l.shadow->forget(kFlag, 4);
+  l.add(1, 0, 0, kFlag, false, false);
+  EXPECT(!l.good(kWrite, 0, 0, 0, kFlag));
 }
 
 void test_bytes_of_a_word() {
