@@ -133,16 +133,17 @@ def test_kernel_file_includes_no_torch_header(source):
     assert not [name for name in headers if re.match(r"(torch|ATen|c10|pybind11|Python\.h)\b", name)]
 
 
-def test_avx2_objects_lend_no_code_to_the_portable_kernels():
-    """A weak function of an AVX2 object may be the copy that the linker keeps for everyone."""
-    folders = [ROOT / "build" / kind / "CMakeFiles" / "cpu_avx2.dir" for kind in ("cuda", "cpu")]
+@pytest.mark.parametrize(("isa", "number"), [("avx2", 1), ("avx512", 2)])
+def test_objects_of_an_instruction_set_lend_no_code_to_other_kernels(isa, number):
+    """A weak function of such an object may be the copy that the linker keeps for everyone."""
+    folders = [ROOT / "build" / kind / "CMakeFiles" / f"cpu_{isa}.dir" for kind in ("cuda", "cpu")]
     objects = [path for folder in folders for path in folder.glob("csrc/*/*.o")]
     if not objects:
         pytest.skip("no build tree here, or not an x86 machine")
     for path in objects:
         symbols = output_of("nm", "-C", "--defined-only", path).splitlines()
         functions = [line.split(" ", 2)[2] for line in symbols if line.split(" ", 2)[1] in "TWui"]
-        entry_point = r"void fmkernels::run_\w+<\(fmkernels::Isa\)1>\("
+        entry_point = rf"void fmkernels::run_\w+<\(fmkernels::Isa\){number}>\("
         assert [name for name in functions if re.match(entry_point, name)], f"{path} defines no entry point"
         assert not [name for name in functions if not re.match(entry_point, name)]
 
@@ -327,7 +328,8 @@ def test_touching_one_cuda_file_recompiles_that_file_alone(tmp_path):
     for room in ("first", "second"):
         (tmp_path / "csrc" / room).mkdir()
         (tmp_path / "csrc" / room / f"{room}.cu").write_text(f"__global__ void {room}() {{}}\n")
-        (tmp_path / "csrc" / room / f"{room}_cpu.cpp").touch()
+        for part in ("cpu", "avx512"):
+            (tmp_path / "csrc" / room / f"{room}_{part}.cpp").touch()
     tools = {"env": dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")}
     torch = Path(importlib.util.find_spec("torch").origin).parent
     flags = [f"-L{nvcc.parent.parent / 'lib'}"] if (nvcc.parent.parent / "lib").exists() else []

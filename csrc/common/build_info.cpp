@@ -19,7 +19,7 @@ const char* fmkernels_cuda_version() { return FM_CUDA_VERSION; }
 // Null where FMKERNELS_CPU_ISA asks for what this machine does not have; every CPU kernel then raises the reason.
 const char* fmkernels_cpu_isa() {
   try {
-    return fmkernels::cpu_isa() == fmkernels::Isa::kAvx2 ? "avx2" : "generic";
+    return fmkernels::kIsaNames[static_cast<int>(fmkernels::cpu_isa())];
   } catch (const std::exception&) {
     return nullptr;
   }

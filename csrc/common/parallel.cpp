@@ -22,16 +22,21 @@ namespace fmkernels {
 Isa cpu_isa() {
   static const Isa isa = [] {
     const char* forced = std::getenv("FMKERNELS_CPU_ISA");
-    FM_CHECK(forced == nullptr || std::strcmp(forced, "generic") == 0 || std::strcmp(forced, "avx2") == 0,
-             "FMKERNELS_CPU_ISA must be generic or avx2, got ", forced == nullptr ? "" : forced);
+    bool has[] = {true, false, false};
 #ifdef __x86_64__
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (has_avx2 && (forced == nullptr || std::strcmp(forced, "avx2") == 0)) return Isa::kAvx2;
+    has[1] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    has[2] = has[1] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512bf16");
 #endif
-    FM_CHECK(forced == nullptr || std::strcmp(forced, "generic") == 0,
-             "FMKERNELS_CPU_ISA=avx2, but this processor has no AVX2, FMA and F16C");
-    return Isa::kGeneric;
+    int isa = has[2] ? 2 : has[1] ? 1 : 0;
+    if (forced != nullptr) {
+      for (isa = 0; isa < 3 && std::strcmp(forced, kIsaNames[isa]) != 0;) ++isa;
+      FM_CHECK(isa < 3, "FMKERNELS_CPU_ISA must be generic, avx2 or avx512, got ", forced);
+      FM_CHECK(has[isa], "FMKERNELS_CPU_ISA=", forced, ", but this processor has no ",
+               isa == 1 ? "AVX2, FMA and F16C" : "AVX-512 with F, BW, DQ, VL and BF16");
+    }
+    return static_cast<Isa>(isa);
   }();
   return isa;
 }

@@ -18,7 +18,7 @@
 namespace fmkernels {
 namespace {
 
-constexpr int kLanes = kIsa == Isa::kAvx2 ? 8 : 4;
+constexpr int kLanes = kIsa == Isa::kGeneric ? 4 : 8;
 
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));

@@ -13,6 +13,7 @@
 // Numerics  The chains of moe_product_cpu.h: an element has the same bits here as there.
 #pragma once
 
+#include "../common/dense_view.h"
 #include "moe_product_cpu.h"
 
 namespace fmkernels {
@@ -35,18 +36,21 @@ struct Halves {
   int64_t step;      // from a column of a half to the next one
   int64_t count[2];  // count[0] is count[1], or one more
   int64_t inner;     // > 0
+  int64_t inner_stride = 1;
 
   const T* column(int half, int64_t i) const { return base[half] + min(i, count[half] - 1) * step; }
 };
 
 // Columns that are a list of gate and up, or of any two halves.
 template <class T>
-Halves<T> halves_of(const T* b, int64_t stride, int64_t num_columns, bool is_interleaved, int64_t inner) {
-  const int64_t first = ceil_div(num_columns, 2);
-  return {{b, b + (is_interleaved ? 1 : first) * stride},
+Halves<T> halves_of(const DenseView& b, int64_t group, bool is_interleaved) {
+  const T* const base = static_cast<const T*>(b.data) + group * b.batch_stride;
+  const int64_t stride = b.column_stride, first = ceil_div(b.columns, 2);
+  return {{base, base + (is_interleaved ? 1 : first) * stride},
           is_interleaved ? 2 * stride : stride,
-          {first, num_columns - first},
-          inner};
+          {first, b.columns - first},
+          b.rows,
+          stride == 1 ? b.row_stride : 1};
 }
 
 // `count` inner indices from `first` on of up to kTileRows rows, null for one of zeros, to out[inner][row] and up to a vector behind.

@@ -4,7 +4,7 @@
 // (grouped_mm). Internal linkage, as in vec.h.
 #pragma once
 
-#include "moe_columns_cpu.h"
+#include "moe_dot_cpu.h"
 
 #include "../common/sigmoid_cpu.h"
 #include "../common/vec_pair.h"
@@ -48,7 +48,8 @@ struct HalfPart {
 // What a worker needs for blocks of products with up to so many inner indices and columns of a half.
 template <class T>
 struct ExpertScratch {
-  float* x;         // few rows: as pack_few has them; many: [panel][inner][lanes]
+  float*
+      x;  // few rows: as pack_few has them; many: [panel][inner][lanes]; where uses_dot: columns of b that lies by rows
   float* few_sums;  // [panel of columns][row][kPanel], of float32 those of one panel
   ManyScratch many;
 
@@ -56,15 +57,17 @@ struct ExpertScratch {
     return kFewRows<T> * (sizeof(T) == 4 ? kPanel : 2 * round_up(half_columns, kLanes));
   }
   static int64_t bytes(int64_t inner, int64_t half_columns) {
-    return Arena::array_bytes<float>(kManyRows * inner) + Arena::array_bytes<float>(sum_floats(half_columns)) +
+    return Arena::array_bytes<float>(x_floats(inner)) + Arena::array_bytes<float>(sum_floats(half_columns)) +
            ManyScratch::kBytes;
   }
+  static int64_t x_floats(int64_t inner) { return max(kManyRows * inner, uses_dot<T>() ? dot_packed(inner) / 2 : 0); }
+  T* packed() const { return reinterpret_cast<T*>(x); }
   ExpertScratch(Arena& arena, int64_t inner, int64_t half_columns)
-      : x(arena.take<float>(kManyRows * inner)), few_sums(arena.take<float>(sum_floats(half_columns))), many(arena) {}
+      : x(arena.take<float>(x_floats(inner))), few_sums(arena.take<float>(sum_floats(half_columns))), many(arena) {}
 };
 
 // The inner rows of a block as floats that T holds, inner_floats: few: [row][inner_row_stride(width)]; many:
-// [panel][width][lanes].
+// [panel][width][lanes]. Where uses_dot: as T, [row][width].
 inline int64_t inner_row_stride(int64_t width) { return round_up(width, kLanes); }
 template <class T>
 int64_t inner_floats(int64_t width) {
@@ -174,10 +177,32 @@ void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* nex
   multiply_many_rows(p.b, next, panels, part.first_tile(), part.last_tile(), s.many, x_at, emit);
 }
 
+template <class T>
+void gate_up_dots(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch<T>& s,
+                  T* inner) {
+  const int64_t step = p.kept_step();
+  auto emit = [&](int64_t r, int64_t n, int64_t count, const float* const* sums) {
+    const bool is_there = p.rows[r] != nullptr;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int lanes = static_cast<int>(min(kLanes, count - i));
+      const VecF both[2] = {is_there ? load(sums[0] + i) : VecF{}, is_there ? load(sums[1] + i) : VecF{}};
+      for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
+        T* kept = p.kept_at(r, half) + (n + i) * step;
+        if (step == 1) store_lanes(kept, both[half], lanes);
+        else
+          for (int j = 0; j < lanes; ++j) kept[2 * j] = from_float<T>(both[half][j]);
+      }
+      store_lanes(inner + r * p.width + n + i, gated_unit(both[0], both[1]), lanes);
+    }
+  };
+  multiply_by_dots(p.rows, p.num_rows, p.b, part.first, part.last, next, s.packed(), emit);
+}
+
 // inner: of the columns of the part.
 template <class T>
 void gate_up_block(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch<T>& s,
                    float* inner) {
+  if (uses_dot<T>()) return gate_up_dots(p, part, next, s, reinterpret_cast<T*>(inner));
   pack_block(p.rows, p.num_rows, p.b.inner, s);
   p.num_rows <= kFewRows<T> ? gate_up_few(p, part, next, s, inner) : gate_up_many(p, part, next, s, inner);
 }
@@ -185,6 +210,13 @@ void gate_up_block(const GateUp<T>& p, const HalfPart& part, const Halves<T>* ne
 // The inner rows of a block, of the columns of the part, as rows of T.
 template <class T>
 void store_inner(const float* inner, int64_t num_rows, int64_t width, const HalfPart& part, T* out) {
+  if (uses_dot<T>()) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int64_t at = r * width + part.first;
+      memcpy(out + at, reinterpret_cast<const T*>(inner) + at, static_cast<size_t>(part.last - part.first) * sizeof(T));
+    }
+    return;
+  }
   if (num_rows <= kFewRows<T>) {
     for (int64_t r = 0; r < num_rows; ++r) {
       for (int64_t n = part.first; n < part.last; n += kLanes) {
@@ -242,10 +274,41 @@ void product_block(const float* x, int64_t num_rows, const Halves<T>& b, const H
   multiply_many_rows(b, next, panels, part.first_tile(), part.last_tile(), s.many, x_at, emit);
 }
 
+template <class T>
+void product_by_dots(const T* const* rows, int64_t num_rows, const Halves<T>& b, const HalfPart& part,
+                     const Halves<T>* next, const ExpertScratch<T>& s, const float* bias, T* y, int64_t stride) {
+  auto emit = [&](int64_t r, int64_t n, int64_t count, const float* const* sums) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = half * b.count[0] + n, num_columns = min(count, b.count[half] - n);
+      for (int64_t i = 0; i < num_columns; i += kLanes) {
+        const int lanes = static_cast<int>(min(kLanes, num_columns - i));
+        const VecF sum = load(sums[half] + i);
+        store_lanes(y + r * stride + first + i, bias == nullptr ? sum : sum + load_lanes(bias + first + i, lanes),
+                    lanes);
+      }
+    }
+  };
+  multiply_by_dots(rows, num_rows, b, part.first, part.last, next, s.packed(), emit);
+}
+
+// The same of rows of T.
+template <class T>
+void rows_block(const T* const* rows, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
+                const ExpertScratch<T>& s, const float* bias, T* y, int64_t stride) {
+  if (uses_dot<T>()) return product_by_dots(rows, num_rows, b, part, next, s, bias, y, stride);
+  pack_block(rows, num_rows, b.inner, s);
+  product_block<T>(s.x, num_rows, b, part, next, s, bias, y, stride);
+}
+
 // The same of the inner rows of a block, where gate_up_block left them.
 template <class T>
 void down_block(const float* inner, int64_t num_rows, const Halves<T>& b, const HalfPart& part, const Halves<T>* next,
                 const ExpertScratch<T>& s, T* y, int64_t stride) {
+  if (uses_dot<T>()) {
+    const T* rows[kManyRows];
+    for (int64_t r = 0; r < num_rows; ++r) rows[r] = reinterpret_cast<const T*>(inner) + r * b.inner;
+    return product_by_dots<T>(rows, num_rows, b, part, next, s, nullptr, y, stride);
+  }
   if (num_rows <= kFewRows<T>) {
     const float* rows[kFewRows<T>];
     for (int64_t r = 0; r < num_rows; ++r) rows[r] = inner + r * inner_row_stride(b.inner);

@@ -92,7 +92,7 @@ void gated_block(const MoeGatedMmParams& p, int64_t group, int64_t first, int64_
 template <class T>
 void gated_mm(const MoeGatedMmParams& p) {
   const int64_t num_rows = p.out.rows, width = p.out.columns, inner = p.a.columns;
-  const bool by_columns = p.b.column_stride != 1 && inner > 0;
+  const bool by_columns = (p.b.column_stride != 1 || uses_dot<T>()) && inner > 0;
   T *out = static_cast<T*>(p.out.data), *gate_up = static_cast<T*>(p.gate_up);
   const int64_t end = p.num_groups == 0 ? 0 : p.offsets[p.num_groups - 1];
   const size_t left_over = static_cast<size_t>((num_rows - end) * width) * sizeof(T);
@@ -126,11 +126,10 @@ void gated_mm(const MoeGatedMmParams& p) {
     Arena arena(memory);
     const ExpertScratch<T> scratch(arena, inner, width);
     float* units = arena.take<float>(0);
-    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride;
     const GateUp<T> product{from,
                             rows.count,
                             width,
-                            halves_of(b, p.b.column_stride, 2 * width, p.is_interleaved, inner),
+                            halves_of<T>(p.b, group, p.is_interleaved),
                             gate_up == nullptr ? nullptr : gate_up + (begin + rows.first) * 2 * width,
                             p.is_interleaved};
     const HalfPart columns(width, part, parts);

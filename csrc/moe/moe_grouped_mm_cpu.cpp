@@ -51,7 +51,7 @@ void grouped_mm_by_rows(const MoeGroupedMmParams& p, int workers) {
   });
 }
 
-// b by columns: those of its first and of its second half side by side.
+// b by columns, or where uses_dot: those of its first and of its second half side by side.
 template <class T>
 void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
   const int64_t columns = p.out.columns, inner = p.a.columns;
@@ -61,10 +61,7 @@ void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
   const int64_t parts = parts_of(num_blocks, columns / kMinPartColumns, workers);
   const int64_t worker_bytes = ExpertScratch<T>::bytes(inner, ceil_div(columns, 2));
   const Workspace workspace(workers * worker_bytes);
-  auto matrix = [&](int64_t group) {
-    const T* b = static_cast<const T*>(p.b.data) + group * p.b.batch_stride;
-    return halves_of(b, p.b.column_stride, columns, false, inner);
-  };
+  auto matrix = [&](int64_t group) { return halves_of<T>(p.b, group, false); };
   parallel_for(num_blocks * parts, workers, [&](int64_t task, int worker) {
     Arena arena(workspace.data() + worker * worker_bytes);
     const ExpertScratch<T> scratch(arena, inner, ceil_div(columns, 2));
@@ -78,11 +75,10 @@ void grouped_mm_by_columns(const MoeGroupedMmParams& p, int workers) {
     int64_t after = block + 1 < blocks_of(group) ? group : group + 1;  // whose b is read next
     while (after < p.num_groups && blocks_of(after) == 0) ++after;
     const Halves<T> b = matrix(group), next = matrix(min(after, p.num_groups - 1));
-    pack_block(from, rows.count, inner, scratch);
-    product_block<T>(scratch.x, rows.count, b, HalfPart(b.count[0], task % parts, parts),
-                     parts == 1 && after < p.num_groups ? &next : nullptr, scratch,
-                     p.bias == nullptr ? nullptr : p.bias + group * columns,
-                     static_cast<T*>(p.out.data) + (begin + rows.first) * columns, columns);
+    rows_block<T>(from, rows.count, b, HalfPart(b.count[0], task % parts, parts),
+                  parts == 1 && after < p.num_groups ? &next : nullptr, scratch,
+                  p.bias == nullptr ? nullptr : p.bias + group * columns,
+                  static_cast<T*>(p.out.data) + (begin + rows.first) * columns, columns);
   });
 }
 
@@ -94,7 +90,8 @@ void grouped_mm(const MoeGroupedMmParams& p) {
   prefer_huge_pages(out, rows * columns * static_cast<int64_t>(sizeof(T)));
   memset(static_cast<void*>(out + end * columns), 0, static_cast<size_t>((rows - end) * columns) * sizeof(T));
   const int workers = workers_for(2 * end * max(1, inner) * columns);
-  p.b.column_stride != 1 && inner > 0 ? grouped_mm_by_columns<T>(p, workers) : grouped_mm_by_rows<T>(p, workers);
+  const bool by_columns = (p.b.column_stride != 1 || uses_dot<T>()) && inner > 0;
+  by_columns ? grouped_mm_by_columns<T>(p, workers) : grouped_mm_by_rows<T>(p, workers);
 }
 
 template <class T>

@@ -60,14 +60,8 @@ void mlp(const MoeMlpParams& p) {
     Arena memory(scratches + worker * scratch_bytes);
     return ExpertScratch<T>(memory, max(hidden, width), max(half_hidden, width));
   };
-  auto gate_up_of = [&](int64_t expert) {
-    const T* b = static_cast<const T*>(g.b.data) + expert * g.b.batch_stride;
-    return halves_of(b, g.b.column_stride, 2 * width, false, hidden);
-  };
-  auto down_of = [&](int64_t expert) {
-    const T* b = static_cast<const T*>(p.down.b.data) + expert * p.down.b.batch_stride;
-    return halves_of(b, p.down.b.column_stride, hidden, false, width);
-  };
+  auto gate_up_of = [&](int64_t expert) { return halves_of<T>(g.b, expert, false); };
+  auto down_of = [&](int64_t expert) { return halves_of<T>(p.down.b, expert, false); };
   auto run_gate_up = [&](int64_t i, int64_t part, int worker, float* inner) {
     const Block& block = blocks[i];
     const T* rows[kManyRows];
@@ -125,7 +119,9 @@ void mlp_by_ops(MoeMlpParams p) {
 template <>
 void run_moe_mlp<kIsa>(const MoeMlpParams& p) {
   const bool by_columns = p.gated.b.column_stride != 1 && p.down.b.column_stride != 1;
-  dispatch_dtype(p.gated.dtype, [&]<class T>() { by_columns ? mlp<T>(p) : mlp_by_ops<T>(p); });
+  const bool has_width = p.down.b.rows > 0;
+  dispatch_dtype(p.gated.dtype,
+                 [&]<class T>() { by_columns || (uses_dot<T>() && has_width) ? mlp<T>(p) : mlp_by_ops<T>(p); });
 }
 
 }  // namespace fmkernels

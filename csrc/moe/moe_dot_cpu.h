@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product of moe_columns_cpu.h for bfloat16 where the processor has a dot product of it, by moe_dot.h: rows and columns as they
+// lie, or where b lies by rows a block of columns that is made of it for all rows of an expert. Internal linkage, as in vec.h.
+#pragma once
+
+#include <type_traits>
+
+#include "moe_columns_cpu.h"
+#include "moe_dot.h"
+
+namespace fmkernels {
+namespace {
+
+template <class T>
+bool uses_dot() {
+  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) return cpu_isa() == Isa::kAvx512;
+  else return false;
+}
+
+// Columns of a half that are multiplied by all rows before the next ones: those of both stay in the second-level cache.
+constexpr int64_t kMaxDotColumns = 64;
+inline int64_t dot_columns(int64_t inner) {
+  constexpr int64_t kElements = 64 << 10, kUnit = 2 * kDotColumns;
+  return max(kUnit, min(kMaxDotColumns, kElements / inner / kUnit * kUnit));
+}
+
+// Of a column that is made of b by rows; not a power of two apart from the next one.
+inline int64_t dot_stride(int64_t inner) { return round_up(inner, 32) + 32; }
+inline int64_t dot_packed(int64_t inner) { return 2 * dot_columns(inner) * dot_stride(inner); }
+
+// Columns [n, n + count) of both halves of a b that lies by rows, to `packed`; and where they are then, to columns[half][padded].
+template <class T>
+void pack_dot_columns(const Halves<T>& b, int64_t n, int64_t count, T* packed, const T** columns, int64_t padded) {
+  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+    const int64_t stride = dot_stride(b.inner);
+    auto pack = [&](const T* from, int64_t num_columns, T* to) {
+      if (num_columns > 0) {
+        run_moe_dot_columns<Isa::kAvx512>({from, b.inner_stride, num_columns, b.inner, to, stride});
+      }
+    };
+    const int64_t counts[2] = {min(count, b.count[0] - n), min(count, b.count[1] - n)};
+    const bool takes_turns = b.step == 2;
+    if (takes_turns) {
+      pack(b.base[0] + 2 * n, counts[0] + counts[1], packed);
+    } else {
+      for (int half = 0; half < 2; ++half) pack(b.base[half] + n, counts[half], packed + half * count * stride);
+    }
+    for (int half = 0; half < 2; ++half) {
+      for (int64_t i = 0; i < padded; ++i) {
+        const int64_t column = max(0, min(i, counts[half] - 1));
+        columns[half * padded + i] = packed + (takes_turns ? 2 * column + half : half * count + column) * stride;
+      }
+    }
+  }
+}
+
+// emit(row, n, count, sums): the sums[half][.] of a row with columns [n, n + count) of both halves, for all of [first, last). After a
+// sum a vector can be read. Rows: null for one whose sums mean nothing. packed: dot_packed(b.inner) elements, where b lies by rows.
+template <class T, class Emit>
+void multiply_by_dots(const T* const* rows, int64_t num_rows, const Halves<T>& b, int64_t first, int64_t last,
+                      const Halves<T>* next, T* packed, Emit&& emit) {
+  static_assert(kDotRows == kTileRows);
+  const int64_t block = dot_columns(b.inner);
+  float sums[kDotRows * 2 * kMaxDotColumns + kLanes];
+  const T *columns[2 * kMaxDotColumns], *ahead[2 * kMaxDotColumns];
+  for (int64_t n = first; n < last; n += block) {
+    const int64_t count = min(block, last - n), padded = round_up(count, kDotColumns), stride = 2 * padded;
+    const bool is_last = n + block >= last;
+    const Halves<T>* after = is_last ? next : &b;
+    if (after != nullptr && after->inner_stride != 1) after = nullptr;
+    for (int half = 0; half < 2; ++half) {
+      for (int64_t i = 0; i < padded; ++i) {
+        columns[half * padded + i] = b.column(half, n + i);
+        if (after != nullptr) ahead[half * padded + i] = after->column(half, (is_last ? 0 : n + block) + i);
+      }
+    }
+    if (b.inner_stride != 1) pack_dot_columns(b, n, count, packed, columns, padded);
+    for (int64_t row = 0, tile; row < num_rows; row += tile) {
+      tile = rows_of_tile(num_rows - row);
+      const T* there[kDotRows];
+      for (int64_t r = 0; r < tile; ++r) there[r] = rows[row + r] == nullptr ? columns[0] : rows[row + r];
+      if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+        run_moe_dot<Isa::kAvx512>(
+            {there, tile, columns, stride, b.inner, sums, stride, row == 0 && after != nullptr ? ahead : nullptr});
+      }
+      for (int64_t r = 0; r < tile; ++r) {
+        const float* of_row = sums + r * stride;
+        const float* halves[2] = {of_row, of_row + padded};
+        emit(row + r, n, count, halves);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fmkernels
