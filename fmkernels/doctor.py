@@ -103,10 +103,15 @@ def _machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "CPU kernels": _text("_C", "fmkernels_cpu_isa") or "none: FMKERNELS_CPU_ISA does not fit this processor",
+        "CPU kernels": instruction_set() or "none: FMKERNELS_CPU_ISA does not fit this processor",
         "CUDA kernels": _library.cuda_error or "loaded",
         "GPUs": ", ".join(gpus) or "none",
     }
+
+
+def instruction_set() -> str | None:
+    """That of the CPU kernels: generic, avx2 or avx512. None where FMKERNELS_CPU_ISA asks for what the processor lacks."""
+    return _text("_C", "fmkernels_cpu_isa")
 
 
 def _text(library: str, function: str) -> str | None:

@@ -120,7 +120,10 @@ def test_instruction_set_in_use_as_a_user_calls_it(forced):
     else:
         assert run.returncode == 1
         assert found["machine"]["CPU kernels"].startswith("none")
-        assert "FMKERNELS_CPU_ISA must be generic, avx2 or avx512, got no such set" in found["ops"]["attention_forward"]["cpu"]
+        assert (
+            "FMKERNELS_CPU_ISA must be generic, avx2 or avx512, got no such set"
+            in found["ops"]["attention_forward"]["cpu"]
+        )
 
 
 def test_without_a_command_the_usage_is_shown(capsys):

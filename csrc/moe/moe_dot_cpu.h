@@ -28,28 +28,32 @@ inline int64_t dot_columns(int64_t inner) {
 inline int64_t dot_stride(int64_t inner) { return round_up(inner, 32) + 32; }
 inline int64_t dot_packed(int64_t inner) { return 2 * dot_columns(inner) * dot_stride(inner); }
 
+// Columns that are contiguous in each of `inner` rows, to dot_stride(inner) elements each.
+template <class T>
+void pack_along(const T* from, int64_t row_stride, int64_t inner, int64_t num_columns, T* to) {
+  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+    if (num_columns > 0) {
+      run_moe_dot_columns<Isa::kAvx512>({from, row_stride, num_columns, inner, to, dot_stride(inner)});
+    }
+  }
+}
 // Columns [n, n + count) of both halves of a b that lies by rows, to `packed`; and where they are then, to columns[half][padded].
 template <class T>
-void pack_dot_columns(const Halves<T>& b, int64_t n, int64_t count, T* packed, const T** columns, int64_t padded) {
-  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
-    const int64_t stride = dot_stride(b.inner);
-    auto pack = [&](const T* from, int64_t num_columns, T* to) {
-      if (num_columns > 0) {
-        run_moe_dot_columns<Isa::kAvx512>({from, b.inner_stride, num_columns, b.inner, to, stride});
-      }
-    };
-    const int64_t counts[2] = {min(count, b.count[0] - n), min(count, b.count[1] - n)};
-    const bool takes_turns = b.step == 2;
-    if (takes_turns) {
-      pack(b.base[0] + 2 * n, counts[0] + counts[1], packed);
-    } else {
-      for (int half = 0; half < 2; ++half) pack(b.base[half] + n, counts[half], packed + half * count * stride);
-    }
+void pack_halves_along(const Halves<T>& b, int64_t n, int64_t count, T* packed, const T** columns, int64_t padded) {
+  const int64_t stride = dot_stride(b.inner);
+  const int64_t counts[2] = {min(count, b.count[0] - n), min(count, b.count[1] - n)};
+  const bool takes_turns = b.step == 2;
+  if (takes_turns) {
+    pack_along(b.base[0] + 2 * n, b.inner_stride, b.inner, counts[0] + counts[1], packed);
+  } else {
     for (int half = 0; half < 2; ++half) {
-      for (int64_t i = 0; i < padded; ++i) {
-        const int64_t column = max(0, min(i, counts[half] - 1));
-        columns[half * padded + i] = packed + (takes_turns ? 2 * column + half : half * count + column) * stride;
-      }
+      pack_along(b.base[half] + n, b.inner_stride, b.inner, counts[half], packed + half * count * stride);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int64_t i = 0; i < padded; ++i) {
+      const int64_t column = max(0, min(i, counts[half] - 1));
+      columns[half * padded + i] = packed + (takes_turns ? 2 * column + half : half * count + column) * stride;
     }
   }
 }
@@ -74,7 +78,7 @@ void multiply_by_dots(const T* const* rows, int64_t num_rows, const Halves<T>& b
         if (after != nullptr) ahead[half * padded + i] = after->column(half, (is_last ? 0 : n + block) + i);
       }
     }
-    if (b.inner_stride != 1) pack_dot_columns(b, n, count, packed, columns, padded);
+    if (b.inner_stride != 1) pack_halves_along(b, n, count, packed, columns, padded);
     for (int64_t row = 0, tile; row < num_rows; row += tile) {
       tile = rows_of_tile(num_rows - row);
       const T* there[kDotRows];

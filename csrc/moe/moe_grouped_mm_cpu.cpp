@@ -8,6 +8,7 @@
 
 #include "moe_expert_cpu.h"
 #include "moe_grouped.h"
+#include "moe_pairs.h"
 
 namespace fmkernels {
 namespace {
@@ -94,11 +95,45 @@ void grouped_mm(const MoeGroupedMmParams& p) {
   by_columns ? grouped_mm_by_columns<T>(p, workers) : grouped_mm_by_rows<T>(p, workers);
 }
 
+// Where uses_dot: a task has kPairLeft columns of a.
+inline void grouped_mm_inner_by_pairs(const MoeGroupedMmInnerParams& p) {
+  const int64_t rows = p.a.columns, columns = p.b.columns;
+  BFloat16* out = static_cast<BFloat16*>(p.out.data);
+  const int workers = workers_for(2 * max(1, p.offsets[p.num_groups - 1]) * rows * columns);
+  const int64_t blocks = ceil_div(rows, kPairLeft);
+  const int64_t parts = parts_of(p.num_groups * blocks, columns / kMinPartColumns, workers);
+  const int64_t left_size = kPairChunk / 2 * kPairLeft, panel_size = kPairChunk / 2 * kPairColumns;
+  const int64_t sum_size = kPairLeft * round_up(columns, kPairColumns);
+  const int64_t worker_bytes = Arena::array_bytes<uint32_t>(left_size) + Arena::array_bytes<uint32_t>(panel_size) +
+                               Arena::array_bytes<float>(sum_size);
+  const Workspace workspace(workers * worker_bytes);
+  parallel_for(p.num_groups * blocks * parts, workers, [&](int64_t task, int worker) {
+    Arena arena(workspace.data() + worker * worker_bytes);
+    const int64_t group = task / parts / blocks, first = task / parts % blocks * kPairLeft;
+    const Columns part(columns, task % parts, parts);
+    const int64_t begin = begin_of(p.offsets, group), count = p.offsets[group] - begin;
+    const int64_t num_rows = min(kPairLeft, rows - first);
+    BFloat16* to = out + (group * rows + first) * columns + part.first;
+    if (count == 0) {
+      for (int64_t r = 0; r < num_rows; ++r) memset(to + r * columns, 0, static_cast<size_t>(part.count) * sizeof *to);
+      return;
+    }
+    uint32_t *left = arena.take<uint32_t>(left_size), *panel = arena.take<uint32_t>(panel_size);
+    run_moe_pairs<Isa::kAvx512>({static_cast<const BFloat16*>(p.a.data) + begin * p.a.row_stride + first,
+                                 static_cast<const BFloat16*>(p.b.data) + begin * p.b.row_stride + part.first,
+                                 p.a.row_stride, p.b.row_stride, count, num_rows, part.count, to, columns, left, panel,
+                                 arena.take<float>(sum_size)});
+  });
+}
+
 template <class T>
 void grouped_mm_inner(const MoeGroupedMmInnerParams& p) {
   const int64_t rows = p.a.columns, columns = p.b.columns;
   T* out = static_cast<T*>(p.out.data);
   prefer_huge_pages(out, p.num_groups * rows * columns * static_cast<int64_t>(sizeof(T)));
+  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+    if (uses_dot<T>()) return grouped_mm_inner_by_pairs(p);
+  }
   const int64_t end = p.offsets[p.num_groups - 1];
   const int workers = workers_for(2 * max(1, end) * rows * columns);
   const int64_t blocks = ceil_div(rows, kBlockRows);
