@@ -110,7 +110,7 @@ def _machine() -> dict[str, Any]:
 
 
 def instruction_set() -> str | None:
-    """That of the CPU kernels: generic, avx2 or avx512. None where FMKERNELS_CPU_ISA asks for what the processor lacks."""
+    """That of the CPU kernels: generic, avx2 or avx512; None where FMKERNELS_CPU_ISA asks for what is not here."""
     return _text("_C", "fmkernels_cpu_isa")
 
 

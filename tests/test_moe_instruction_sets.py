@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products by groups of rows in each instruction set of the CPU: the kernels differ, and so do their edges.
 
-Sums are exact here, so every one must have the very bits. The set is chosen when the library is loaded, hence a process for
-each."""
+Sums are exact here, so every one must have the very bits. The set is chosen when the library is loaded, hence a process
+for each."""
 
 import itertools
 import os
