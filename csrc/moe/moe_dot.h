@@ -32,9 +32,26 @@ struct MoeDotColumnsParams {
 };
 constexpr int64_t kDotPacked = 32;
 
+// The same sums as MoeDotParams has, of few rows and of columns that are contiguous in a row: each is read where it lies.
+constexpr int64_t kDotFewRows = 2;
+constexpr int64_t kDotFewColumns = 256;
+constexpr int64_t kDotLanes = 16;
+struct MoeDotFewParams {
+  const BFloat16* const* rows;  // [num_rows]
+  int64_t num_rows;             // 1 to kDotFewRows
+  const BFloat16* from;
+  int64_t row_stride, num_columns;  // 1 to kDotFewColumns
+  int64_t inner;                    // > 0
+  float* sums;                      // [num_rows][stride], written up to a multiple of 16
+  int64_t stride;
+  float* lanes;  // [kDotLanes][num_rows][kDotFewColumns], 64-byte aligned
+};
+
 // An element of `sums` depends on its row and its column, and nothing else.
 template <Isa isa>
 void run_moe_dot(const MoeDotParams& p);
+template <Isa isa>
+void run_moe_dot_few(const MoeDotFewParams& p);
 template <Isa isa>
 void run_moe_dot_columns(const MoeDotColumnsParams& p);
 

@@ -111,7 +111,73 @@ inline void transpose_eight(const MoeDotColumnsParams& p, int64_t k, int64_t col
   }
 }
 
+// What sums_of adds, of 32 columns by two vectors: what a lane has there is a vector here.
+inline __m512 sum_of_lanes(const float* lanes, int64_t stride) {
+  __m512 quarters[4];
+  for (int64_t q = 0; q < 4; ++q) {
+    const float* x = lanes + 4 * q * stride;
+    quarters[q] = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(x), _mm512_load_ps(x + 2 * stride)),
+                                _mm512_add_ps(_mm512_load_ps(x + stride), _mm512_load_ps(x + 3 * stride)));
+  }
+  return _mm512_add_ps(_mm512_add_ps(quarters[0], quarters[2]), _mm512_add_ps(quarters[1], quarters[3]));
+}
+
+inline int pair_at(const BFloat16* row, int64_t k, int64_t inner) {
+  uint32_t pair = 0;
+  __builtin_memcpy(&pair, row + k, k + 1 < inner ? 4 : 2);
+  return static_cast<int>(pair);
+}
+
+template <int kRows>
+void dot_few(const MoeDotFewParams& p, __m512i of_low, __m512i of_high) {
+  constexpr int64_t kLaneFloats = kRows * kDotFewColumns, kAhead = 16;
+  for (int64_t first = 0; first < p.inner; first += kChain) {
+    const int64_t end = p.inner - first < kChain ? p.inner : first + kChain;
+    for (int64_t i = 0; i < kDotLanes * kLaneFloats; i += 16) _mm512_store_ps(p.lanes + i, _mm512_setzero_ps());
+    for (int64_t k = first; k < end; k += 2) {
+      float* lane = p.lanes + (k - first) % kVector / 2 * kLaneFloats;
+      __m512bh a[kRows];
+      for (int r = 0; r < kRows; ++r) a[r] = (__m512bh)_mm512_set1_epi32(pair_at(p.rows[r], k, p.inner));
+      const BFloat16* from = p.from + k * p.row_stride;
+      for (int64_t column = 0; column < p.num_columns; column += kVector) {
+        const int64_t left = p.num_columns - column;
+        const __mmask32 mask = left >= kVector ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+        const __m512i x = _mm512_maskz_loadu_epi16(mask, from + column);
+        const __m512i y =
+            k + 1 < p.inner ? _mm512_maskz_loadu_epi16(mask, from + p.row_stride + column) : _mm512_setzero_si512();
+        __builtin_prefetch(from + kAhead * p.row_stride + column, 0, 2);
+        __builtin_prefetch(from + (kAhead + 1) * p.row_stride + column, 0, 2);
+        const __m512bh low = (__m512bh)_mm512_permutex2var_epi16(x, of_low, y);
+        const __m512bh high = (__m512bh)_mm512_permutex2var_epi16(x, of_high, y);
+        for (int r = 0; r < kRows; ++r) {
+          float* sums = lane + r * kDotFewColumns + column;
+          _mm512_store_ps(sums, _mm512_dpbf16_ps(_mm512_load_ps(sums), a[r], low));
+          _mm512_store_ps(sums + 16, _mm512_dpbf16_ps(_mm512_load_ps(sums + 16), a[r], high));
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t column = 0; column < p.num_columns; column += 16) {
+        float* to = p.sums + r * p.stride + column;
+        const __m512 sum = sum_of_lanes(p.lanes + r * kDotFewColumns + column, kLaneFloats);
+        _mm512_storeu_ps(to, first > 0 ? _mm512_add_ps(_mm512_loadu_ps(to), sum) : sum);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+template <>
+void run_moe_dot_few<kIsa>(const MoeDotFewParams& p) {
+  alignas(64) uint16_t low[32], high[32];
+  for (int i = 0; i < 32; ++i) {
+    low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    high[i] = static_cast<uint16_t>(16 + i / 2 + i % 2 * 32);
+  }
+  const __m512i of_low = _mm512_load_si512(low), of_high = _mm512_load_si512(high);
+  p.num_rows == 1 ? dot_few<1>(p, of_low, of_high) : dot_few<2>(p, of_low, of_high);
+}
 
 template <>
 void run_moe_dot<kIsa>(const MoeDotParams& p) {

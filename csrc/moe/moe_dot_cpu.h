@@ -18,15 +18,18 @@ bool uses_dot() {
 }
 
 // Columns of a half that are multiplied by all rows before the next ones: those of both stay in the second-level cache.
-constexpr int64_t kMaxDotColumns = 64;
+constexpr int64_t kMaxDotColumns = 32;
 inline int64_t dot_columns(int64_t inner) {
-  constexpr int64_t kElements = 64 << 10, kUnit = 2 * kDotColumns;
+  constexpr int64_t kElements = 32 << 10, kUnit = 2 * kDotColumns;
   return max(kUnit, min(kMaxDotColumns, kElements / inner / kUnit * kUnit));
 }
 
 // Of a column that is made of b by rows; not a power of two apart from the next one.
 inline int64_t dot_stride(int64_t inner) { return round_up(inner, 32) + 32; }
-inline int64_t dot_packed(int64_t inner) { return 2 * dot_columns(inner) * dot_stride(inner); }
+inline int64_t dot_packed(int64_t inner) {
+  constexpr int64_t kFew = kDotLanes * kDotFewRows * kDotFewColumns * 2;  // elements; floats
+  return max(kFew, 2 * dot_columns(inner) * dot_stride(inner));
+}
 
 // Columns that are contiguous in each of `inner` rows, to dot_stride(inner) elements each.
 template <class T>
@@ -58,11 +61,46 @@ void pack_halves_along(const Halves<T>& b, int64_t n, int64_t count, T* packed, 
   }
 }
 
+// multiply_by_dots for few rows and a b that lies by rows.
+template <class T, class Emit>
+void multiply_few_by_dots(const T* const* rows, int64_t num_rows, const Halves<T>& b, int64_t first, int64_t last,
+                          float* lanes, Emit&& emit) {
+  const T *there[kDotFewRows], *some = nullptr;
+  for (int64_t r = 0; r < num_rows; ++r) some = rows[r] == nullptr ? some : rows[r];
+  for (int64_t r = 0; r < num_rows; ++r) there[r] = rows[r] == nullptr ? some : rows[r];
+  const bool takes_turns = b.step == 2;
+  const int64_t block = takes_turns ? kDotFewColumns / 2 : kDotFewColumns;
+  float sums[2][kDotFewRows * kDotFewColumns + kLanes], apart[2][kDotFewColumns];
+  auto multiply = [&](const T* from, int64_t num_columns, float* to) {
+    if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+      if (num_columns <= 0 || some == nullptr) return;
+      run_moe_dot_few<Isa::kAvx512>(
+          {there, num_rows, from, b.inner_stride, num_columns, b.inner, to, kDotFewColumns, lanes});
+    }
+  };
+  for (int64_t n = first; n < last; n += block) {
+    const int64_t count = min(block, last - n), second = min(count, b.count[1] - n);
+    multiply(b.base[0] + n * b.step, takes_turns ? count + second : count, sums[0]);
+    if (!takes_turns) multiply(b.base[1] + n, second, sums[1]);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const float* halves[2] = {sums[0] + r * kDotFewColumns, sums[1] + r * kDotFewColumns};
+      for (int half = 0; half < 2 && takes_turns; ++half) {
+        for (int64_t i = 0; i < count; ++i) apart[half][i] = sums[0][r * kDotFewColumns + 2 * i + half];
+      }
+      if (takes_turns) halves[0] = apart[0], halves[1] = apart[1];
+      emit(r, n, count, halves);
+    }
+  }
+}
+
 // emit(row, n, count, sums): the sums[half][.] of a row with columns [n, n + count) of both halves, for all of [first, last). After a
 // sum a vector can be read. Rows: null for one whose sums mean nothing. packed: dot_packed(b.inner) elements, where b lies by rows.
 template <class T, class Emit>
 void multiply_by_dots(const T* const* rows, int64_t num_rows, const Halves<T>& b, int64_t first, int64_t last,
                       const Halves<T>* next, T* packed, Emit&& emit) {
+  if (b.inner_stride != 1 && num_rows <= kDotFewRows) {
+    return multiply_few_by_dots(rows, num_rows, b, first, last, reinterpret_cast<float*>(packed), emit);
+  }
   static_assert(kDotRows == kTileRows);
   const int64_t block = dot_columns(b.inner);
   float sums[kDotRows * 2 * kMaxDotColumns + kLanes];
