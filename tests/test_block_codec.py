@@ -123,6 +123,29 @@ def test_sums_are_those_of_the_reference(block, num_wires, op, hadamard, bits, b
         assert torch.equal(actual.cpu(), reference.block_codec.reduce_wires(wires, numel, **to))
 
 
+def wires_to_sum(block):
+    """Of three ranks: sums of 0 and below the smallest scale, a tie of both signs, an overflow, and one NaN."""
+    x = normal(3, 4 * 2048 + 100)
+    x[:, 64:128] = 0.0
+    x[:, 256:512] *= 1e-35
+    x[0, 2048:4096] = -x[1, 2048:4096]
+    x[2, 2048:4096] = 0.0
+    x[:, 4096:4099] = torch.tensor([[-8.0, 7.0, 0.0], [0.0, 1.0, 8.0], [0.0, 0.0, 0.0]])
+    x[:, 5000:5002] = 2e38
+    x[1, 7000] = math.nan
+    return torch.stack([block_codec.quantize(rank, bits=4, block=block) for rank in x])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("op", ["sum", "avg"])
+def test_whole_tiles_of_4_bits(op, block):
+    wires, numel = wires_to_sum(block), 4 * 2048 + 100
+    options = {"bits": 4, "block": block, "hadamard": op == "avg"}
+    for num_wires in (1, 3) if op == "sum" else (3,):
+        expected = reference.block_codec.reduce_wires(wires[:num_wires], numel, **options, op=op)
+        assert torch.equal(block_codec.reduce_wires(wires[:num_wires], numel, **options, op=op), expected)
+
+
 def digest():
     """Of what the kernels write for many options."""
     result = hashlib.sha256()
@@ -136,14 +159,21 @@ def digest():
             again = block_codec.reduce_wires(wires, 2081, **options, **rounding, op="avg")
             for t in (wire, residual.nan_to_num(), total.float().nan_to_num(), again):
                 result.update(t.numpy().tobytes())
+    for block, op in itertools.product(BLOCKS, ("sum", "avg")):
+        again = block_codec.reduce_wires(wires_to_sum(block), 4 * 2048 + 100, bits=4, block=block, op=op)
+        result.update(again.numpy().tobytes())
     return result.hexdigest()
 
 
-def test_the_portable_kernels_write_the_same_bytes():
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_the_kernels_of_every_instruction_set_write_the_same_bytes(isa):
+    """As those of the widest one of this processor, which is that of this process."""
+    if isa == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this processor has no AVX2")
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_block_codec as test; print(test.digest())"
     command, variables = (
         [sys.executable, "-c", code, str(Path(__file__).parent)],
-        os.environ | {"FMKERNELS_CPU_ISA": "generic"},
+        os.environ | {"FMKERNELS_CPU_ISA": isa},
     )
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == digest()
@@ -154,11 +184,12 @@ def test_bytes_do_not_depend_on_whether_subnormal_numbers_are_flushed(isa):
     program = """
 import torch
 from fmkernels import block_codec
-x = torch.ones(256)
+x = torch.ones(2048)
 x[::3], x[1::3] = -1e-41, 1e-41
 def wires():
     formats = (8, 4, 1, "float8_e4m3fn")
-    return [block_codec.quantize(x, bits=bits, residual=r) for bits in formats for r in (None, -x / 2)]
+    made = [block_codec.quantize(x, bits=bits, residual=r) for bits in formats for r in (None, -x / 2)]
+    return made + [block_codec.reduce_wires(torch.stack([made[2]] * 3), 2048, bits=4, op="avg")]
 kept = wires()
 assert torch.set_flush_denormal(True)
 assert all(map(torch.equal, wires(), kept))

@@ -118,6 +118,9 @@ template <Isa isa>
 void run_block_codec_sum(const BlockCodecSumParams& p);
 template <Isa isa>
 void run_block_codec_reduce(const BlockCodecReduceParams& p);
+// `count` whole tiles of kMaxBlock elements, of wires of 4 bits; nothing is drawn, and no product or sum is NaN.
+template <Isa isa>
+void run_block_codec_reduce_tiles(const BlockCodecReduceParams& p, int64_t first, int64_t count);
 
 void launch_block_codec_quantize(const BlockCodecQuantizeParams& p, cudaStream_t stream);
 void launch_block_codec_sum(const BlockCodecSumParams& p, cudaStream_t stream);
