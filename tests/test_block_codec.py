@@ -139,11 +139,29 @@ def wires_to_sum(block):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("op", ["sum", "avg"])
 def test_whole_tiles_of_4_bits(op, block):
+    """Enough of them, and of every kind, for the kernels that take whole tiles alone."""
     wires, numel = wires_to_sum(block), 4 * 2048 + 100
     options = {"bits": 4, "block": block, "hadamard": op == "avg"}
     for num_wires in (1, 3) if op == "sum" else (3,):
         expected = reference.block_codec.reduce_wires(wires[:num_wires], numel, **options, op=op)
         assert torch.equal(block_codec.reduce_wires(wires[:num_wires], numel, **options, op=op), expected)
+        for dtype in DTYPES:
+            total = block_codec.sum_wires(wires[:num_wires], numel, **options, op=op, dtype=dtype)
+            expected = reference.block_codec.sum_wires(wires[:num_wires], numel, **options, op=op, dtype=dtype)
+            assert same(total, expected)
+
+
+def test_results_past_the_caches_are_those_of_the_caches():
+    """From 16 MiB on, where the result lies on a boundary of 64 bytes, of 32, or of neither."""
+    numel = 2**22 + 100
+    wire = block_codec.quantize(normal(numel), bits=4)
+    memory = torch.zeros(numel + 64)
+    start = -memory.data_ptr() // 4 % 16
+    expected = block_codec.dequantize(wire, numel, bits=4, dtype=torch.float16)  # of 8 MiB
+    for shift in (0, 8, 1):
+        out = memory[start + shift :][:numel]
+        block_codec.dequantize(wire, numel, bits=4, out=out)
+        assert torch.equal(out.half(), expected)
 
 
 def digest():
@@ -160,8 +178,11 @@ def digest():
             for t in (wire, residual.nan_to_num(), total.float().nan_to_num(), again):
                 result.update(t.numpy().tobytes())
     for block, op in itertools.product(BLOCKS, ("sum", "avg")):
-        again = block_codec.reduce_wires(wires_to_sum(block), 4 * 2048 + 100, bits=4, block=block, op=op)
-        result.update(again.numpy().tobytes())
+        wires, options = wires_to_sum(block), {"numel": 4 * 2048 + 100, "bits": 4, "block": block, "op": op}
+        result.update(block_codec.reduce_wires(wires, **options).numpy().tobytes())
+        for dtype in DTYPES:  # zeros with their signs
+            total = block_codec.sum_wires(wires, **options, dtype=dtype)
+            result.update(total.float().nan_to_num().numpy().tobytes())
     return result.hexdigest()
 
 

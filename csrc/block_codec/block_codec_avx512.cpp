@@ -207,7 +207,75 @@ void reduce_tiles(const BlockCodecReduceParams& p, int64_t first, int64_t count)
   }
 }
 
+// ---- the sum as a tensor ---------------------------------------------------------------------------------------------
+
+// 16 elements.
+template <bool kStreams>
+FM_INLINE void store(float* p, __m512 x) {
+  if constexpr (kStreams) _mm512_stream_ps(p, x);
+  else _mm512_storeu_ps(p, x);
+}
+template <bool kStreams>
+FM_INLINE void store_halves(void* p, __m256i x) {
+  __m256i* to = static_cast<__m256i*>(p);
+  if constexpr (kStreams) _mm256_stream_si256(to, x);
+  else _mm256_storeu_si256(to, x);
+}
+template <bool kStreams>
+FM_INLINE void store(BFloat16* p, __m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i upper = _mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), is_nan, 0x7fff);
+  store_halves<kStreams>(p, _mm512_cvtepi32_epi16(upper));
+}
+template <bool kStreams>
+FM_INLINE void store(Half* p, __m512 x) {
+  store_halves<kStreams>(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// Vectors of contiguous elements: bytes are widened to words. The first sum is 0 + x, which is never -0.
+template <class T, bool kStreams>
+void sum_tiles(const CodecSum& p, int64_t first, int64_t count, T* out) {
+  const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const int log2 = p.wire.block_log2;
+  const int64_t second = (int64_t{kGroup} >> log2) * 4, scales = p.wire.scales();
+  for (int64_t at = first * kTile; at < (first + count) * kTile; at += kUnit) {
+    const uint8_t *codes = p.wires + at / 2, *scale = p.wires + scales + (at >> log2) * 4;
+    __m512 acc[4];
+    for (__m512& x : acc) x = _mm512_setzero_ps();
+    for (int32_t w = 0; w < p.num_wires; ++w, codes += p.wire_stride, scale += p.wire_stride) {
+      const __m512 low = _mm512_mul_ps(levels, broadcast(scale));
+      const __m512 high = _mm512_mul_ps(levels, broadcast(scale + second));
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + i);
+        const __m512i words = _mm512_cvtepu8_epi32(bytes);
+        acc[i] = _mm512_add_ps(acc[i], _mm512_permutexvar_ps(words, low));
+        acc[2 + i] = _mm512_add_ps(acc[2 + i], _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), high));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      if (p.factor != 1.0f) acc[i] = _mm512_mul_ps(acc[i], _mm512_set1_ps(p.factor));
+      store<kStreams>(out + at + kLanes * i, acc[i]);
+    }
+  }
+}
+
 }  // namespace
+
+template <>
+void run_block_codec_sum_tiles<kIsa>(const BlockCodecSumParams& p, int64_t first, int64_t count, bool streams) {
+  auto sum = [&]<class T>(T* out) {
+    streams ? sum_tiles<T, true>(p.sum, first, count, out) : sum_tiles<T, false>(p.sum, first, count, out);
+  };
+  switch (p.dtype) {
+    case DType::kFloat32: return sum(static_cast<float*>(p.out));
+    case DType::kBFloat16: return sum(static_cast<BFloat16*>(p.out));
+    default: return sum(static_cast<Half*>(p.out));
+  }
+}
 
 template <>
 void run_block_codec_reduce_tiles<kIsa>(const BlockCodecReduceParams& p, int64_t first, int64_t count) {

@@ -169,8 +169,19 @@ void run_block_codec_sum<kIsa>(const BlockCodecSumParams& p) {
       T* out = static_cast<T*>(p.out);
       auto tile = [&](int64_t first, int64_t valid) { decode_tile<kCode, false>(p.sum, first, valid, out); };
       auto streamed = [&](int64_t first, int64_t valid) { decode_tile<kCode, (kCode > 1)>(p.sum, first, valid, out); };
-      if (streams && kCode > 1) for_each_tile(numel, num_bytes, streamed, end_stream);
-      else for_each_tile(numel, num_bytes, tile);
+      auto whole_tiles = [&](int64_t tile, int64_t end) {
+        if constexpr (kIsa == Isa::kAvx2 && kCode == 4) {
+          const int64_t count = min(end, numel / kTile) - tile;
+          const bool is_aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+          if (count > 0 && cpu_isa() == Isa::kAvx512 && !p.sum.hadamard && (is_aligned || !streams)) {
+            run_block_codec_sum_tiles<Isa::kAvx512>(p, tile, count, streams);
+            return tile + count;
+          }
+        }
+        return tile;
+      };
+      if (streams && kCode > 1) for_each_tile(numel, num_bytes, streamed, end_stream, whole_tiles);
+      else for_each_tile(numel, num_bytes, tile, [] {}, whole_tiles);
     });
   });
 }
