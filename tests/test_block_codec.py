@@ -26,6 +26,7 @@ BLOCKS = [32, 64, 128, 256, 512, 1024, 2048]
 EACH_BITS = pytest.mark.parametrize("bits", BITS)
 HADAMARD = pytest.mark.parametrize("hadamard", [False, True], ids=["plain", "rotated"])
 DRAWN = {"rounding": "stochastic", "seed": 7}
+SUMMED = 9 * 2048 + 100
 
 
 def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
@@ -125,14 +126,14 @@ def test_sums_are_those_of_the_reference(block, num_wires, op, hadamard, bits, b
 
 def wires_to_sum(block):
     """Of three ranks: sums of 0 and below the smallest scale, a tie of both signs, an overflow, and one NaN."""
-    x = normal(3, 4 * 2048 + 100)
+    x = normal(3, SUMMED)
     x[:, 64:128] = 0.0
     x[:, 256:512] *= 1e-35
     x[0, 2048:4096] = -x[1, 2048:4096]
     x[2, 2048:4096] = 0.0
     x[:, 4096:4099] = torch.tensor([[-8.0, 7.0, 0.0], [0.0, 1.0, 8.0], [0.0, 0.0, 0.0]])
     x[:, 5000:5002] = 2e38
-    x[1, 7000] = math.nan
+    x[1, 17000] = math.nan  # more than eight tiles behind the others
     return torch.stack([block_codec.quantize(rank, bits=4, block=block) for rank in x])
 
 
@@ -140,7 +141,7 @@ def wires_to_sum(block):
 @pytest.mark.parametrize("op", ["sum", "avg"])
 def test_whole_tiles_of_4_bits(op, block):
     """Enough of them, and of every kind, for the kernels that take whole tiles alone."""
-    wires, numel = wires_to_sum(block), 4 * 2048 + 100
+    wires, numel = wires_to_sum(block), SUMMED
     options = {"bits": 4, "block": block, "hadamard": op == "avg"}
     for num_wires in (1, 3) if op == "sum" else (3,):
         expected = reference.block_codec.reduce_wires(wires[:num_wires], numel, **options, op=op)
@@ -178,7 +179,7 @@ def digest():
             for t in (wire, residual.nan_to_num(), total.float().nan_to_num(), again):
                 result.update(t.numpy().tobytes())
     for block, op in itertools.product(BLOCKS, ("sum", "avg")):
-        wires, options = wires_to_sum(block), {"numel": 4 * 2048 + 100, "bits": 4, "block": block, "op": op}
+        wires, options = wires_to_sum(block), {"numel": SUMMED, "bits": 4, "block": block, "op": op}
         result.update(block_codec.reduce_wires(wires, **options).numpy().tobytes())
         for dtype in DTYPES:  # zeros with their signs
             total = block_codec.sum_wires(wires, **options, dtype=dtype)

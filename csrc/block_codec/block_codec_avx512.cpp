@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// block_codec_avx512.cpp: sums of wires of 4 bits as wires of 4 bits, a tile at a time.
+// block_codec_avx512.cpp: sums of wires of 4 bits, as wires of 4 bits or as tensors; whole tiles.
 //
 // Decode    A code is looked up: vpermps takes the low 4 bits of a word for the index of one of the 16 products of a block, each
-//           rounded once. Words come from memory at four offsets, so that each byte is the lowest of one once; high halves are
-//           shifted. Blocks shorter than a pair look up the code itself, and multiply.
-// Order     Of a pair of units, 64 bytes: vector j has the low halves of the bytes 4 i + j, vector 4 + j the high ones. Packing
-//           that saturates leaves bytes that one vpshufb puts in order.
+//           rounded once. For a wire, words come from memory at four offsets, so that each byte is the lowest of one once; high
+//           halves are shifted. Blocks shorter than a pair of units look up the code itself, and multiply.
+// Order     Of a pair, 64 bytes: vector j has the low halves of the bytes 4 i + j, vector 4 + j the high ones. Packing that
+//           saturates leaves bytes that one vpshufb puts in order.
 // Extremes  vrangeps keeps the larger magnitude with its sign, of two the positive one. It drops NaN: there may be none.
 //           The extremes of 16 blocks are joined together, and so are their two divisions.
 // Numerics  The operations are those of block_codec_tiles_cpu.h in their order, compiled without contraction.
+// Cost      For a pair: a wire 8 looks-up, 4 shifts and 8 sums, the result 8 extremes, 8 products, 8 conversions, 8 to pack.
 #include <immintrin.h>
 
+#include "../common/vec.h"
 #include "block_codec.h"
-
-#define FM_INLINE inline __attribute__((always_inline))
 
 namespace fmkernels {
 namespace {
@@ -21,11 +21,11 @@ namespace {
 constexpr int64_t kTile = kMaxBlock, kTileBlocks = kTile / kMinBlock;
 constexpr int64_t kPair = 2 * kUnit;
 constexpr int64_t kAhead = kTile;  // bytes that codes are asked for before they are read: two tiles
-constexpr int kLanes = 16, kHalf = 4, kPairVectors = kPair / kLanes;
+constexpr int kVector = 16, kHalf = 4, kPairVectors = kPair / kVector;
 
 FM_INLINE __m512 broadcast(const void* p) {
   float x;
-  __builtin_memcpy(&x, p, sizeof x);
+  memcpy(&x, p, sizeof x);
   return _mm512_set1_ps(x);
 }
 
@@ -124,13 +124,13 @@ FM_INLINE __m512 scale_blocks(__m512 extremes, __mmask16 there, uint8_t* out) {
   return _mm512_maskz_div_ps(has_codes, levels, extremes);
 }
 
-// The codes of the four vectors of one half, as bytes 16 l + 4 i + j of which those of vector i are at 4 i.
+// The codes of the four vectors of one half in the low 4 bits of bytes, of which 16 l + 4 i + j is that of element 4 l + j of
+// vector i. An infinity times 0 becomes the least integer, whose low bits are those of the code 0.
 FM_INLINE __m512i codes_of(const float* x, __m512 inverse) {
-  const __mmask16 has_codes = _mm512_cmp_ps_mask(inverse, _mm512_setzero_ps(), _CMP_NEQ_OQ);
   __m512i q[kHalf];
 #pragma GCC unroll 4
   for (int j = 0; j < kHalf; ++j) {
-    q[j] = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(has_codes, _mm512_load_ps(x + kLanes * j), inverse));
+    q[j] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + kVector * j), inverse));
   }
   const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
   return _mm512_min_epi8(packed, _mm512_set1_epi8(static_cast<char>(levels_of(4, false) - 1)));
@@ -163,7 +163,7 @@ FM_INLINE void sum_tile(const BlockCodecReduceParams& p, int64_t number, const P
       __m512 acc[kPairVectors];
       __builtin_prefetch(p.out + codes_at + at / 2, 1);
       sum_pair<kIsWide>(p.sum, codes, scales + 4 * b, places, acc);
-      for (int i = 0; i < kPairVectors; ++i) _mm512_store_ps(tile.h + at + kLanes * i, acc[i]);
+      for (int i = 0; i < kPairVectors; ++i) _mm512_store_ps(tile.h + at + kVector * i, acc[i]);
       const __m512 of_low = extreme_of(extreme_of(acc[0], acc[1]), extreme_of(acc[2], acc[3]));
       high = extreme_of(extreme_of(acc[4], acc[5]), extreme_of(acc[6], acc[7]));
       low = kIsWide ? extreme_of(low, extreme_of(of_low, high)) : of_low;
@@ -177,10 +177,10 @@ FM_INLINE void sum_tile(const BlockCodecReduceParams& p, int64_t number, const P
       extremes[b / 2 + 1] = _mm512_shuffle_f32x4(low, high, 0xee);
     }
   }
-  for (int64_t b = num_blocks; b < kLanes; ++b) extremes[b] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < num_blocks; b += kLanes) {
+  for (int64_t b = num_blocks; b < kVector; ++b) extremes[b] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < num_blocks; b += kVector) {
     const int64_t left = num_blocks - b;
-    const __mmask16 there = static_cast<__mmask16>(left < kLanes ? (1u << left) - 1 : 0xffffu);
+    const __mmask16 there = static_cast<__mmask16>(left < kVector ? (1u << left) - 1 : 0xffffu);
     _mm512_store_ps(tile.inverses + b, scale_blocks(extremes_of<kIsWide>(extremes + (kIsWide ? b : b / 2)), there,
                                                     p.out + scales_at + 4 * b));
   }
@@ -258,7 +258,7 @@ void sum_tiles(const CodecSum& p, int64_t first, int64_t count, T* out) {
     }
     for (int i = 0; i < 4; ++i) {
       if (p.factor != 1.0f) acc[i] = _mm512_mul_ps(acc[i], _mm512_set1_ps(p.factor));
-      store<kStreams>(out + at + kLanes * i, acc[i]);
+      store<kStreams>(out + at + kVector * i, acc[i]);
     }
   }
 }
