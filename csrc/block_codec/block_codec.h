@@ -118,6 +118,13 @@ template <Isa isa>
 void run_block_codec_sum(const BlockCodecSumParams& p);
 template <Isa isa>
 void run_block_codec_reduce(const BlockCodecReduceParams& p);
+// `count` whole tiles of kMaxBlock elements, of wires of 4 bits that are not rotated; `streams`: past the caches, to a boundary
+// of 64 bytes.
+template <Isa isa>
+void run_block_codec_sum_tiles(const BlockCodecSumParams& p, int64_t first, int64_t count, bool streams);
+// The same of tiles of which nothing is drawn, and no product or sum is NaN; rotated ones stay so.
+template <Isa isa>
+void run_block_codec_reduce_tiles(const BlockCodecReduceParams& p, int64_t first, int64_t count);
 
 void launch_block_codec_quantize(const BlockCodecQuantizeParams& p, cudaStream_t stream);
 void launch_block_codec_sum(const BlockCodecSumParams& p, cudaStream_t stream);

@@ -18,17 +18,22 @@ constexpr int64_t kTaskTiles = 8;
 // from memory first. Of 1 bit and float8 decoding takes longer than memory does.
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// f(first element, number of elements) for every tile, and end_of_task() after the last of a task.
-template <class F, class End>
-void for_each_tile(int64_t numel, int64_t num_bytes, F&& f, End&& end_of_task) {
+// f(first element, number of elements) for every tile, and end_of_task() after the last of a task. Of the tiles [tile, end) of
+// a task begin_task(tile, end) does as many as it can, and returns the next one.
+template <class F, class End, class Begin>
+void for_each_tile(int64_t numel, int64_t num_bytes, F&& f, End&& end_of_task, Begin&& begin_task) {
   const int64_t tiles = ceil_div(numel, kTile);
   parallel_for(ceil_div(tiles, kTaskTiles), workers_for(num_bytes), [&](int64_t task, int) {
     const int64_t end = min(tiles, (task + 1) * kTaskTiles);
-    for (int64_t tile = task * kTaskTiles; tile < end; ++tile) {
+    for (int64_t tile = begin_task(task * kTaskTiles, end); tile < end; ++tile) {
       f(tile * kTile, min(kTile, numel - tile * kTile));
     }
     end_of_task();
   });
+}
+template <class F, class End>
+void for_each_tile(int64_t numel, int64_t num_bytes, F&& f, End&& end_of_task) {
+  for_each_tile(numel, num_bytes, f, end_of_task, [](int64_t tile, int64_t) { return tile; });
 }
 template <class F>
 void for_each_tile(int64_t numel, int64_t num_bytes, F&& f) {
@@ -81,6 +86,27 @@ void update_residual(const CodecSum& sum, const float* h, int64_t first, int64_t
       if (n < kGroup) memcpy(residual + i, lost, static_cast<size_t>(n) * 4);
     }
   }
+}
+
+// Whether the kernel for AVX-512 may have whole tiles of wires of 4 bits. A sum that is NaN it would not notice.
+[[maybe_unused]] bool has_wide_kernel(const BlockCodecReduceParams& p) {
+  const float factor = __builtin_fabsf(p.sum.factor);
+  return cpu_isa() == Isa::kAvx512 && !p.rounding.stochastic && factor >= kSmallest && factor <= 1.0f;
+}
+// Whether `count` elements from `first` on have products that are finite: sums may then be infinite and not NaN.
+[[maybe_unused]] bool has_finite_products(const CodecSum& p, int64_t first, int64_t count) {
+  const int64_t begin = p.wire.scales() + (first >> p.wire.block_log2) * 4, num_blocks = count >> p.wire.block_log2;
+  constexpr float kLimit = 0x1p125f;  // an eighth of infinity
+  V8i others{};
+  for (int64_t w = 0; w < p.num_wires; ++w) {
+    const uint8_t* scales = p.wires + w * p.wire_stride + begin;
+    int64_t b = 0;
+    for (; b + 8 <= num_blocks; b += 8) others |= ~((V8)(read<V8i>(scales + 4 * b) & 0x7fffffff) < kLimit);
+    for (; b < num_blocks; ++b) others[0] |= !(__builtin_fabsf(read<float>(scales + 4 * b)) < kLimit);
+  }
+  int32_t any = 0;
+  for (int i = 0; i < 8; ++i) any |= others[i];
+  return any == 0;
 }
 
 // The sum of a tile, to `out` from its first element on.
@@ -143,8 +169,19 @@ void run_block_codec_sum<kIsa>(const BlockCodecSumParams& p) {
       T* out = static_cast<T*>(p.out);
       auto tile = [&](int64_t first, int64_t valid) { decode_tile<kCode, false>(p.sum, first, valid, out); };
       auto streamed = [&](int64_t first, int64_t valid) { decode_tile<kCode, (kCode > 1)>(p.sum, first, valid, out); };
-      if (streams && kCode > 1) for_each_tile(numel, num_bytes, streamed, end_stream);
-      else for_each_tile(numel, num_bytes, tile);
+      auto whole_tiles = [&](int64_t tile, int64_t end) {
+        if constexpr (kIsa == Isa::kAvx2 && kCode == 4) {
+          const int64_t count = min(end, numel / kTile) - tile;
+          const bool is_aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+          if (count > 0 && cpu_isa() == Isa::kAvx512 && !p.sum.hadamard && (is_aligned || !streams)) {
+            run_block_codec_sum_tiles<Isa::kAvx512>(p, tile, count, streams);
+            return tile + count;
+          }
+        }
+        return tile;
+      };
+      if (streams && kCode > 1) for_each_tile(numel, num_bytes, streamed, end_stream, whole_tiles);
+      else for_each_tile(numel, num_bytes, tile, [] {}, whole_tiles);
     });
   });
 }
@@ -156,7 +193,7 @@ void run_block_codec_reduce<kIsa>(const BlockCodecReduceParams& p) {
   const Draws own(p.rounding), *draws = p.rounding.stochastic ? &own : nullptr;
   dispatch_checked_int<1, 4, 6, 8, kFloat8>(p.sum.wire.code, [&]<int kCode>() {
     dispatch_checked_int<1, 4, 6, 8, kFloat8>(p.wire.code, [&]<int kOutCode>() {
-      for_each_tile(numel, num_bytes, [&](int64_t first, int64_t valid) {
+      auto reduce_tile = [&](int64_t first, int64_t valid) {
         alignas(64) float h[kTile];
         for (int64_t i = 0; i < valid; i += kUnit) {
           V8 acc[kUnitVectors];
@@ -166,7 +203,18 @@ void run_block_codec_reduce<kIsa>(const BlockCodecReduceParams& p) {
         const int64_t count = counted(valid, p.sum.hadamard);
         for (int64_t i = count; i < round_up(valid, kUnit); ++i) h[i] = 0.0f;
         encode_tile<kOutCode>(p.wire, draws, h, first, count, p.out);
-      });
+      };
+      auto reduce_whole_tiles = [&](int64_t tile, int64_t end) {
+        if constexpr (kIsa == Isa::kAvx2 && kCode == 4 && kOutCode == 4) {
+          const int64_t count = min(end, numel / kTile) - tile;
+          if (count > 0 && has_wide_kernel(p) && has_finite_products(p.sum, tile * kTile, count * kTile)) {
+            run_block_codec_reduce_tiles<Isa::kAvx512>(p, tile, count);
+            return tile + count;
+          }
+        }
+        return tile;
+      };
+      for_each_tile(numel, num_bytes, reduce_tile, [] {}, reduce_whole_tiles);
     });
   });
 }
