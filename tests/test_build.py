@@ -112,7 +112,7 @@ def test_wheel_is_for_every_python_from_3_10():
 
 # ---- The sources -----------------------------------------------------------------------------------------------------
 
-KERNEL_FILES = sorted([*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*_cpu.cpp")])
+KERNEL_FILES = sorted([*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*_cpu.cpp"), *ROOT.glob("csrc/*/*_avx512.cpp")])
 
 
 def test_source_archive_holds_everything_that_the_build_reads(tmp_path):

@@ -5,6 +5,7 @@ Sums are exact here, so every one must have the very bits. The set is chosen whe
 for each."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from fmkernels import doctor, moe, reference
 from fmkernels.testing import assert_as_good_as_torch
 
 ALL = ("generic", "avx2", "avx512")
-IN_USE = doctor.instruction_set()
-DTYPES = (torch.float32, torch.bfloat16)
+IN_USE = doctor.instruction_set() or "generic"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COUNTS = (0, 1, 2, 4, 5, 6, 7, 9, 13, 25, 130)  # rows of the experts
 INNER_AND_COLUMNS = [(1, 1), (31, 2), (32, 7), (33, 8), (65, 9), (256, 33), (257, 128), (2049, 130), (4130, 6)]
 INNER_ROWS = (0, 1, 2, 3, 48, 255, 256, 257, 513)
@@ -67,7 +68,34 @@ def check_gated(dtype):
             assert_as_good_as_torch(actual, unit, gate, up)
 
 
-CHECKS = {"grouped_mm": check_grouped_mm, "inner": check_inner, "gated": check_gated}
+def check_mlp(dtype):
+    """The bits of its parts, for weights that lie either way; what a NaN and an infinite weight reach."""
+    num_experts, hidden, width = 5, 70, 33
+    x = whole(61, hidden, dtype=dtype) / 4
+    w_gate_up, w_down = (
+        whole(num_experts, *shape, dtype=dtype, seed=s) / 8
+        for s, shape in ((1, (2 * width, hidden)), (2, (hidden, width)))
+    )
+    idx = torch.randint(-1, num_experts - 1, (61, 2), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    idx[:3, 0], idx[:, 1] = num_experts - 1, torch.where(idx[:, 1] == 1, -1, idx[:, 1])  # one expert with three rows
+    weights = torch.rand(61, 2, generator=torch.Generator().manual_seed(4))
+    x[0, 3], w_gate_up[num_experts - 1, 5, 7] = math.nan, math.inf
+    mapping = moe.build_mapping(idx, num_experts, alignment=4)
+    inner = moe.grouped_mm_gated(x, w_gate_up, mapping, trans_b=True)
+    assert not inner[mapping.pos_to_token < 0].any()
+    out = moe.combine(moe.grouped_mm(inner, w_down, mapping.expert_offsets[0], trans_b=True), mapping, weights)
+    assert out[0].isnan().all()
+    assert out[3:].isfinite().all()
+    for by_rows in (False, True):
+        given = [w.transpose(1, 2).contiguous().transpose(1, 2) if by_rows else w for w in (w_gate_up, w_down)]
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(moe.moe_mlp(x, *given, weights, idx)[3:], out[3:])
+            kept = moe.moe_mlp(x.clone().requires_grad_(), *given, weights, idx)
+            assert torch.equal(kept.detach()[3:], out[3:])
+
+
+CHECKS = {"grouped_mm": check_grouped_mm, "inner": check_inner, "gated": check_gated, "mlp": check_mlp}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,10 +33,10 @@ constexpr int64_t kFewRows = sizeof(T) == 4 ? 4 : 24;  // at most; more are fast
 template <class T>
 struct Halves {
   const T* base[2];
-  int64_t step;      // from a column of a half to the next one
-  int64_t count[2];  // count[0] is count[1], or one more
-  int64_t inner;     // > 0
-  int64_t inner_stride = 1;
+  int64_t step;              // from a column of a half to the next one
+  int64_t count[2];          // count[0] is count[1], or one more
+  int64_t inner;             // > 0
+  int64_t inner_stride = 1;  // another one, of a b that lies by rows, is for multiply_by_dots alone
 
   const T* column(int half, int64_t i) const { return base[half] + min(i, count[half] - 1) * step; }
 };

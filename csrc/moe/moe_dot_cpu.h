@@ -12,29 +12,34 @@ namespace fmkernels {
 namespace {
 
 template <class T>
+constexpr bool kMayUseDot = kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>;
+
+template <class T>
 bool uses_dot() {
-  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) return cpu_isa() == Isa::kAvx512;
+  if constexpr (kMayUseDot<T>) return cpu_isa() == Isa::kAvx512;
   else return false;
 }
 
 // Columns of a half that are multiplied by all rows before the next ones: those of both stay in the second-level cache.
-constexpr int64_t kMaxDotColumns = 32;
+constexpr int64_t kMaxDotColumns = 32, kMinDotColumns = 2 * kDotColumns, kDotElements = 32 << 10;
 inline int64_t dot_columns(int64_t inner) {
-  constexpr int64_t kElements = 32 << 10, kUnit = 2 * kDotColumns;
-  return max(kUnit, min(kMaxDotColumns, kElements / inner / kUnit * kUnit));
+  return max(kMinDotColumns, min(kMaxDotColumns, kDotElements / inner / kMinDotColumns * kMinDotColumns));
 }
 
 // Of a column that is made of b by rows; not a power of two apart from the next one.
 inline int64_t dot_stride(int64_t inner) { return round_up(inner, 32) + 32; }
+// Elements that a product needs whose b lies by rows, and any with a smaller inner dimension: a column is up to 95 elements longer
+// than the inner dimension.
 inline int64_t dot_packed(int64_t inner) {
-  constexpr int64_t kFew = kDotLanes * kDotFewRows * kDotFewColumns * 2;  // elements; floats
-  return max(kFew, 2 * dot_columns(inner) * dot_stride(inner));
+  constexpr int64_t kSide = kDotElements + 95 * kMaxDotColumns;
+  static_assert(2 * kSide * sizeof(BFloat16) >= kDotLanes * kDotFewRows * kDotFewColumns * sizeof(float));
+  return 2 * max(kSide, kMinDotColumns * dot_stride(inner));
 }
 
 // Columns that are contiguous in each of `inner` rows, to dot_stride(inner) elements each.
 template <class T>
 void pack_along(const T* from, int64_t row_stride, int64_t inner, int64_t num_columns, T* to) {
-  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+  if constexpr (kMayUseDot<T>) {
     if (num_columns > 0) {
       run_moe_dot_columns<Isa::kAvx512>({from, row_stride, num_columns, inner, to, dot_stride(inner)});
     }
@@ -45,7 +50,7 @@ template <class T>
 void pack_halves_along(const Halves<T>& b, int64_t n, int64_t count, T* packed, const T** columns, int64_t padded) {
   const int64_t stride = dot_stride(b.inner);
   const int64_t counts[2] = {min(count, b.count[0] - n), min(count, b.count[1] - n)};
-  const bool takes_turns = b.step == 2;
+  const bool takes_turns = b.step == 2;  // of columns that are contiguous in a row
   if (takes_turns) {
     pack_along(b.base[0] + 2 * n, b.inner_stride, b.inner, counts[0] + counts[1], packed);
   } else {
@@ -72,7 +77,7 @@ void multiply_few_by_dots(const T* const* rows, int64_t num_rows, const Halves<T
   const int64_t block = takes_turns ? kDotFewColumns / 2 : kDotFewColumns;
   float sums[2][kDotFewRows * kDotFewColumns + kLanes], apart[2][kDotFewColumns];
   auto multiply = [&](const T* from, int64_t num_columns, float* to) {
-    if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+    if constexpr (kMayUseDot<T>) {
       if (num_columns <= 0 || some == nullptr) return;
       run_moe_dot_few<Isa::kAvx512>(
           {there, num_rows, from, b.inner_stride, num_columns, b.inner, to, kDotFewColumns, lanes});
@@ -112,7 +117,7 @@ void multiply_by_dots(const T* const* rows, int64_t num_rows, const Halves<T>& b
     if (after != nullptr && after->inner_stride != 1) after = nullptr;
     for (int half = 0; half < 2; ++half) {
       for (int64_t i = 0; i < padded; ++i) {
-        columns[half * padded + i] = b.column(half, n + i);
+        if (b.inner_stride == 1) columns[half * padded + i] = b.column(half, n + i);
         if (after != nullptr) ahead[half * padded + i] = after->column(half, (is_last ? 0 : n + block) + i);
       }
     }
@@ -121,7 +126,7 @@ void multiply_by_dots(const T* const* rows, int64_t num_rows, const Halves<T>& b
       tile = rows_of_tile(num_rows - row);
       const T* there[kDotRows];
       for (int64_t r = 0; r < tile; ++r) there[r] = rows[row + r] == nullptr ? columns[0] : rows[row + r];
-      if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+      if constexpr (kMayUseDot<T>) {
         run_moe_dot<Isa::kAvx512>(
             {there, tile, columns, stride, b.inner, sums, stride, row == 0 && after != nullptr ? ahead : nullptr});
       }

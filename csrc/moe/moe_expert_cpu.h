@@ -48,19 +48,19 @@ struct HalfPart {
 // What a worker needs for blocks of products with up to so many inner indices and columns of a half.
 template <class T>
 struct ExpertScratch {
-  float*
-      x;  // few rows: as pack_few has them; many: [panel][inner][lanes]; where uses_dot: columns of b that lies by rows
-  float* few_sums;  // [panel of columns][row][kPanel], of float32 those of one panel
+  // Few rows: as pack_few has them; many: [panel][inner][lanes]. Where uses_dot, T: columns that are made of b by rows.
+  float* x;
+  float* few_sums;  // [panel of columns][row][kPanel], of float32 those of one panel; none where uses_dot
   ManyScratch many;
 
   static int64_t sum_floats(int64_t half_columns) {
-    return kFewRows<T> * (sizeof(T) == 4 ? kPanel : 2 * round_up(half_columns, kLanes));
+    return uses_dot<T>() ? 0 : kFewRows<T> * (sizeof(T) == 4 ? kPanel : 2 * round_up(half_columns, kLanes));
   }
   static int64_t bytes(int64_t inner, int64_t half_columns) {
     return Arena::array_bytes<float>(x_floats(inner)) + Arena::array_bytes<float>(sum_floats(half_columns)) +
            ManyScratch::kBytes;
   }
-  static int64_t x_floats(int64_t inner) { return max(kManyRows * inner, uses_dot<T>() ? dot_packed(inner) / 2 : 0); }
+  static int64_t x_floats(int64_t inner) { return uses_dot<T>() ? dot_packed(inner) / 2 : kManyRows * inner; }
   T* packed() const { return reinterpret_cast<T*>(x); }
   ExpertScratch(Arena& arena, int64_t inner, int64_t half_columns)
       : x(arena.take<float>(x_floats(inner))), few_sums(arena.take<float>(sum_floats(half_columns))), many(arena) {}
@@ -71,6 +71,7 @@ struct ExpertScratch {
 inline int64_t inner_row_stride(int64_t width) { return round_up(width, kLanes); }
 template <class T>
 int64_t inner_floats(int64_t width) {
+  if (uses_dot<T>()) return kManyRows * ceil_div(width, 2);
   return max(kManyRows * width, kFewRows<T> * inner_row_stride(width));
 }
 

@@ -4,7 +4,8 @@
 // Work       A task has at most kBlockRows rows of one expert and, where those tasks are few for the workers, a part of the
 //            width. Its tokens are packed where the gather finds them. A panel of b has kLanes columns of the gate and the
 //            same ones of the other half (or 2 kLanes neighbours where they come in turns), so that a tile holds both.
-// Numerics   The chains of moe_product_cpu.h. Gate and up are not rounded before the unit.
+//            Where b lies by columns, and where uses_dot: the blocks of moe_expert_cpu.h.
+// Numerics   The chains of moe_product_cpu.h, or of moe_dot.h. Gate and up are not rounded before the unit.
 // Cost       4 * rows * inner * width flops.
 
 #include "moe_expert_cpu.h"

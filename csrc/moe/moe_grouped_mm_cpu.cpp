@@ -3,7 +3,7 @@
 //
 // Work       A task has at most kBlockRows rows of the result of one group (mm_inner: columns of a), or where b lies by columns a
 //            block of moe_expert_cpu.h, of kManyRows; and, where those tasks are few for the workers, a part of the columns.
-//            Groups without rows make no task in mm, and zeros in mm_inner.
+//            Groups without rows make no task in mm, and zeros in mm_inner. bfloat16 takes the kernels for AVX-512 where they run.
 // Cost       2 * rows * inner * columns flops. With few rows a group bound by reading b, each of its lines once.
 
 #include "moe_expert_cpu.h"
@@ -131,7 +131,7 @@ void grouped_mm_inner(const MoeGroupedMmInnerParams& p) {
   const int64_t rows = p.a.columns, columns = p.b.columns;
   T* out = static_cast<T*>(p.out.data);
   prefer_huge_pages(out, p.num_groups * rows * columns * static_cast<int64_t>(sizeof(T)));
-  if constexpr (kIsa == Isa::kAvx2 && std::is_same_v<T, BFloat16>) {
+  if constexpr (kMayUseDot<T>) {
     if (uses_dot<T>()) return grouped_mm_inner_by_pairs(p);
   }
   const int64_t end = p.offsets[p.num_groups - 1];

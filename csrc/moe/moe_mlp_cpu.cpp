@@ -100,7 +100,7 @@ void mlp(const MoeMlpParams& p) {
   run_moe_combine<kIsa>(combine);
 }
 
-// Weights that lie by rows: one op after another, of what is between them all rows.
+// Weights that lie by rows, but for dots: one op after another, of what is between them all rows.
 template <class T>
 void mlp_by_ops(MoeMlpParams p) {
   run_moe_mapping<kIsa>(p.mapping);

@@ -71,8 +71,9 @@ __attribute__((noinline)) void multiply(const Tile& t) {
       if (t.out == nullptr) {
         _mm512_store_ps(sums, sum);
       } else {
-        _mm256_mask_storeu_epi16(t.out + r * t.out_stride + 16 * i, first_of_half(t.num_columns - 16 * i),
-                                 (__m256i)_mm512_cvtneps_pbh(sum));
+        const __mmask16 is_nan = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q);
+        const __m256i rounded = _mm256_mask_set1_epi16((__m256i)_mm512_cvtneps_pbh(sum), is_nan, 0x7fff);
+        _mm256_mask_storeu_epi16(t.out + r * t.out_stride + 16 * i, first_of_half(t.num_columns - 16 * i), rounded);
       }
     }
   }
