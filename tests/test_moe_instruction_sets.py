@@ -12,12 +12,11 @@ import sys
 
 import pytest
 import torch
+from instruction_sets import BELOW, IN_USE
 
-from fmkernels import doctor, moe, reference
+from fmkernels import moe, reference
 from fmkernels.testing import assert_as_good_as_torch
 
-ALL = ("generic", "avx2", "avx512")
-IN_USE = doctor.instruction_set() or "generic"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COUNTS = (0, 1, 2, 4, 5, 6, 7, 9, 13, 25, 130)  # rows of the experts
 INNER_AND_COLUMNS = [(1, 1), (31, 2), (32, 7), (33, 8), (65, 9), (256, 33), (257, 128), (2049, 130), (4130, 6)]
@@ -104,7 +103,7 @@ def test_the_set_in_use(check, dtype):
     CHECKS[check](dtype)
 
 
-@pytest.mark.parametrize("isa", ALL[: ALL.index(IN_USE)])
+@pytest.mark.parametrize("isa", BELOW)
 def test_the_sets_below_it(isa):
     run = subprocess.run(
         [sys.executable, __file__], env=os.environ | {"FMKERNELS_CPU_ISA": isa}, capture_output=True, text=True

@@ -29,6 +29,9 @@ FM_INLINE __m512 broadcast(const void* p) {
   return _mm512_set1_ps(x);
 }
 
+// What the 16 codes stand for, before the scale.
+FM_INLINE __m512 code_levels() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
+
 // The larger magnitude, with its sign; of two the positive number.
 FM_INLINE __m512 extreme_of(__m512 a, __m512 b) { return _mm512_range_ps(a, b, 7); }
 
@@ -55,7 +58,7 @@ struct Places {
 // emit(i, x) for the vectors of a pair of a wire.
 template <bool kIsWide, class Emit>
 FM_INLINE void decode_pair(const uint8_t* codes, const uint8_t* scale, const Places& places, Emit&& emit) {
-  const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const __m512 levels = code_levels();
   __m512 scales[2], table = levels;
   __builtin_prefetch(codes + kAhead);
   if constexpr (kIsWide) table = _mm512_mul_ps(levels, broadcast(scale));
@@ -238,7 +241,7 @@ FM_INLINE void store(Half* p, __m512 x) {
 // Vectors of contiguous elements: bytes are widened to words. The first sum is 0 + x, which is never -0.
 template <class T, bool kStreams>
 void sum_tiles(const CodecSum& p, int64_t first, int64_t count, T* out) {
-  const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const __m512 levels = code_levels();
   const int log2 = p.wire.block_log2;
   const int64_t second = (int64_t{kGroup} >> log2) * 4, scales = p.wire.scales();
   for (int64_t at = first * kTile; at < (first + count) * kTile; at += kUnit) {

@@ -6,14 +6,12 @@
 // Cache     The rows of a chain are in the first level, while columns come from the second, or from memory for the first rows.
 // Numerics  Products are exact, sums rounded to nearest, subnormal numbers taken for 0. Lanes are added in a fixed order, and so are
 //           chains: an element has the same bits in every tile.
-#include <immintrin.h>
-
+#include "moe_bfloat16_avx512.h"
 #include "moe_dot.h"
 
 namespace fmkernels {
 namespace {
 
-constexpr int64_t kVector = 32;   // elements
 constexpr int64_t kChain = 2048;  // elements of a row: 24 KiB in all
 
 inline __m512bh load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -61,7 +59,7 @@ __attribute__((noinline)) void multiply(const MoeDotParams& p, int64_t column, i
     add([k](const BFloat16* from) __attribute__((always_inline)) { return load(from + k); });
   }
   if (k < count) {
-    const __mmask32 mask = (__mmask32{1} << (count - k)) - 1;
+    const __mmask32 mask = first_lanes(count - k);
     add([k, mask](const BFloat16* from) __attribute__((always_inline)) { return load_first(from + k, mask); });
   }
 #pragma GCC unroll 6
@@ -129,7 +127,8 @@ inline int pair_at(const BFloat16* row, int64_t k, int64_t inner) {
 }
 
 template <int kRows>
-void dot_few(const MoeDotFewParams& p, __m512i of_low, __m512i of_high) {
+void dot_few(const MoeDotFewParams& p) {
+  const RowPairs pairs;
   constexpr int64_t kLaneFloats = kRows * kDotFewColumns, kAhead = 16;
   for (int64_t first = 0; first < p.inner; first += kChain) {
     const int64_t end = p.inner - first < kChain ? p.inner : first + kChain;
@@ -140,15 +139,13 @@ void dot_few(const MoeDotFewParams& p, __m512i of_low, __m512i of_high) {
       for (int r = 0; r < kRows; ++r) a[r] = (__m512bh)_mm512_set1_epi32(pair_at(p.rows[r], k, p.inner));
       const BFloat16* from = p.from + k * p.row_stride;
       for (int64_t column = 0; column < p.num_columns; column += kVector) {
-        const int64_t left = p.num_columns - column;
-        const __mmask32 mask = left >= kVector ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+        const __mmask32 mask = first_lanes(p.num_columns - column);
         const __m512i x = _mm512_maskz_loadu_epi16(mask, from + column);
         const __m512i y =
             k + 1 < p.inner ? _mm512_maskz_loadu_epi16(mask, from + p.row_stride + column) : _mm512_setzero_si512();
         __builtin_prefetch(from + kAhead * p.row_stride + column, 0, 2);
         __builtin_prefetch(from + (kAhead + 1) * p.row_stride + column, 0, 2);
-        const __m512bh low = (__m512bh)_mm512_permutex2var_epi16(x, of_low, y);
-        const __m512bh high = (__m512bh)_mm512_permutex2var_epi16(x, of_high, y);
+        const __m512bh low = (__m512bh)pairs.low(x, y), high = (__m512bh)pairs.high(x, y);
         for (int r = 0; r < kRows; ++r) {
           float* sums = lane + r * kDotFewColumns + column;
           _mm512_store_ps(sums, _mm512_dpbf16_ps(_mm512_load_ps(sums), a[r], low));
@@ -170,13 +167,7 @@ void dot_few(const MoeDotFewParams& p, __m512i of_low, __m512i of_high) {
 
 template <>
 void run_moe_dot_few<kIsa>(const MoeDotFewParams& p) {
-  alignas(64) uint16_t low[32], high[32];
-  for (int i = 0; i < 32; ++i) {
-    low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    high[i] = static_cast<uint16_t>(16 + i / 2 + i % 2 * 32);
-  }
-  const __m512i of_low = _mm512_load_si512(low), of_high = _mm512_load_si512(high);
-  p.num_rows == 1 ? dot_few<1>(p, of_low, of_high) : dot_few<2>(p, of_low, of_high);
+  p.num_rows == 1 ? dot_few<1>(p) : dot_few<2>(p);
 }
 
 template <>
@@ -194,8 +185,8 @@ void run_moe_dot<kIsa>(const MoeDotParams& p) {
 template <>
 void run_moe_dot_columns<kIsa>(const MoeDotColumnsParams& p) {
   for (int64_t column = 0; column < p.num_columns; column += kVector) {
-    const int64_t left = p.num_columns - column, num_columns = left < kVector ? left : kVector;
-    const __mmask32 mask = ~__mmask32{0} >> (kVector - num_columns);
+    const int64_t num_columns = p.num_columns - column;  // and perhaps more than a vector
+    const __mmask32 mask = first_lanes(num_columns);
     for (int64_t k = 0; k < p.inner; k += kDotPacked) {
       // eighths[j][i]: of columns i, i + 8, i + 16 and i + 24 the j-th 16 bytes
       __m512i eighths[4][8];

@@ -122,24 +122,29 @@ struct GateUp {
 
   int64_t kept_step() const { return is_interleaved ? 2 : 1; }
   T* kept_at(int64_t row, int half) const { return kept + row * 2 * width + (is_interleaved ? half : half * width); }
+  // The columns [n, n + lanes) of both halves of a row.
+  FM_INLINE void keep(int64_t row, int64_t n, const VecF (&both)[2], int lanes) const {
+    const int64_t step = kept_step();
+    for (int half = 0; half < 2 && kept != nullptr; ++half) {
+      T* to = kept_at(row, half) + n * step;
+      if (step == 1) store_lanes(to, both[half], lanes);
+      else
+        for (int i = 0; i < lanes; ++i) to[2 * i] = from_float<T>(both[half][i]);
+    }
+  }
 };
 
 template <class T>
 void gate_up_few(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch<T>& s,
                  float* inner) {
-  const int64_t stride = inner_row_stride(p.width), step = p.kept_step();
+  const int64_t stride = inner_row_stride(p.width);
   auto emit = [&](int64_t n, const float* c) {
     const int count = static_cast<int>(min(kLanes, part.last - n));
     for (int64_t r = 0; r < p.num_rows; ++r) {
       const bool is_there = p.rows[r] != nullptr;
       const VecF both[2] = {is_there ? load(c + r * kPanel) : VecF{},
                             is_there ? load(c + r * kPanel + kLanes) : VecF{}};
-      for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
-        T* kept = p.kept_at(r, half) + n * step;
-        if (step == 1) store_lanes(kept, both[half], count);
-        else
-          for (int i = 0; i < count; ++i) kept[2 * i] = from_float<T>(both[half][i]);
-      }
+      p.keep(r, n, both, count);
       store(inner + r * stride + n, rounded<T>(gated_unit(both[0], both[1])));
     }
   };
@@ -181,18 +186,12 @@ void gate_up_many(const GateUp<T>& p, const HalfPart& part, const Halves<T>* nex
 template <class T>
 void gate_up_dots(const GateUp<T>& p, const HalfPart& part, const Halves<T>* next, const ExpertScratch<T>& s,
                   T* inner) {
-  const int64_t step = p.kept_step();
   auto emit = [&](int64_t r, int64_t n, int64_t count, const float* const* sums) {
     const bool is_there = p.rows[r] != nullptr;
     for (int64_t i = 0; i < count; i += kLanes) {
       const int lanes = static_cast<int>(min(kLanes, count - i));
       const VecF both[2] = {is_there ? load(sums[0] + i) : VecF{}, is_there ? load(sums[1] + i) : VecF{}};
-      for (int half = 0; half < 2 && p.kept != nullptr; ++half) {
-        T* kept = p.kept_at(r, half) + (n + i) * step;
-        if (step == 1) store_lanes(kept, both[half], lanes);
-        else
-          for (int j = 0; j < lanes; ++j) kept[2 * j] = from_float<T>(both[half][j]);
-      }
+      p.keep(r, n + i, both, lanes);
       store_lanes(inner + r * p.width + n + i, gated_unit(both[0], both[1]), lanes);
     }
   };

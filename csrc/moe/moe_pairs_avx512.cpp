@@ -5,8 +5,7 @@
 // Cache     A panel of 32 columns of b is in the first level, kPairLeft columns of a in the second.
 // Numerics  Products are exact, sums rounded to nearest in the order of the rows, subnormal numbers taken for 0: first the second row
 //           of a pair, then the first. Sums of kPairChunk rows are added in their order.
-#include <immintrin.h>
-
+#include "moe_bfloat16_avx512.h"
 #include "moe_pairs.h"
 
 namespace fmkernels {
@@ -15,25 +14,19 @@ namespace {
 constexpr int64_t kTile = 12;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline __mmask32 first_of(int64_t count) { return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1; }
-inline __mmask16 first_of_half(int64_t count) { return static_cast<__mmask16>(first_of(count < 0 ? 0 : count)); }
+inline __mmask16 first_of_half(int64_t count) { return static_cast<__mmask16>(first_lanes(count)); }
 
 // Up to 32 columns of `count` rows to out[pair][stride]; behind the last of an odd number of rows is one of zeros.
 inline void pack(const BFloat16* from, int64_t row_stride, int64_t count, int64_t num_columns, uint32_t* out,
                  int64_t stride) {
-  alignas(64) uint16_t low[32], high[32];
-  for (int i = 0; i < 32; ++i) {
-    low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-    high[i] = static_cast<uint16_t>(16 + i / 2 + i % 2 * 32);
-  }
-  const __m512i of_low = _mm512_load_si512(low), of_high = _mm512_load_si512(high);
-  const __mmask32 mask = first_of(num_columns);
+  const RowPairs pairs;
+  const __mmask32 mask = first_lanes(num_columns);
   const __mmask16 masks[] = {first_of_half(num_columns), first_of_half(num_columns - 16)};
   for (int64_t k = 0; k < count; k += 2, from += 2 * row_stride, out += stride) {
     const __m512i first = _mm512_maskz_loadu_epi16(mask, from);
     const __m512i second = k + 1 < count ? _mm512_maskz_loadu_epi16(mask, from + row_stride) : _mm512_setzero_si512();
-    _mm512_mask_storeu_epi32(out, masks[0], _mm512_permutex2var_epi16(first, of_low, second));
-    _mm512_mask_storeu_epi32(out + 16, masks[1], _mm512_permutex2var_epi16(first, of_high, second));
+    _mm512_mask_storeu_epi32(out, masks[0], pairs.low(first, second));
+    _mm512_mask_storeu_epi32(out + 16, masks[1], pairs.high(first, second));
   }
 }
 
